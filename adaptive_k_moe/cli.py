@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``adaptive-k`` command: one subcommand a module, imported only when it is asked for.
+
+A command's module has ``add_arguments(parser)`` and ``run(args) -> int``; both may import heavy
+packages only inside ``run``, so that ``--help`` answers at once and the client needs no engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from adaptive_k_moe import __version__
+from adaptive_k_moe.errors import AdaptiveKError, DependencyError
+
+
+class _Command(NamedTuple):
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "build": _Command("adaptive_k_moe.engine_builder.commands.build", "convert a checkpoint into an engine"),
+    "inspect": _Command("adaptive_k_moe.engine_builder.commands.inspect", "show what is in an engine directory"),
+    "policy": _Command("adaptive_k_moe.engine_builder.commands.policy", "show or change an engine's policies"),
+    "generate": _Command("adaptive_k_moe.runtime.commands.generate", "generate text with no server"),
+    "perplexity": _Command(
+        "adaptive_k_moe.runtime.commands.perplexity", "measure a text's perplexity under each policy"
+    ),
+    "serve": _Command("adaptive_k_moe.model_repository.commands.serve", "serve an engine with Triton"),
+    "client": _Command("adaptive_k_moe.client.commands.client", "ask a running server"),
+}
+
+# The extra that brings what a subpackage imports, for the sentence when it is missing.
+_EXTRAS = {"client": "adaptive-k-moe"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return its exit status; an `AdaptiveKError` prints one line and gives 1."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="adaptive-k", description="Adaptive-K mixture-of-experts inference.")
+    parser.add_argument("--version", action="version", version=f"adaptive-k-moe {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    # Only the command asked for is imported; the others are names and summaries.
+    asked = next((argument for argument in arguments if not argument.startswith("-")), None)
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)
+        if name == asked:
+            try:
+                importlib.import_module(command.module).add_arguments(subparser)
+            except ModuleNotFoundError as error:
+                return _fail(_missing_package(name, error))
+    namespace = parser.parse_args(arguments)
+    try:
+        status = importlib.import_module(COMMANDS[namespace.command].module).run(namespace)
+        sys.stdout.flush()
+        return int(status)
+    except AdaptiveKError as error:
+        return _fail(error)
+    except ModuleNotFoundError as error:
+        return _fail(_missing_package(namespace.command, error))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (head, less) went away; keep the interpreter from failing again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _missing_package(command: str, error: ModuleNotFoundError) -> AdaptiveKError:
+    if error.name is None or error.name.startswith("adaptive_k_moe"):
+        raise error
+    extra = _EXTRAS.get(command, "adaptive-k-moe[engine]")
+    return DependencyError(
+        f"`adaptive-k {command}` needs the package {error.name!r}: install it with pip install '{extra}'."
+    )
+
+
+def _fail(error: AdaptiveKError) -> int:
+    print(f"adaptive-k: error: {error}", file=sys.stderr)
+    return 1

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error a user can cause. Each message is one sentence: what is wrong, where, what to do."""
+
+from __future__ import annotations
+
+
+class AdaptiveKError(Exception):
+    """Base of all errors raised on purpose; the command line prints it without a traceback."""
+
+
+class DependencyError(AdaptiveKError):
+    """A package or program that an extra brings is not installed."""
+
+
+class PolicyError(AdaptiveKError):
+    """A policy file, a policy's name or its values are unusable."""
+
+
+class CheckpointError(AdaptiveKError):
+    """A Hugging Face checkpoint is missing something, is damaged, or is of an unknown kind."""
+
+
+class BuildError(AdaptiveKError):
+    """A checkpoint is readable but cannot be built as asked (target, dtype, sizes)."""
+
+
+class EngineError(AdaptiveKError):
+    """An engine directory is missing, incomplete, altered, or of another version."""
+
+
+class RequestError(AdaptiveKError):
+    """A generation request asks for something impossible; the engine goes on serving others."""
+
+
+class ServerError(AdaptiveKError):
+    """The server cannot start, or stopped on its own."""
+
+
+class ClientError(AdaptiveKError):
+    """A server cannot be reached, refused the request, or broke off an answer."""

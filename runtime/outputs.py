@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request gets back; shaped as TensorRT-LLM's `RequestOutput`, with k and entropy for each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One generated sequence, whole so far. Shapes: n tokens generated, L MoE layers, V vocabulary.
+
+    Attributes:
+        index: which of the request's `n` sequences this is.
+        text: the answer's text so far; while it streams, text that may still become a stop string is
+            held back.
+        text_diff: what `text` gained since the request's previous output.
+        token_ids: n token ids so far (the end token and a stop string's tokens among them).
+        token_ids_diff: the token ids gained since the request's previous output.
+        cumulative_logprob: sum of the chosen tokens' log-probabilities; None unless `logprobs` was asked.
+        logprobs: n dictionaries, token id to log-probability; the chosen token is in each.
+        finish_reason: None while it runs; "stop", "length", "cancelled" or "error" after.
+        stop_reason: the stop string or stop token id that ended it, if one did.
+        k: [n, L] experts that ran in the forward pass that produced each token.
+        entropy: [n, L] the router's entropy in that pass, in nats.
+        generation_logits: [n, V] if asked for.
+    """
+
+    index: int
+    text: str
+    text_diff: str
+    token_ids: list[int]
+    token_ids_diff: list[int]
+    k: npt.NDArray[np.int32]
+    entropy: npt.NDArray[np.float32]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, float]] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    generation_logits: npt.NDArray[np.float32] | None = None
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When things happened to a request: seconds of `time.monotonic()`; None is not yet.
+
+    Attributes:
+        arrival_time: the request was accepted.
+        first_scheduled_time: its first token entered a step.
+        first_token_time: its first generated token was there.
+        last_token_time: its last generated token was there.
+        finished_time: it ended, for whatever reason.
+        num_preemptions: times that its KV blocks were taken away.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """A request's state after a step: with streaming one comes after each, else one at the end.
+
+    Attributes:
+        request_id: the caller's, or one made here.
+        prompt: the prompt's text; None if it came as token ids.
+        prompt_token_ids: the prompt's tokens.
+        outputs: `n` sequences.
+        finished: whether all of them have ended.
+        policy: name of the policy that its tokens followed.
+        prompt_k: [len(prompt_token_ids), L] experts that ran for each prompt token; rows are there
+            once the prompt has been processed.
+        prompt_entropy: [len(prompt_token_ids), L] the router's entropies for them, in nats.
+        context_logits: [len(prompt_token_ids), V] if asked for.
+        metrics: when things happened.
+        error: the sentence, where `finish_reason` is "error".
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    policy: str
+    prompt_k: npt.NDArray[np.int32]
+    prompt_entropy: npt.NDArray[np.float32]
+    metrics: RequestMetrics
+    context_logits: npt.NDArray[np.float32] | None = None
+    error: str | None = None
+    # Trained top-k of the model: what a token would have run under the policy `full`.
+    full_k: int = field(default=0)
+
+    @property
+    def avg_k(self) -> float:
+        """Mean number of experts run over all tokens (prompt and answer) and layers; NaN before any."""
+        parts = [self.prompt_k.ravel(), *(output.k.ravel() for output in self.outputs)]
+        ks = np.concatenate(parts)
+        return float(ks.mean()) if ks.size else float("nan")
+
+    @property
+    def compute_saved_ratio(self) -> float:
+        """Share of expert runs that the policy left out against the trained top-k; a count, not a time."""
+        return 1.0 - self.avg_k / self.full_k
