@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace adaptive_k::cpu {
+namespace {
+
+struct Simd {
+  using V = __m256;
+  static constexpr int kLanes = 8;
+  static constexpr int kTileRows = 3;
+  static V zero() { return _mm256_setzero_ps(); }
+  static V broadcast(float x) { return _mm256_set1_ps(x); }
+  static V load(const float* p) { return _mm256_loadu_ps(p); }
+  static V load(const uint16_t* p) {
+    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  }
+  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static void reduce4(const V* a, float* sums) {
+    const V h01 = _mm256_hadd_ps(a[0], a[1]);
+    const V h23 = _mm256_hadd_ps(a[2], a[3]);
+    const V h = _mm256_hadd_ps(h01, h23);  // the sums of the lower and of the upper 4 lanes
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+  }
+};
+
+}  // namespace
+}  // namespace adaptive_k::cpu
+
+#define ADAPTIVE_K_TILE_ROWS 3
+#include "kernels_impl.h"
+
+namespace adaptive_k::cpu {
+const Kernels kAvx2Kernels = {"avx2", kLanes, kTileRows, pack, few, many, activate, combine};
+}  // namespace adaptive_k::cpu

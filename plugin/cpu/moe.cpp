@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "moe.h"
+
+#include <tbb/blocked_range.h>
+#include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "adaptive_k/routing.h"
+#include "kernels.h"
+#include "plan.h"
+#include "scratch.h"
+
+namespace adaptive_k::cpu {
+namespace {
+
+// Weight bytes below which handing the work to other threads costs more than it saves.
+constexpr int64_t kSerialBytes = 192 << 10;
+// Weight bytes that are worth a task of their own.
+constexpr int64_t kTaskBytes = 64 << 10;
+// An expert with more token tiles than this takes the path for many tokens.
+constexpr int kFewTiles = 2;
+// Tokens are taken in chunks whose intermediate results stay below about this many floats.
+constexpr int64_t kChunkFloats = 64 << 20;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Calls body(i) for i in [0, n), `grain` calls to a task.
+template <typename Body>
+void parallel_for(int64_t n, int64_t grain, bool serial, const Body& body) {
+  if (serial || n <= grain) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  tbb::parallel_for(
+      tbb::blocked_range<int64_t>(0, n, grain),
+      [&](const tbb::blocked_range<int64_t>& range) {
+        for (int64_t i = range.begin(); i < range.end(); ++i) body(i);
+      },
+      tbb::simple_partitioner());
+}
+
+// The weight rows of one panel; missing rows repeat the last so that the kernels need no edge case.
+class PanelRows {
+ public:
+  PanelRows(const void* base, int64_t row_bytes)
+      : base_(static_cast<const char*>(base)), row_bytes_(row_bytes) {}
+
+  void add(int64_t first, int count, int64_t end) {
+    for (int r = 0; r < count; ++r)
+      rows_[size_++] = base_ + std::min(first + r, end - 1) * row_bytes_;
+  }
+  const void* const* data() const { return rows_; }
+  int size() const { return size_; }
+
+ private:
+  const char* base_;
+  int64_t row_bytes_;
+  const void* rows_[kPanelRows];
+  int size_ = 0;
+};
+
+// One call of the operator on one chunk of tokens.
+class Layer {
+ public:
+  Layer(const MoeParams& params, const ExpertArguments& args, Scratch& scratch)
+      : params_(params),
+        args_(args),
+        kernels_(kernels()),
+        scratch_(scratch),
+        plan_(scratch.plan),
+        element_bytes_(params.weight_format == WeightFormat::kFloat32 ? 4 : 2),
+        gated_(is_gated(params.activation)),
+        padded_hidden_(round_up(args.hidden, kernels_.lanes)),
+        padded_intermediate_(round_up(args.intermediate, kernels_.lanes)) {}
+
+  void run(const float* hidden_states, float* output) {
+    const int64_t rows = plan_.num_rows();
+    const int64_t expert_bytes =
+        (gated_ ? 3 : 2) * args_.hidden * args_.intermediate * element_bytes_;
+    serial_ =
+        static_cast<int64_t>(plan_.segments.size()) * expert_bytes * (1 + rows / 64) < kSerialBytes;
+    gather(hidden_states);
+    project_up();
+    project_down(output);
+  }
+
+ private:
+  // Packs the tokens' rows in the order of the plan; a lone whole row is used where it lies.
+  void gather(const float* hidden_states) {
+    const std::vector<Plan::TileRange>& tiles = plan_.tiles;
+    x_tiles_ = &scratch_.x_tiles;
+    h_tiles_ = &scratch_.h_tiles;
+    x_tiles_->resize(tiles.size());
+    h_tiles_->resize(tiles.size());
+    const bool in_place = padded_hidden_ == args_.hidden;
+    bool all_in_place = in_place;
+    for (const Plan::TileRange& tile : tiles) all_in_place = all_in_place && tile.rows == 1;
+    float* packed = all_in_place ? nullptr : scratch_.x.reserve(plan_.num_rows() * padded_hidden_);
+    float* h = scratch_.h.reserve(plan_.num_rows() * padded_intermediate_);
+    for (size_t i = 0; i < tiles.size(); ++i)
+      (*h_tiles_)[i] = {h + tiles[i].first_row * padded_intermediate_, tiles[i].rows};
+    const int64_t grain = std::max<int64_t>(1, 8192 / args_.hidden);
+    parallel_for(tiles.size(), grain, serial_ || all_in_place, [&](int64_t i) {
+      const Plan::TileRange& tile = tiles[i];
+      const float* rows[8];
+      for (int r = 0; r < tile.rows; ++r)
+        rows[r] = hidden_states + plan_.row_token[tile.first_row + r] * args_.hidden;
+      if (tile.rows == 1 && in_place) {
+        (*x_tiles_)[i] = {rows[0], 1};
+        return;
+      }
+      float* to = packed + tile.first_row * padded_hidden_;
+      kernels_.pack(rows, tile.rows, args_.hidden, to);
+      (*x_tiles_)[i] = {to, tile.rows};
+    });
+  }
+
+  // c = products of a segment's tiles with a panel of weight rows.
+  void multiply(const Plan::Segment& segment, const std::vector<Tile>& tiles,
+                const PanelRows& panel, int64_t K, float* c) const {
+    const auto product = segment.num_tiles > kFewTiles ? kernels_.many : kernels_.few;
+    product(tiles.data() + segment.first_tile, segment.num_tiles, panel.data(), panel.size(), K,
+            params_.weight_format, c);
+  }
+
+  void project_up() const {
+    const int neurons = gated_ ? kPanelRows / 2 : kPanelRows;
+    const int64_t intermediate = args_.intermediate;
+    const int64_t up_rows = gated_ ? 2 * intermediate : intermediate;
+    const int64_t row_bytes = args_.hidden * element_bytes_;
+    const int64_t blocks = divide_up(intermediate, neurons);
+    const int64_t grain = std::max<int64_t>(1, kTaskBytes / (kPanelRows * row_bytes));
+    parallel_for(plan_.segments.size() * blocks, grain, serial_, [&](int64_t i) {
+      const Plan::Segment& segment = plan_.segments[i / blocks];
+      const int64_t first = i % blocks * neurons;
+      PanelRows panel(static_cast<const char*>(args_.up) + segment.expert * up_rows * row_bytes,
+                      row_bytes);
+      panel.add(first, neurons, intermediate);
+      if (gated_) panel.add(intermediate + first, neurons, 2 * intermediate);
+      float* c = thread_panel(segment.num_rows);
+      multiply(segment, *x_tiles_, panel, args_.hidden, c);
+      for (int t = 0; t < segment.num_tiles; ++t) {
+        const Tile& tile = (*h_tiles_)[segment.first_tile + t];
+        kernels_.activate(params_.activation, c, tile.rows, first, neurons, intermediate,
+                          padded_intermediate_, const_cast<float*>(tile.x));
+        c += tile.rows * kPanelRows;
+      }
+    });
+  }
+
+  // A task takes a strip of the output's columns through all experts, so that it can add up each
+  // token's experts itself, in the order of their rank.
+  void project_down(float* output) const {
+    const int64_t hidden = args_.hidden;
+    const int64_t row_bytes = args_.intermediate * element_bytes_;
+    int columns = kPanelRows;
+    const int64_t threads = tbb::this_task_arena::max_concurrency();
+    while (columns > 8 && divide_up(hidden, columns) < 6 * threads) columns /= 2;
+    const int64_t strips = divide_up(hidden, columns);
+    const int64_t strip_bytes = plan_.segments.size() * columns * row_bytes;
+    const int64_t grain = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, strip_bytes));
+    parallel_for(strips, grain, serial_, [&](int64_t i) {
+      const int64_t first = i * columns;
+      const int count = static_cast<int>(std::min<int64_t>(columns, hidden - first));
+      float* c = thread_panel(plan_.num_rows());
+      for (const Plan::Segment& segment : plan_.segments) {
+        PanelRows panel(static_cast<const char*>(args_.down) + segment.expert * hidden * row_bytes,
+                        row_bytes);
+        panel.add(first, columns, hidden);
+        multiply(segment, *h_tiles_, panel, args_.intermediate, c + segment.first_row * kPanelRows);
+      }
+      for (int64_t t = 0; t < plan_.num_tokens; ++t) {
+        const int64_t begin = plan_.token_begin[t];
+        const int k = static_cast<int>(plan_.token_begin[t + 1] - begin);
+        const float* y[kMaxKLimit];
+        for (int j = 0; j < k; ++j) y[j] = c + plan_.token_rows[begin + j] * kPanelRows;
+        kernels_.combine(y, plan_.token_weights.data() + begin, k, count,
+                         output + t * hidden + first);
+      }
+    });
+  }
+
+  // Room for `rows` rows of a panel. Only a task without nested parallelism may hold it.
+  static float* thread_panel(int64_t rows) {
+    static thread_local FloatBuffer* buffer = nullptr;
+    if (buffer == nullptr) buffer = new FloatBuffer;  // lives as long as the thread pool
+    return buffer->reserve(rows * kPanelRows);
+  }
+
+  const MoeParams& params_;
+  const ExpertArguments& args_;
+  const Kernels& kernels_;
+  Scratch& scratch_;
+  const Plan& plan_;
+  const int64_t element_bytes_;
+  const bool gated_;
+  const int64_t padded_hidden_, padded_intermediate_;
+  bool serial_ = false;
+  std::vector<Tile>* x_tiles_ = nullptr;
+  std::vector<Tile>* h_tiles_ = nullptr;
+};
+
+}  // namespace
+
+void route(const MoeParams& params, const RoutingArguments& args, int32_t* k, float* entropy,
+           int32_t* experts, float* weights) {
+  const int32_t capacity = largest_k(params, args.experts);
+  const bool serial = args.tokens * args.experts < 2048;
+  const int64_t grain = std::max<int64_t>(1, 1024 / args.experts);
+  parallel_for(args.tokens, grain, serial, [&](int64_t t) {
+    static thread_local RoutingBuffers* buffers = nullptr;
+    if (buffers == nullptr) buffers = new RoutingBuffers;
+    const int64_t p = std::clamp<int64_t>(args.policy_index[t], 0, args.policies - 1);
+    const PolicyRow row = {args.policy_kind[p], args.thresholds + p * (args.choices - 1),
+                           args.k_values + p * args.choices, args.choices};
+    int32_t* chosen = experts + t * capacity;
+    float* weight = weights + t * capacity;
+    k[t] = route_token(params, args.router_logits + t * args.experts, args.experts,
+                       args.correction_bias, row, buffers->get(args.experts, params.n_group),
+                       capacity, chosen, weight, entropy + t);
+    std::fill(chosen + k[t], chosen + capacity, -1);
+    std::fill(weight + k[t], weight + capacity, 0.0f);
+  });
+}
+
+void moe(const MoeParams& params, const RoutingArguments& routing, const ExpertArguments& args,
+         float* output, int32_t* k, float* entropy) {
+  if (routing.tokens == 0) return;
+  const ScratchLease lease;
+  Scratch& scratch = *lease;
+  const int32_t capacity = largest_k(params, routing.experts);
+  scratch.experts.resize(routing.tokens * capacity);
+  scratch.weights.resize(routing.tokens * capacity);
+  route(params, routing, k, entropy, scratch.experts.data(), scratch.weights.data());
+
+  Layer layer(params, args, scratch);
+  int64_t begin = 0;
+  while (begin < routing.tokens) {
+    int64_t end = begin, rows = 0;
+    while (end < routing.tokens &&
+           (end == begin || (rows + k[end]) * (args.hidden + args.intermediate) <= kChunkFloats))
+      rows += k[end++];
+    scratch.plan.build(end - begin, routing.experts, capacity, kernels().tile_rows, k + begin,
+                       scratch.experts.data() + begin * capacity,
+                       scratch.weights.data() + begin * capacity);
+    layer.run(args.hidden_states + begin * args.hidden, output + begin * args.hidden);
+    begin = end;
+  }
+}
+
+}  // namespace adaptive_k::cpu

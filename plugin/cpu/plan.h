@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// The order in which the experts' work is done: one row for each pair of a token and a selected
+// expert, sorted by expert, so that an expert's weights are read once for all its tokens.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace adaptive_k::cpu {
+
+struct Plan {
+  // The rows of one expert; experts without rows have no segment.
+  struct Segment {
+    int32_t expert;
+    int32_t num_tiles;
+    int64_t first_tile;
+    int64_t first_row;
+    int64_t num_rows;
+  };
+  // Up to tile_rows rows of one segment.
+  struct TileRange {
+    int64_t first_row;
+    int rows;
+  };
+
+  int64_t num_tokens = 0;
+  std::vector<Segment> segments;
+  std::vector<TileRange> tiles;
+  std::vector<int64_t> row_token;    // [rows] the token of each row
+  std::vector<int64_t> token_begin;  // [tokens + 1] where a token's part of the next two begins
+  std::vector<int64_t> token_rows;   // the rows of each token, by rank
+  std::vector<float> token_weights;  // the weights of each token, by rank
+
+  int64_t num_rows() const { return static_cast<int64_t>(row_token.size()); }
+
+  // k [tokens]; experts and weights [tokens, capacity], of which the first k count.
+  void build(int64_t tokens, int32_t num_experts, int32_t capacity, int tile_rows, const int32_t* k,
+             const int32_t* experts, const float* weights);
+
+ private:
+  std::vector<int64_t> next_row_;  // [experts]
+};
+
+}  // namespace adaptive_k::cpu

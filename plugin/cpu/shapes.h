@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// The check of the operator's input shapes that both faces use, so that they say the same.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "adaptive_k/params.h"
+
+namespace adaptive_k::cpu {
+
+// One input's shape; -1 is a dimension not yet known, no value is a shape of unknown rank.
+using Shape = std::optional<std::vector<int64_t>>;
+
+struct InputShapes {
+  Shape hidden_states, router_logits, policy_index, policy_kind, thresholds, k_values;
+  Shape up, down;  // up is gate_up for the gated activations
+  Shape correction_bias;
+  bool has_experts = true;  // false: routing alone, no hidden_states, up and down
+  bool has_correction_bias = false;
+};
+
+// The sizes that follow; -1 where they are not yet known.
+struct Sizes {
+  int64_t tokens = -1, hidden = -1, experts = -1, policies = -1, choices = -1, intermediate = -1;
+};
+
+// Throws std::invalid_argument with a sentence that names the operator and the input.
+Sizes check_shapes(const MoeParams& params, const InputShapes& shapes);
+
+}  // namespace adaptive_k::cpu

@@ -1,0 +1,173 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "adaptive_k_moe.h"
+
+#include <stdexcept>
+#include <utility>
+
+#include "moe.h"
+#include "shapes.h"
+
+namespace adaptive_k::openvino {
+namespace {
+
+enum Input : size_t {
+  kHiddenStates,
+  kRouterLogits,
+  kPolicyIndex,
+  kPolicyKind,
+  kThresholds,
+  kKValues,
+  kUp,
+  kDown,
+  kCorrectionBias,
+};
+
+const char* input_name(size_t index, bool gated) {
+  constexpr const char* kNames[] = {
+      "hidden_states",  "router_logits", "policy_index", "policy_kind",
+      "thresholds",     "k_values",      "up",           "down",
+      "correction_bias"};
+  return index == kUp && gated ? "gate_up" : kNames[index];
+}
+
+template <typename Enum>
+void parse_attribute(const ov::Node* node, const char* name, const std::string& word,
+                     const char* choices, Enum* value) {
+  NODE_VALIDATION_CHECK(node, parse(word.c_str(), value), "AdaptiveKMoe: attribute ", name, " is '",
+                        word, "' but must be one of ", choices);
+}
+
+MoeParams parse_attributes(const ov::Node* node, const Attributes& a) {
+  MoeParams params;
+  parse_attribute(node, "activation", a.activation, kActivationChoices, &params.activation);
+  parse_attribute(node, "scoring", a.scoring, kScoringChoices, &params.scoring);
+  parse_attribute(node, "weight_format", a.weight_format, kWeightFormatChoices,
+                  &params.weight_format);
+  params.norm_topk_prob = a.norm_topk_prob != 0;
+  params.routed_scaling_factor = a.routed_scaling_factor;
+  params.n_group = static_cast<int32_t>(a.n_group);
+  params.topk_group = static_cast<int32_t>(a.topk_group);
+  params.max_k = static_cast<int32_t>(a.max_k);
+  return params;
+}
+
+cpu::Shape shape_of(const ov::PartialShape& shape) {
+  if (shape.rank().is_dynamic()) return std::nullopt;
+  std::vector<int64_t> sizes;
+  for (const ov::Dimension& d : shape) sizes.push_back(d.is_static() ? d.get_length() : -1);
+  return sizes;
+}
+
+template <typename ShapeOf>
+cpu::InputShapes input_shapes(size_t count, const ShapeOf& shape) {
+  cpu::InputShapes s;
+  s.hidden_states = shape(kHiddenStates);
+  s.router_logits = shape(kRouterLogits);
+  s.policy_index = shape(kPolicyIndex);
+  s.policy_kind = shape(kPolicyKind);
+  s.thresholds = shape(kThresholds);
+  s.k_values = shape(kKValues);
+  s.up = shape(kUp);
+  s.down = shape(kDown);
+  s.has_correction_bias = count > kCorrectionBias;
+  if (s.has_correction_bias) s.correction_bias = shape(kCorrectionBias);
+  return s;
+}
+
+}  // namespace
+
+AdaptiveKMoe::AdaptiveKMoe(const ov::OutputVector& inputs, Attributes attributes)
+    : Op(inputs), attributes_(std::move(attributes)) {
+  constructor_validate_and_infer_types();
+}
+
+void AdaptiveKMoe::validate_and_infer_types() {
+  params_ = parse_attributes(this, attributes_);
+  const bool gated = is_gated(params_.activation);
+  NODE_VALIDATION_CHECK(
+      this, get_input_size() == kDown + 1 || get_input_size() == kCorrectionBias + 1,
+      "AdaptiveKMoe: has ", get_input_size(), " inputs but takes 8, or 9 with correction_bias");
+  for (size_t i = 0; i < get_input_size(); ++i) {
+    const ov::element::Type type = get_input_element_type(i);
+    const bool is_weight = i == kUp || i == kDown;
+    const bool integer = i == kPolicyIndex || i == kPolicyKind || i == kKValues;
+    const bool bits = is_weight && params_.weight_format == WeightFormat::kBFloat16;
+    const ov::element::Type expected =
+        integer ? ov::element::i32 : (bits ? ov::element::u16 : ov::element::f32);
+    NODE_VALIDATION_CHECK(
+        this, type.is_dynamic() || type == expected || (bits && type == ov::element::bf16),
+        "AdaptiveKMoe: input ", input_name(i, gated), " has element type ", type, " but must be ",
+        bits ? "u16 (the bits of bfloat16) or bf16, by weight_format bfloat16"
+             : expected.get_type_name());
+  }
+  cpu::Sizes sizes;
+  try {
+    sizes = cpu::check_shapes(params_, input_shapes(get_input_size(), [this](size_t i) {
+                                return shape_of(get_input_partial_shape(i));
+                              }));
+  } catch (const std::invalid_argument& error) {
+    NODE_VALIDATION_CHECK(this, false, error.what());
+  }
+  set_output_size(3);
+  set_output_type(0, ov::element::f32, ov::PartialShape{sizes.tokens, sizes.hidden});
+  set_output_type(1, ov::element::i32, ov::PartialShape{sizes.tokens});
+  set_output_type(2, ov::element::f32, ov::PartialShape{sizes.tokens});
+}
+
+bool AdaptiveKMoe::visit_attributes(ov::AttributeVisitor& visitor) {
+  visitor.on_attribute("activation", attributes_.activation);
+  visitor.on_attribute("scoring", attributes_.scoring);
+  visitor.on_attribute("weight_format", attributes_.weight_format);
+  visitor.on_attribute("norm_topk_prob", attributes_.norm_topk_prob);
+  visitor.on_attribute("routed_scaling_factor", attributes_.routed_scaling_factor);
+  visitor.on_attribute("n_group", attributes_.n_group);
+  visitor.on_attribute("topk_group", attributes_.topk_group);
+  visitor.on_attribute("max_k", attributes_.max_k);
+  return true;
+}
+
+std::shared_ptr<ov::Node> AdaptiveKMoe::clone_with_new_inputs(
+    const ov::OutputVector& inputs) const {
+  return std::make_shared<AdaptiveKMoe>(inputs, attributes_);
+}
+
+bool AdaptiveKMoe::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+  cpu::Sizes sizes;
+  try {
+    sizes = cpu::check_shapes(params_, input_shapes(inputs.size(), [&](size_t i) -> cpu::Shape {
+                                const ov::Shape& shape = inputs[i].get_shape();
+                                return std::vector<int64_t>(shape.begin(), shape.end());
+                              }));
+  } catch (const std::invalid_argument& error) {
+    OPENVINO_THROW(error.what());
+  }
+  const size_t tokens = sizes.tokens;
+  outputs[0].set_shape({tokens, static_cast<size_t>(sizes.hidden)});
+  outputs[1].set_shape({tokens});
+  outputs[2].set_shape({tokens});
+  if (tokens == 0) return true;
+
+  cpu::RoutingArguments routing;
+  routing.tokens = sizes.tokens;
+  routing.experts = static_cast<int32_t>(sizes.experts);
+  routing.policies = static_cast<int32_t>(sizes.policies);
+  routing.choices = static_cast<int32_t>(sizes.choices);
+  routing.router_logits = inputs[kRouterLogits].data<const float>();
+  routing.policy_index = inputs[kPolicyIndex].data<const int32_t>();
+  routing.policy_kind = inputs[kPolicyKind].data<const int32_t>();
+  routing.thresholds = inputs[kThresholds].data<const float>();
+  routing.k_values = inputs[kKValues].data<const int32_t>();
+  if (inputs.size() > kCorrectionBias)
+    routing.correction_bias = inputs[kCorrectionBias].data<const float>();
+  cpu::ExpertArguments experts;
+  experts.hidden = sizes.hidden;
+  experts.intermediate = sizes.intermediate;
+  experts.hidden_states = inputs[kHiddenStates].data<const float>();
+  experts.up = inputs[kUp].data();
+  experts.down = inputs[kDown].data();
+  cpu::moe(params_, routing, experts, outputs[0].data<float>(), outputs[1].data<int32_t>(),
+           outputs[2].data<float>());
+  return true;
+}
+
+}  // namespace adaptive_k::openvino

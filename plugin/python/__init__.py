@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The AdaptiveKMoe operator: NumPy faces of the CPU implementation and the OpenVINO extension.
+
+`route` and `moe` run the operator on NumPy arrays; `openvino_extension_path` is what
+`openvino.Core.add_extension` takes so that models with the operator can be read and compiled.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Routing", "instruction_set", "moe", "openvino_extension_path", "route"]
+
+Array = npt.NDArray[Any]
+
+
+def _load_tbb() -> None:
+    """Loads the OpenVINO wheel's TBB, so that the libraries find it wherever the wheel lies."""
+    spec = importlib.util.find_spec("openvino")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            "adaptive_k_moe.plugin needs OpenVINO, which brings its thread library: "
+            "pip install 'adaptive-k-moe[engine]'"
+        )
+    library = Path(spec.submodule_search_locations[0]) / "libs" / "libtbb.so.12"
+    if library.exists():
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+
+
+_load_tbb()
+
+from adaptive_k_moe.plugin import _plugin  # noqa: E402
+
+
+class Routing(NamedTuple):
+    """What `route` decides for T tokens.
+
+    Attributes:
+        k: [T] int32, the number of experts that each token runs.
+        entropy: [T] float32, entropy of the softmax over all logits, in nats.
+        experts: [T, max_k] int32, the first k of a row are the selected experts, best first; then -1.
+        weights: [T, max_k] float32, the weight of each selected expert; then 0.
+    """
+
+    k: npt.NDArray[np.int32]
+    entropy: npt.NDArray[np.float32]
+    experts: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float32]
+
+
+def openvino_extension_path() -> Path:
+    """The library with the OpenVINO operation, for `openvino.Core.add_extension`.
+
+    Raises:
+        FileNotFoundError: The package was built without the extension.
+    """
+    path = Path(_plugin.__file__).parent / "libadaptive_k_openvino.so"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: the package was built without the OpenVINO extension")
+    return path
+
+
+def instruction_set() -> str:
+    """The instruction set of the loops in use: portable, avx2 or avx512.
+
+    The environment variable ADAPTIVE_K_ISA forces one, if set before the first call.
+    """
+    name: str = _plugin.instruction_set()
+    return name
+
+
+def _input(name: str, value: npt.ArrayLike, dtype: type[np.generic]) -> Array:
+    """A contiguous array of exactly that type; contents are never converted."""
+    array = np.asarray(value)
+    if array.dtype != dtype:
+        raise ValueError(f"AdaptiveKMoe: input {name} is {array.dtype} but must be {np.dtype(dtype).name}")
+    return np.ascontiguousarray(array) if array.ndim else array
+
+
+def _weights(name: str, array: Array) -> tuple[Array, str]:
+    """The array as the library reads it, uncopied, and its weight format."""
+    if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
+        raise ValueError(f"AdaptiveKMoe: input {name} must be a C-contiguous NumPy array; it is never copied")
+    if array.dtype == np.float32:
+        return array, "float32"
+    if array.dtype == np.uint16:
+        return array, "bfloat16"
+    if array.dtype.name == "bfloat16":
+        return array.view(np.uint16), "bfloat16"
+    raise ValueError(
+        f"AdaptiveKMoe: input {name} is {array.dtype} but must be float32, or bfloat16 "
+        "(ml_dtypes.bfloat16, or its bits as uint16)"
+    )
+
+
+def route(
+    router_logits: npt.ArrayLike,
+    policy_index: npt.ArrayLike,
+    policy_kind: npt.ArrayLike,
+    thresholds: npt.ArrayLike,
+    k_values: npt.ArrayLike,
+    *,
+    correction_bias: npt.ArrayLike | None = None,
+    scoring: str = "softmax",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    max_k: int = 0,
+) -> Routing:
+    """Decides how many and which experts each token runs, and with what weights.
+
+    Args:
+        router_logits: [T, E] float32, the router's raw logits.
+        policy_index: [T] int32, the policy row of each token, clamped into [0, P).
+        policy_kind: [P] int32, what each row decides by: 0 entropy, 1 top-p, 2 ratio to the best score.
+        thresholds: [P, C-1] float32. Entropy rows: limits in nats between the C choices, rising, padded with
+            infinity. Top-p and ratio rows: their parameter first.
+        k_values: [P, C] int32. Entropy rows: experts to run in each choice. Top-p and ratio rows: the least first,
+            the most last.
+        correction_bias: [E] float32, added to the scores for selection, not for the weights.
+        scoring: "softmax" or "sigmoid".
+        norm_topk_prob: Whether the selected weights are divided by their sum.
+        routed_scaling_factor: Multiplies the weights in the end.
+        n_group: Number of groups that the experts form.
+        topk_group: Number of groups that a token selects from.
+        max_k: Upper limit of k; 0 means min(E, 32).
+
+    Returns:
+        The routing, with `max_k` columns (fewer when the groups leave fewer experts).
+
+    Raises:
+        ValueError: An input or attribute does not fit; the message names it.
+    """
+    params = _plugin.parse_params(
+        activation="swiglu",
+        scoring=scoring,
+        weight_format="float32",
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=routed_scaling_factor,
+        n_group=n_group,
+        topk_group=topk_group,
+        max_k=max_k,
+    )
+    inputs = (
+        _input("router_logits", router_logits, np.float32),
+        _input("policy_index", policy_index, np.int32),
+        _input("policy_kind", policy_kind, np.int32),
+        _input("thresholds", thresholds, np.float32),
+        _input("k_values", k_values, np.int32),
+        None if correction_bias is None else _input("correction_bias", correction_bias, np.float32),
+    )
+    width = _plugin.routing_width(params, *inputs)
+    tokens = len(inputs[0])
+    routing = Routing(
+        k=np.empty(tokens, np.int32),
+        entropy=np.empty(tokens, np.float32),
+        experts=np.empty((tokens, width), np.int32),
+        weights=np.empty((tokens, width), np.float32),
+    )
+    _plugin.route(params, *inputs, *routing)
+    return routing
+
+
+def moe(
+    hidden_states: npt.ArrayLike,
+    router_logits: npt.ArrayLike,
+    policy_index: npt.ArrayLike,
+    policy_kind: npt.ArrayLike,
+    thresholds: npt.ArrayLike,
+    k_values: npt.ArrayLike,
+    gate_up: Array,
+    down: Array,
+    *,
+    correction_bias: npt.ArrayLike | None = None,
+    activation: str = "swiglu",
+    scoring: str = "softmax",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    max_k: int = 0,
+    num_threads: int | None = None,
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+    """Runs the whole operator. Its result for a token does not depend on the other tokens, to the bit.
+
+    Args:
+        hidden_states: [T, H] float32.
+        router_logits: As for `route`, and so are the other arguments of that name.
+        policy_index: See `route`.
+        policy_kind: See `route`.
+        thresholds: See `route`.
+        k_values: See `route`.
+        gate_up: [E, 2I, H], gate rows then up rows, for a gated activation; else the up-projection, [E, I, H].
+            float32, or bfloat16 as ml_dtypes.bfloat16 or as uint16 bits. C-contiguous; read in place.
+        down: [E, H, I], of the same type.
+        correction_bias: See `route`.
+        activation: "swiglu", "geglu" (gated), "silu", "gelu", "gelu_tanh", "relu" or "relu2".
+        scoring: See `route`.
+        norm_topk_prob: See `route`.
+        routed_scaling_factor: See `route`.
+        n_group: See `route`.
+        topk_group: See `route`.
+        max_k: See `route`.
+        num_threads: Threads to use; None means all that TBB gives.
+
+    Returns:
+        output [T, H] float32, k [T] int32, entropy [T] float32 in nats.
+
+    Raises:
+        ValueError: An input or attribute does not fit; the message names it.
+    """
+    up_bits, weight_format = _weights("gate_up", gate_up)
+    down_bits, down_format = _weights("down", down)
+    if down_format != weight_format:
+        raise ValueError(f"AdaptiveKMoe: input down is {down_format} but gate_up is {weight_format}")
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"AdaptiveKMoe: num_threads is {num_threads} but must be at least 1")
+    params = _plugin.parse_params(
+        activation=activation,
+        scoring=scoring,
+        weight_format=weight_format,
+        norm_topk_prob=norm_topk_prob,
+        routed_scaling_factor=routed_scaling_factor,
+        n_group=n_group,
+        topk_group=topk_group,
+        max_k=max_k,
+    )
+    hidden = _input("hidden_states", hidden_states, np.float32)
+    output = np.empty_like(hidden)
+    tokens = len(hidden) if hidden.ndim else 0
+    k = np.empty(tokens, np.int32)
+    entropy = np.empty(tokens, np.float32)
+    _plugin.moe(
+        params,
+        hidden,
+        _input("router_logits", router_logits, np.float32),
+        _input("policy_index", policy_index, np.int32),
+        _input("policy_kind", policy_kind, np.int32),
+        _input("thresholds", thresholds, np.float32),
+        _input("k_values", k_values, np.int32),
+        up_bits,
+        down_bits,
+        None if correction_bias is None else _input("correction_bias", correction_bias, np.float32),
+        num_threads,
+        output,
+        k,
+        entropy,
+    )
+    return output, k, entropy

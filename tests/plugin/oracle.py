@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdaptiveKMoe in NumPy float64, one token at a time: the specification that the tests hold the operator to."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+ENTROPY, TOP_P, RATIO = 0, 1, 2
+GATED = ("swiglu", "geglu")
+Array = npt.NDArray[Any]
+
+
+class TokenRouting(NamedTuple):
+    k: int
+    entropy: float
+    experts: list[int]
+    weights: list[float]
+
+
+def softmax(logits: Array) -> Array:
+    """Softmax in float64; undefined (all NaN) with a NaN, a +inf, or nothing but -inf."""
+    x = logits.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        p = np.exp(x - x.max())
+        return p / p.sum() if np.isfinite(p).all() else np.full_like(p, np.nan)
+
+
+def entropy(logits: Array) -> float:
+    """Entropy of the softmax in nats, NaN where that is undefined."""
+    p = softmax(logits)
+    if np.isnan(p).any():
+        return math.nan
+    positive = p[p > 0]
+    return float(-(positive * np.log(positive)).sum())
+
+
+def sigmoid(x: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return 1.0 / (1.0 + np.exp(-x.astype(np.float64)))
+
+
+def ranked(keys: Array, candidates: list[int]) -> list[int]:
+    """Candidates by falling key; ties by index, NaN last."""
+
+    def order(i: int) -> tuple[bool, float, int]:
+        return (True, 0.0, i) if np.isnan(keys[i]) else (False, -float(keys[i]), i)
+
+    return sorted(candidates, key=order)
+
+
+def route_token(
+    logits: Array,
+    kind: int,
+    thresholds: Array,
+    k_values: Array,
+    *,
+    correction_bias: Array | None = None,
+    scoring: str = "softmax",
+    norm_topk_prob: bool = True,
+    routed_scaling_factor: float = 1.0,
+    n_group: int = 1,
+    topk_group: int = 1,
+    max_k: int = 0,
+) -> TokenRouting:
+    num_experts = len(logits)
+    # Scores exist in float32, so that what rounds to a tie is one.
+    scores = (softmax(logits) if scoring == "softmax" else sigmoid(logits)).astype(np.float32)
+    keys = scores if correction_bias is None else scores + correction_bias.astype(np.float32)
+    if scoring == "softmax" and correction_bias is None:
+        keys = logits  # the same order without rounding
+
+    selectable = list(range(num_experts))
+    if n_group > 1:
+        size = num_experts // n_group
+        group_scores = []
+        for g in range(n_group):
+            best = ranked(keys, list(range(g * size, (g + 1) * size)))
+            taken = best[:1] if scoring == "softmax" else best[:2]
+            group_scores.append(np.float32(sum(np.float32(keys[i]) for i in taken)))
+        kept = ranked(np.array(group_scores), list(range(n_group)))[:topk_group]
+        selectable = [i for g in kept for i in range(g * size, (g + 1) * size)]
+    order = ranked(keys, selectable)
+
+    h = entropy(logits)
+    if kind == TOP_P and not math.isnan(h):
+        share = scores.astype(np.float64) / scores.astype(np.float64).sum()
+        p = float(thresholds[0]) if len(thresholds) else 1.0
+        reached = np.flatnonzero(np.cumsum(share[order]) >= p)
+        k = int(reached[0]) + 1 if len(reached) else num_experts
+        k = min(max(k, int(k_values[0])), int(k_values[-1]))
+    elif kind == RATIO and not math.isnan(h):
+        ratio = np.float32(thresholds[0]) if len(thresholds) else np.float32(0)
+        k = int((scores >= ratio * scores.max()).sum())
+        k = min(max(k, int(k_values[0])), int(k_values[-1]))
+    elif kind in (TOP_P, RATIO):
+        k = int(k_values[-1])
+    else:
+        below = [i for i, limit in enumerate(thresholds) if np.float32(h) < limit]
+        k = int(k_values[below[0] if below else -1])
+    k = max(1, min(k, max_k or 32, len(order)))
+
+    experts = order[:k]
+    weights = scores[experts].astype(np.float64)
+    if norm_topk_prob:
+        weights = weights / (weights.sum() + 1e-20)
+    return TokenRouting(k, h, experts, list(weights * routed_scaling_factor))
+
+
+def activate(name: str, x: Array) -> Array:
+    def gelu(v: Array) -> Array:
+        return v * 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(v / math.sqrt(2)))
+
+    if name in GATED:
+        gate, up = np.split(x, 2)
+        return (gate * sigmoid(gate) if name == "swiglu" else gelu(gate)) * up
+    if name == "silu":
+        return x * sigmoid(x)
+    if name == "gelu":
+        return gelu(x)
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return np.maximum(x, 0) ** (2 if name == "relu2" else 1)
+
+
+def moe(
+    hidden_states: Array,
+    router_logits: Array,
+    policy_index: Array,
+    policy_kind: Array,
+    thresholds: Array,
+    k_values: Array,
+    gate_up: Array,
+    down: Array,
+    *,
+    activation: str = "swiglu",
+    **routing: Any,
+) -> tuple[Array, Array, Array]:
+    """The operator: output [T, H], k [T] and entropy [T], with the arguments of adaptive_k_moe.plugin.moe."""
+    tokens = len(hidden_states)
+    output = np.zeros(hidden_states.shape, np.float64)
+    ks = np.zeros(tokens, np.int32)
+    entropies = np.zeros(tokens, np.float64)
+    for t in range(tokens):
+        row = min(max(int(policy_index[t]), 0), len(policy_kind) - 1)
+        token = route_token(router_logits[t], int(policy_kind[row]), thresholds[row], k_values[row], **routing)
+        ks[t], entropies[t] = token.k, token.entropy
+        for expert, weight in zip(token.experts, token.weights, strict=True):
+            up = gate_up[expert].astype(np.float64) @ hidden_states[t].astype(np.float64)
+            output[t] += weight * (down[expert].astype(np.float64) @ activate(activation, up))
+    return output, ks, entropies
