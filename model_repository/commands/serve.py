@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adaptive-k serve`: serve an engine with Triton until SIGTERM or SIGINT."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import threading
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--engine_dir", required=True, type=Path, metavar="DIR", help="engine to serve")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    for name, port in (("http", 8000), ("grpc", 8001), ("metrics", 8002)):
+        parser.add_argument(
+            f"--{name}_port",
+            type=int,
+            default=port,
+            metavar="PORT",
+            help="0 picks a free one (default: %(default)s)",
+        )
+    parser.add_argument(
+        "--model_repository",
+        type=Path,
+        metavar="DIR",
+        help="where to write the Triton models of the engine (default: a temporary directory)",
+    )
+    parser.add_argument(
+        "--tritonserver",
+        metavar="PATH",
+        help="the server's executable (default: the one on PATH, else the nvidia-pytriton wheel's)",
+    )
+    parser.add_argument("--num_threads", type=int, metavar="N", help="CPU threads of the engine (default: all cores)")
+    parser.add_argument("--log_file", type=Path, metavar="FILE", help="the server's log (default: standard error)")
+    parser.add_argument("--log_verbose", type=int, default=0, metavar="N", help="Triton's verbosity (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until asked to stop; 0 if that is how it ended."""
+    from adaptive_k_moe.model_repository.server import TritonServer
+
+    stop_asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop_asked.set())
+    server = TritonServer(
+        args.engine_dir,
+        http_port=args.http_port,
+        grpc_port=args.grpc_port,
+        metrics_port=args.metrics_port,
+        host=args.host,
+        model_repository=args.model_repository,
+        tritonserver=args.tritonserver,
+        log_file=args.log_file,
+        log_verbose=args.log_verbose,
+        num_threads=args.num_threads,
+    )
+    try:
+        if server.start(stop_asked):
+            print(
+                f"adaptive-k: serving {args.engine_dir}: grpc {server.grpc_url}, http {server.http_url}, "
+                f"metrics {server.metrics_url}",
+                flush=True,
+            )
+            server.wait(stop_asked)
+    finally:
+        server.stop()
+    return 0

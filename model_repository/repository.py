@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a Triton model repository for one engine."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from adaptive_k_moe.errors import ServerError
+from adaptive_k_moe.model_repository.contract import BLS, ENSEMBLE, render_config
+
+
+def write_model_repository(directory: Path, engine_dir: Path, *, num_threads: int | None = None) -> None:
+    """Write the models of an engine to `directory`, which any Triton server can then be pointed at.
+
+    Args:
+        directory: where; made if missing. Models of the same names there are replaced.
+        engine_dir: the engine; its absolute path is written.
+        num_threads: CPU threads of the engine; None leaves it to the runtime.
+
+    Raises:
+        ServerError: the directory cannot be written.
+    """
+    parameters = {"engine_dir": str(engine_dir.resolve())}
+    if num_threads is not None:
+        parameters["num_threads"] = str(num_threads)
+    try:
+        for model, its_parameters in ((ENSEMBLE, parameters), (BLS, {})):
+            version = directory / model / "1"
+            version.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(Path(__file__).parent / model / "1" / "model.py", version / "model.py")
+            config = version.parent / "config.pbtxt"
+            config.write_text(render_config(model, its_parameters), encoding="utf-8")
+    except OSError as error:
+        raise ServerError(f"cannot write the model repository {directory}: {error.strerror}.") from None

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the runtime reports of a prompt -> the output tensors of the responses that tell the client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adaptive_k_moe.model_repository.requests import GenerationRequest
+from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestOutput
+
+Outputs = dict[str, npt.NDArray[Any]]
+
+
+class ResponseBuilder:
+    """The responses of one prompt: pieces when it streams, else one a sequence at the end.
+
+    It runs on the engine's thread after each step, so it touches only what is new in that step, and it
+    copies what it keeps, so the runtime may go on changing its outputs.
+    """
+
+    def __init__(self, request: GenerationRequest) -> None:
+        self._request = request
+        self._tokens_sent = [0] * request.sampling_params.n
+        self._ended = [False] * request.sampling_params.n
+        self._context_logits_sent = False
+        self._prompt_counted = False
+        self._experts_run = 0
+        self._expert_choices = 0  # tokens x layers that `_experts_run` is over
+        self._full_k = 0
+
+    @property
+    def avg_k(self) -> float:
+        """Mean k over the tokens (prompt and answers) and layers reported so far; NaN before any."""
+        return self._experts_run / self._expert_choices if self._expert_choices else float("nan")
+
+    @property
+    def expert_choices(self) -> int:
+        """Over how many tokens times layers `avg_k` is the mean."""
+        return self._expert_choices
+
+    @property
+    def compute_saved_ratio(self) -> float:
+        """Share of expert runs left out against the trained top-k."""
+        return 1.0 - self.avg_k / self._full_k if self._full_k else float("nan")
+
+    def build(self, output: RequestOutput) -> list[Outputs]:
+        """The responses that an output of the runtime calls for: at most one a sequence."""
+        if not self._request.streaming and not output.finished:
+            return []
+        self._full_k = output.full_k
+        if not self._prompt_counted and len(output.prompt_k):
+            self._count(output.prompt_k)
+            self._prompt_counted = True
+        fresh = []
+        for completion in output.outputs:
+            sent = self._tokens_sent[completion.index]
+            ending = completion.finish_reason is not None and not self._ended[completion.index]
+            if len(completion.token_ids) > sent or completion.text_diff or ending:
+                fresh.append((completion, sent))
+                self._count(completion.k[sent:])
+                self._tokens_sent[completion.index] = len(completion.token_ids)
+                self._ended[completion.index] = completion.finish_reason is not None
+        return [self._tensors(output, completion, sent) for completion, sent in fresh]
+
+    def _count(self, k: npt.NDArray[np.int32]) -> None:
+        self._experts_run += int(k.sum())
+        self._expert_choices += k.size
+
+    def _tensors(self, output: RequestOutput, completion: CompletionOutput, sent: int) -> Outputs:
+        request = self._request
+        text = completion.text_diff if request.streaming else completion.text
+        tensors: Outputs = {
+            "text_output": _text(request.prompt + text if request.repeat_prompt else text),
+            "batch_index": _scalar(request.batch_index, np.int32),
+            "sequence_index": _scalar(completion.index, np.int32),
+            "adaptive_k_avg_k": _scalar(self.avg_k, np.float32),
+            "adaptive_k_compute_saved_ratio": _scalar(self.compute_saved_ratio, np.float32),
+        }
+        if request.return_adaptive_k:
+            tensors["adaptive_k_k"] = completion.k[None, sent:].astype(np.int32)
+            tensors["adaptive_k_entropy"] = completion.entropy[None, sent:].astype(np.float32)
+        if completion.logprobs is not None:
+            chosen = zip(completion.token_ids[sent:], completion.logprobs[sent:], strict=True)
+            tensors["cum_log_probs"] = _scalar(completion.cumulative_logprob or 0.0, np.float32)
+            tensors["output_log_probs"] = np.array([[[of[token] for token, of in chosen]]], np.float32)
+        if completion.generation_logits is not None:
+            tensors["generation_logits"] = completion.generation_logits[None, None, sent:].astype(np.float32)
+        if output.context_logits is not None and not self._context_logits_sent:
+            tensors["context_logits"] = output.context_logits[None].astype(np.float32)
+            # A stream says it once; of several whole sequences each has it.
+            self._context_logits_sent = request.streaming
+        if request.return_num_input_tokens:
+            tensors["num_input_tokens"] = _scalar(len(output.prompt_token_ids), np.int32)
+        if request.return_num_output_tokens:
+            tensors["num_output_tokens"] = _scalar(len(completion.token_ids) - sent, np.int32)
+        if request.return_perf_metrics:
+            for name in ("arrival_time", "first_scheduled_time", "first_token_time", "last_token_time"):
+                seconds = getattr(output.metrics, name)
+                tensors[f"{name}_ns"] = _scalar(0 if seconds is None else round(seconds * 1e9), np.int64)
+        return tensors
+
+
+def _scalar(value: float, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.array([[value]], dtype)
+
+
+def _text(text: str) -> npt.NDArray[Any]:
+    return np.array([[text.encode()]], dtype=object)
