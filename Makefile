@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` set up all they need, in .venv and build/ of this folder.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := adaptive_k_moe engine_builder runtime model_repository client plugin/python/plugin
+CPP := $(shell find plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test lint format engine-env test-env clean
+
+demo: engine-env
+	$(BIN)/python examples/demo.py
+
+test: test-env
+	$(BIN)/python -m pytest
+
+lint: test-env build/lint.stamp
+	build/lint/bin/ruff check .
+	build/lint/bin/ruff format --check .
+	build/lint/bin/clang-format --dry-run --Werror $(CPP)
+	@# mypy follows the folder mapping only in an installed package.
+	rm -rf build/mypy && $(PIP) install --no-build-isolation --no-deps --target build/mypy .
+	cd build/mypy && MYPYPATH=. ../lint/bin/mypy --config-file ../../pyproject.toml \
+		--python-executable ../../$(BIN)/python -p adaptive_k_moe
+
+format: build/lint.stamp
+	build/lint/bin/ruff check --fix .
+	build/lint/bin/ruff format .
+	build/lint/bin/clang-format -i $(CPP)
+
+# The environments: what serving needs, and the peers and oracles of the tests on top of it.
+engine-env: $(VENV)/engine.stamp
+test-env: $(VENV)/test.stamp
+
+$(VENV)/engine.stamp: pyproject.toml CMakeLists.txt $(CPP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install "scikit-build-core>=0.11" "nanobind>=2.4" "openvino==2026.4.1" "ninja>=1.11"
+	$(PIP) install --no-build-isolation --editable ".[engine]"
+	touch $@
+
+$(VENV)/test.stamp: $(VENV)/engine.stamp
+	$(PIP) install --no-build-isolation --editable ".[test]"
+	touch $@
+
+build/lint.stamp: pyproject.toml
+	mkdir -p build && test -x build/lint/bin/python || $(PYTHON) -m venv build/lint
+	build/lint/bin/python -m pip --disable-pip-version-check --quiet install \
+		clang-format==19.1.7 mypy==1.18.2 ruff==0.14.5 pydantic numpy==1.26.4
+	touch $@
+
+clean:
+	rm -rf build $(VENV) demo_output

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine directory: what its ``config.json`` says, and the checks made when one is opened.
+
+An engine directory is laid out as TensorRT-LLM's: ``config.json`` with ``pretrained_config`` (the
+model) and ``build_config`` (the sizes it was built for), and the engine's files beside it. Ours adds
+``adaptive_k`` (the policies, which may be edited in place) and ``files`` (sizes and SHA-256).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from adaptive_k_moe.errors import EngineError
+from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies
+
+ENGINE_VERSION = "1"
+"""Version of the engine directory's format; an engine of another version is refused."""
+
+CONFIG_NAME = "config.json"
+
+Target = Literal["openvino", "onnx"]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RopeConfig(_Model):
+    """Rotary embedding as Hugging Face's ``rope_parameters`` has it."""
+
+    rope_type: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    rope_theta: float
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+class MoeConfig(_Model):
+    """The mixture-of-experts layers: their sizes and the router's rule (the operator's attributes)."""
+
+    num_experts: int = Field(ge=1)
+    num_experts_per_tok: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    activation: str
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    layers: list[int]
+    """Indices of the decoder layers that have experts, in order; MoE layer 0 is the first of them."""
+
+
+class PretrainedConfig(_Model):
+    """The model, in the field's terms."""
+
+    architecture: str
+    dtype: Dtype
+    vocab_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    max_position_embeddings: int = Field(ge=1)
+    rms_norm_eps: float
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    rope: RopeConfig
+    moe: MoeConfig
+    bos_token_id: int | None = None
+    eos_token_ids: list[int] = Field(default_factory=list)
+    pad_token_id: int | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """Experts in a MoE layer."""
+        return self.moe.num_experts
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """The trained top-k."""
+        return self.moe.num_experts_per_tok
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers that have experts."""
+        return len(self.moe.layers)
+
+
+class BuildConfig(_Model):
+    """The sizes an engine is built for; the words are TensorRT-LLM's.
+
+    Attributes:
+        target: what runs the engine.
+        max_batch_size: most sequences in one step.
+        max_seq_len: most tokens of a sequence, prompt and answer together.
+        max_num_tokens: most tokens in one step, over all sequences.
+    """
+
+    target: Target
+    max_batch_size: int = Field(ge=1)
+    max_seq_len: int = Field(ge=1)
+    max_num_tokens: int = Field(ge=1)
+
+
+class FileEntry(_Model):
+    """One file of the engine: its size in bytes and its SHA-256, in hexadecimal."""
+
+    size: int = Field(ge=0)
+    sha256: str
+
+
+class EngineConfig(_Model):
+    """``config.json`` of an engine directory."""
+
+    version: str
+    pretrained_config: PretrainedConfig
+    build_config: BuildConfig
+    adaptive_k: PolicySet
+    files: dict[str, FileEntry]
+
+    def policies_for_model(self) -> PolicySet:
+        """The policies checked against the model and with `full` among them."""
+        model = self.pretrained_config
+        return self.adaptive_k.for_model(
+            num_experts=model.num_experts,
+            num_experts_per_tok=model.num_experts_per_tok,
+            num_moe_layers=model.num_moe_layers,
+        )
+
+    def policy_tables(self) -> PolicyTables:
+        """The policies as the engine's inputs."""
+        model = self.pretrained_config
+        return compile_policies(
+            self.policies_for_model(),
+            num_experts_per_tok=model.num_experts_per_tok,
+            num_moe_layers=model.num_moe_layers,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of ``config.json``."""
+        content = self.model_dump(mode="json", exclude_none=True)
+        content["adaptive_k"] = self.adaptive_k.to_json()
+        return content
+
+
+def read_engine_config(engine_dir: str | Path, *, verify_files: bool = True) -> EngineConfig:
+    """Open an engine directory and check version, sizes and, unless told not to, every file's hash.
+
+    Args:
+        engine_dir: the directory that ``adaptive-k build`` wrote.
+        verify_files: compare each file with its recorded SHA-256 (about a second for each GB); without it
+            only presence and size are checked.
+
+    Raises:
+        EngineError: one sentence that says what is missing, truncated, altered or too new.
+    """
+    directory = Path(engine_dir)
+    content = _read_config(directory)
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != ENGINE_VERSION:
+        raise EngineError(
+            f"{directory} was built in format {version!r}, and this release reads {ENGINE_VERSION!r}: "
+            "build the engine again from its checkpoint."
+        )
+    try:
+        config = EngineConfig.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise EngineError(f"{directory / CONFIG_NAME}: {where}: {message}.") from None
+    for name, entry in config.files.items():
+        _check_file(directory / name, entry, verify_hash=verify_files)
+    return config
+
+
+def read_policy_tables(engine_dir: str | Path) -> PolicyTables:
+    """The policies that an engine directory holds now, as the engine's inputs.
+
+    Raises:
+        EngineError: the directory cannot be read.
+        PolicyError: its policies do not fit its model.
+    """
+    return read_engine_config(engine_dir, verify_files=False).policy_tables()
+
+
+def write_engine_config(engine_dir: str | Path, config: EngineConfig) -> None:
+    """Write ``config.json`` so that a reader sees the old one or the new one, never half of it."""
+    directory = Path(engine_dir)
+    descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=".config-", suffix=".json")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            json.dump(config.to_json(), stream, indent=2)
+            stream.write("\n")
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, directory / CONFIG_NAME)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def file_entry(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return FileEntry(size=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
+
+
+def _read_config(directory: Path) -> Any:
+    if not directory.is_dir():
+        raise EngineError(f"there is no engine directory {directory}: `adaptive-k build` makes one.")
+    try:
+        return json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise EngineError(f"{directory} has no {CONFIG_NAME}, so it is no engine directory.") from None
+    except OSError as error:
+        raise EngineError(f"cannot read {directory / CONFIG_NAME}: {error.strerror}.") from None
+    except ValueError as error:
+        raise EngineError(f"{directory / CONFIG_NAME} is not JSON: {error}.") from None
+
+
+def _check_file(path: Path, entry: FileEntry, *, verify_hash: bool) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        raise EngineError(f"{path} is missing: build the engine again.") from None
+    if size != entry.size:
+        raise EngineError(f"{path} has {size} bytes instead of {entry.size}: build or copy the engine again.")
+    if verify_hash and file_entry(path).sha256 != entry.sha256:
+        raise EngineError(f"{path} was altered (its SHA-256 differs): build or copy the engine again.")

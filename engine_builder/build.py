@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`build`: a checkpoint becomes an engine directory, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import get_args
+
+from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
+from adaptive_k_moe.engine_builder.graph import GraphBuilder
+from adaptive_k_moe.engine_builder.models import architecture_of
+from adaptive_k_moe.engine_builder.targets import lower
+from adaptive_k_moe.engine_config import (
+    CONFIG_NAME,
+    ENGINE_VERSION,
+    BuildConfig,
+    Dtype,
+    EngineConfig,
+    PretrainedConfig,
+    Target,
+    file_entry,
+    write_engine_config,
+)
+from adaptive_k_moe.errors import BuildError, CheckpointError
+from adaptive_k_moe.policy import PolicySet, read_policy_file
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+# A page of the KV cache must not be most of a small model's memory.
+_DEFAULT_MAX_SEQ_LEN = 4096
+
+
+def build(
+    checkpoint_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    target: Target = "openvino",
+    dtype: Dtype | None = None,
+    policy: str | Path | PolicySet | None = None,
+    max_batch_size: int = 16,
+    max_seq_len: int | None = None,
+    max_num_tokens: int | None = None,
+    force: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> EngineConfig:
+    """Convert a checkpoint into an engine directory.
+
+    The directory is written under a temporary name beside `output_dir` and renamed when it is whole.
+    Memory in use stays at a few of the model's layers; weights go from file to file.
+
+    Args:
+        checkpoint_dir: Hugging Face checkpoint (``config.json`` and safetensors).
+        output_dir: the engine directory to make; it must not exist yet unless `force`.
+        target: "openvino" (any CPU) or "onnx" (the specification, for a plain ONNX Runtime).
+        dtype: of the weights; None is the checkpoint's own (float16 becomes float32, its superset).
+        policy: policy file or set; None gives the engine `full` alone.
+        max_batch_size: most sequences in one step.
+        max_seq_len: most tokens of a sequence; None is the model's own limit, 4096 at most.
+        max_num_tokens: most tokens in one step; None is 512, and never under `max_batch_size`.
+        force: replace an engine directory that is already there.
+        progress: called with a part's name, the parts done and their number.
+
+    Returns:
+        The configuration as written.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, incomplete or of an unsupported kind.
+        BuildError: it cannot be built as asked.
+        PolicyError: the policies do not fit the model.
+    """
+    source, output = Path(checkpoint_dir), Path(output_dir)
+    _check_output(output, force=force)
+    if target not in get_args(Target):
+        raise BuildError(f"target {target!r} is unknown: it is one of {', '.join(get_args(Target))}.")
+    hf_config = HfConfig.read(source)
+    hf_config.require("quantization_config", None)
+    architecture = architecture_of(hf_config)
+    tensors = CheckpointTensors(source)
+    model = architecture.read_config(hf_config, dtype or _own_dtype(hf_config))
+    build_config = _build_config(model, target, max_batch_size, max_seq_len, max_num_tokens)
+    policies = policy if isinstance(policy, PolicySet) else read_policy_file(policy) if policy else PolicySet()
+    policies = policies.for_model(
+        num_experts=model.num_experts,
+        num_experts_per_tok=model.num_experts_per_tok,
+        num_moe_layers=model.num_moe_layers,
+    )
+
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise BuildError(f"cannot write beside {output}: {error.strerror}.") from None
+    with ExitStack() as cleanup:
+        cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
+        total = model.num_hidden_layers + 4  # embedding, layers, head, lowering, hashes
+        done = 0
+
+        def report(part: str) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(part, done, total)
+
+        try:
+            with GraphBuilder(temporary / "model.onnx", architecture.__name__) as graph:
+                architecture(model, build_config, tensors, graph).build(report)
+                unused = [name for name in tensors.unused() if not name.endswith("rotary_emb.inv_freq")]
+                if unused and not (model.tie_word_embeddings and unused == [architecture.lm_head_name]):
+                    raise CheckpointError(
+                        f"{source} holds {len(unused)} tensors that {architecture.__name__} has no place for, "
+                        f"{unused[0]!r} first: the checkpoint does not match its config.json."
+                    )
+                graph.save({"adaptive_k.pretrained_config": json.dumps(model.model_dump(mode="json"))})
+            lower(temporary, model, build_config)
+            report("lowering")
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, temporary / name)
+            files = {path.name: file_entry(path) for path in sorted(temporary.iterdir())}
+            report("hashes")
+            config = EngineConfig(
+                version=ENGINE_VERSION,
+                pretrained_config=model,
+                build_config=build_config,
+                adaptive_k=policies,
+                files=files,
+            )
+            write_engine_config(temporary, config)
+            temporary.chmod(0o755)
+            if output.exists():
+                shutil.rmtree(output)
+            temporary.rename(output)
+        except OSError as error:
+            raise BuildError(f"cannot write the engine to {output}: {error.strerror or error}.") from error
+    return config
+
+
+def _check_output(output: Path, *, force: bool) -> None:
+    if not output.exists():
+        return
+    if not output.is_dir() or (any(output.iterdir()) and not (output / CONFIG_NAME).exists()):
+        raise BuildError(f"{output} exists and is no engine directory: give another --output_dir.")
+    if any(output.iterdir()) and not force:
+        raise BuildError(f"{output} holds an engine already: give another --output_dir, or --force to replace it.")
+
+
+def _own_dtype(config: HfConfig) -> Dtype:
+    """The checkpoint's dtype where an engine can have it; float16 widens to float32, which holds all of it."""
+    own = config.optional("dtype", str) or config.optional("torch_dtype", str) or "float32"
+    return "bfloat16" if own == "bfloat16" else "float32"
+
+
+def _build_config(
+    model: PretrainedConfig, target: Target, max_batch_size: int, max_seq_len: int | None, max_num_tokens: int | None
+) -> BuildConfig:
+    seq_len = min(model.max_position_embeddings, _DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
+    num_tokens = max(512, max_batch_size) if max_num_tokens is None else max_num_tokens
+    for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", seq_len), ("max_num_tokens", num_tokens)):
+        if value < 1:
+            raise BuildError(f"{name} is {value}: it must be at least 1.")
+    if num_tokens < max_batch_size:
+        raise BuildError(
+            f"max_num_tokens {num_tokens} is below max_batch_size {max_batch_size}: a step of decode needs one token "
+            "for each sequence."
+        )
+    if seq_len > model.max_position_embeddings:
+        raise BuildError(
+            f"max_seq_len {seq_len} is above the model's max_position_embeddings {model.max_position_embeddings}."
+        )
+    return BuildConfig(target=target, max_batch_size=max_batch_size, max_seq_len=seq_len, max_num_tokens=num_tokens)

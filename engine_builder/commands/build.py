@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaptive-k build``: convert a checkpoint into an engine; flags are named as `trtllm-build`'s."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's flags."""
+    parser.add_argument("--checkpoint_dir", type=Path, required=True, help="Hugging Face checkpoint directory")
+    parser.add_argument("--output_dir", type=Path, required=True, help="engine directory to make")
+    parser.add_argument("--target", choices=["openvino", "onnx"], default="openvino", help="default: %(default)s")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights; default: the checkpoint's")
+    parser.add_argument("--policy", type=Path, help="policy file (JSON); default: only the trained top-k")
+    parser.add_argument("--max_batch_size", type=int, default=16, help="sequences in a step; default: %(default)s")
+    parser.add_argument("--max_seq_len", type=int, help="tokens of a sequence; default: the model's, 4096 at most")
+    parser.add_argument("--max_num_tokens", type=int, help="tokens in a step; default: 512")
+    parser.add_argument("--force", action="store_true", help="replace an engine that is already there")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Build, with a progress bar where there is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from adaptive_k_moe.engine_builder import build
+
+    start = time.monotonic()
+    console = Console(file=sys.stderr)
+    with warnings.catch_warnings(record=True) as caught, Progress(console=console, transient=True) as bar:
+        warnings.simplefilter("always", UserWarning)
+        task = bar.add_task("building", total=None)
+        config = build(
+            args.checkpoint_dir,
+            args.output_dir,
+            target=args.target,
+            dtype=args.dtype,
+            policy=args.policy,
+            max_batch_size=args.max_batch_size,
+            max_seq_len=args.max_seq_len,
+            max_num_tokens=args.max_num_tokens,
+            force=args.force,
+            progress=lambda part, done, total: bar.update(task, description=part, completed=done, total=total),
+        )
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            print(f"adaptive-k: warning: {warning.message}", file=sys.stderr)
+    size = sum(entry.size for entry in config.files.values())
+    print(
+        f"built {args.output_dir}: {config.pretrained_config.architecture}, {config.build_config.target}, "
+        f"{config.pretrained_config.dtype}, {size / 1e6:.1f} MB, policies {', '.join(config.adaptive_k.policies)} "
+        f"in {time.monotonic() - start:.1f} s"
+    )
+    return 0

@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ONNX graph: nodes in memory, weights streamed to external data, the operator's function body."""
+
+from adaptive_k_moe.engine_builder.graph.graph_builder import GraphBuilder
+from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN, make_moe_function
+
+__all__ = ["DOMAIN", "GraphBuilder", "make_moe_function"]

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes an ONNX model node by node while its weights stream to one external data file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+OPSET = 24
+IR_VERSION = 11
+
+DATA_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+}
+_NUMPY_TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+# Weights start at page boundaries, so that a runtime can map each of them.
+_ALIGNMENT = 4096
+
+Array = npt.NDArray[Any]
+
+
+class GraphBuilder:
+    """An ONNX graph in the making.
+
+    Nodes and small constants are kept; a weight's bytes go straight to the data file, so the memory in
+    use is that of the piece being written. Use as a context manager: it closes the data file.
+
+    Args:
+        path: the ``.onnx`` file to write; weights go beside it as ``<name>.data``.
+        name: the graph's name.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path = path
+        self._name = name
+        self._data_path = path.with_name(path.name + ".data")
+        self._data = self._data_path.open("wb")
+        self._nodes: list[onnx.NodeProto] = []
+        self._initializers: dict[str, TensorProto] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+        self._functions: list[onnx.FunctionProto] = []
+
+    def __enter__(self) -> GraphBuilder:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._data.close()
+
+    def input(self, name: str, dtype: str, shape: Sequence[int | str]) -> str:
+        """Declare a graph input and return its name."""
+        self._inputs.append(helper.make_tensor_value_info(name, DATA_TYPES[dtype], shape))
+        return name
+
+    def output(self, name: str, dtype: str, shape: Sequence[int | str]) -> None:
+        """Declare a graph output; a node must produce the value of that name."""
+        self._outputs.append(helper.make_tensor_value_info(name, DATA_TYPES[dtype], shape))
+
+    def node(self, op_type: str, inputs: Sequence[str], output: str, *, domain: str = "", **attributes: Any) -> str:
+        """Add a node with one output and return the output's name."""
+        return self.nodes(op_type, inputs, [output], domain=domain, **attributes)[0]
+
+    def nodes(
+        self, op_type: str, inputs: Sequence[str], outputs: Sequence[str], *, domain: str = "", **attributes: Any
+    ) -> Sequence[str]:
+        """Add a node and return the names of its outputs."""
+        self._nodes.append(
+            helper.make_node(op_type, list(inputs), list(outputs), name=outputs[0], domain=domain, **attributes)
+        )
+        return outputs
+
+    def constant(self, value: Any, dtype: str = "int64") -> str:
+        """A small constant kept in the model file; equal ones share one name."""
+        array = np.asarray(value, dtype)
+        name = f"const.{dtype}.{'x'.join(map(str, array.shape))}.{'_'.join(map(str, array.ravel().tolist()))}"
+        if name not in self._initializers:
+            self._initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def weight(self, name: str, dtype: str, shape: Sequence[int], pieces: Iterable[Array]) -> str:
+        """Stream a weight to the data file.
+
+        Args:
+            name: the initializer's name.
+            dtype: "float32" or "bfloat16"; pieces of another float dtype are converted.
+            shape: the whole weight's shape.
+            pieces: its values in C order, in pieces of any shape that together have its size.
+        """
+        self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
+        offset = self._data.tell()
+        for piece in pieces:
+            self._data.write(np.ascontiguousarray(piece, dtype=_NUMPY_TYPES[dtype]).view(np.uint8).data)
+        length = self._data.tell() - offset
+        expected = int(np.prod(shape)) * _NUMPY_TYPES[dtype].itemsize
+        if length != expected:
+            raise AssertionError(f"weight {name} streamed {length} bytes instead of {expected}")
+        tensor = TensorProto(name=name, data_type=DATA_TYPES[dtype], dims=list(shape))
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self._data_path.name), ("offset", offset), ("length", length)):
+            tensor.external_data.add(key=key, value=str(value))
+        self._initializers[name] = tensor
+        return name
+
+    def function(self, function: onnx.FunctionProto) -> None:
+        """Add a model-local function."""
+        self._functions.append(function)
+
+    def save(self, metadata: dict[str, str]) -> onnx.ModelProto:
+        """Write the ``.onnx`` file and return the model (weights stay in the data file)."""
+        self._data.flush()
+        graph = helper.make_graph(
+            self._nodes, self._name, self._inputs, self._outputs, list(self._initializers.values())
+        )
+        domains = {function.domain for function in self._functions}
+        opsets = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in sorted(domains))]
+        model = helper.make_model(
+            graph,
+            ir_version=IR_VERSION,
+            opset_imports=opsets,
+            functions=self._functions,
+            producer_name="adaptive-k-moe",
+        )
+        helper.set_model_props(model, metadata)
+        onnx.save(model, self.path)
+        return model

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`AdaptiveKMoe` as an ONNX model-local function of standard ops: the operator's executable specification.
+
+Dense and slow (every expert is computed for every token and the unchosen are masked), but exact, so
+the same file runs in a plain ONNX Runtime. Faces of the operator are compared with it in the tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper
+
+from adaptive_k_moe.engine_config import MoeConfig
+from adaptive_k_moe.policy import KIND_RATIO, KIND_TOP_P
+
+DOMAIN = "adaptive_k"
+OP_TYPE = "AdaptiveKMoe"
+
+GATED_ACTIVATIONS = ("swiglu", "geglu")
+
+INPUTS = ["hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values", "up", "down"]
+OUTPUTS = ["output", "k", "entropy"]
+
+
+def moe_attributes(moe: MoeConfig, *, max_k: int, weight_format: str) -> dict[str, Any]:
+    """The operator's attributes for a model's MoE layers."""
+    return {
+        "activation": moe.activation,
+        "scoring": moe.scoring,
+        "norm_topk_prob": int(moe.norm_topk_prob),
+        "routed_scaling_factor": float(moe.routed_scaling_factor),
+        "n_group": moe.n_group,
+        "topk_group": moe.topk_group,
+        "max_k": max_k,
+        "weight_format": weight_format,
+    }
+
+
+class _Body:
+    """Nodes of a function body; a method call adds one node and returns its value's name."""
+
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+
+    def const(self, value: Any, dtype: str = "float32") -> str:
+        name = f"c{len(self.nodes)}"
+        self.nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(value, dtype))))
+        return name
+
+    def op(self, op_type: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes: Any) -> str:
+        names = [name or f"v{len(self.nodes)}"] + [f"v{len(self.nodes)}_{i}" for i in range(1, outputs)]
+        self.nodes.append(helper.make_node(op_type, list(inputs), names, **attributes))
+        return names[0]
+
+
+def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> onnx.FunctionProto:
+    """The operator's body for one configuration of its attributes.
+
+    Args:
+        moe: the router's rule and the activation.
+        max_k: most experts a token may run, whatever the policy tables say.
+        correction_bias: whether the operator has its ninth input, [E] float32, added to the scores for
+            the choice only.
+    """
+    b = _Body()
+    f32 = onnx.TensorProto.FLOAT
+    # Probabilities and entropy: H = log Z - sum(p (x - max)), where p = 0 contributes nothing.
+    last, zero, one = b.const([-1], "int64"), b.const(0.0), b.const(1.0)
+    top = b.op("ReduceMax", "router_logits", last, keepdims=1)
+    shifted = b.op("Sub", "router_logits", top)
+    exps = b.op("Exp", shifted)
+    total = b.op("ReduceSum", exps, last, keepdims=1)
+    probs = b.op("Div", exps, total)
+    used = b.op("Where", b.op("Equal", probs, zero), zero, b.op("Mul", probs, shifted))
+    entropy = b.op("Sub", b.op("Log", total), b.op("ReduceSum", used, last, keepdims=1))  # [T, 1]
+    flat = b.const([-1], "int64")
+    b.op("Reshape", entropy, flat, name="entropy")
+
+    scores = b.op("Sigmoid", "router_logits") if moe.scoring == "sigmoid" else probs
+    # Softmax is strictly rising, so the logits themselves rank the experts, free of rounding ties.
+    choice = scores
+    if correction_bias:
+        choice = b.op("Add", scores, "correction_bias")
+    elif moe.scoring == "softmax":
+        choice = "router_logits"
+    lowest = b.const(-np.inf)
+    ranked = b.op("Where", b.op("IsNaN", choice), lowest, choice)  # NaN ranks last
+    num_experts = b.const([moe.num_experts], "int64")
+    if moe.n_group > 1:
+        ranked = _mask_groups(b, ranked, moe, lowest)
+    # Every expert in the order of choice; equal ones by rising index.
+    order = f"v{len(b.nodes)}_1"
+    b.op("TopK", ranked, num_experts, outputs=2, axis=-1, largest=1, sorted=1)  # [T, E]
+    ordered = b.op("GatherElements", scores, order, axis=1)
+
+    # The policy row of each token, and by its kind the number of experts.
+    last_row = b.op("Sub", b.op("Shape", "policy_kind"), b.const([1], "int64"))
+    row = b.op("Clip", b.op("Cast", "policy_index", to=onnx.TensorProto.INT64), b.const(0, "int64"),
+               b.op("Squeeze", last_row))  # fmt: skip
+    thresholds = b.op("Gather", "thresholds", row, axis=0)  # [T, C-1]
+    k_values = b.op("Cast", b.op("Gather", "k_values", row, axis=0), to=onnx.TensorProto.INT64)  # [T, C]
+    kind = b.op("Unsqueeze", b.op("Gather", "policy_kind", row, axis=0), last)  # [T, 1]
+    below_limit = b.op("Cast", b.op("Less", entropy, thresholds), to=onnx.TensorProto.INT32)
+    # The first choice whose limit is above the entropy; past all limits (and for NaN) the last one.
+    always = b.op("Add", b.op("Mul", kind, b.const(0, "int32")), b.const(1, "int32"))
+    first = b.op("ArgMax", b.op("Concat", below_limit, always, axis=1), axis=1, keepdims=1)
+    by_entropy = b.op("GatherElements", k_values, first, axis=1)
+
+    begin, end, axis1 = b.const([0], "int64"), b.const([1], "int64"), b.const([1], "int64")
+    parameter = b.op("Slice", thresholds, begin, end, axis1)  # [T, 1]
+    k_min = b.op("Slice", k_values, begin, end, axis1)
+    k_max = b.op("Slice", k_values, last, b.const([np.iinfo(np.int64).max], "int64"), axis1)
+    whole = b.op("ReduceSum", ordered, last, keepdims=1)
+    mass = b.op("CumSum", b.op("Div", ordered, whole), b.const(1, "int64"))
+    below = b.op("Cast", b.op("Less", mass, parameter), to=onnx.TensorProto.INT64)
+    by_mass = b.op("Add", b.op("ReduceSum", below, last, keepdims=1), b.const(1, "int64"))
+    best = b.op("ReduceMax", scores, last, keepdims=1)
+    strong = b.op("GreaterOrEqual", ordered, b.op("Mul", parameter, best))
+    by_ratio = b.op("ReduceSum", b.op("Cast", strong, to=onnx.TensorProto.INT64), last, keepdims=1)
+    broken = b.op("IsNaN", entropy)
+
+    def within(k: str) -> str:
+        clamped = b.op("Min", b.op("Max", k, k_min), k_max)
+        return b.op("Where", broken, k_max, clamped)
+
+    k = b.op("Where", b.op("Equal", kind, b.const(KIND_TOP_P, "int32")), within(by_mass), by_entropy)
+    k = b.op("Where", b.op("Equal", kind, b.const(KIND_RATIO, "int32")), within(by_ratio), k)
+    selectable = moe.num_experts * moe.topk_group // moe.n_group
+    limit = min(max_k, selectable)
+    k = b.op("Min", b.op("Max", k, b.const(1, "int64")), b.const(limit, "int64"))  # [T, 1]
+    b.op("Reshape", b.op("Cast", k, to=onnx.TensorProto.INT32), flat, name="k")
+
+    # The model's own weight rule over the first k of the order.
+    position = b.op("Unsqueeze", b.op("Range", b.const(0, "int64"), b.const(moe.num_experts, "int64"),
+                                      b.const(1, "int64")), b.const([0], "int64"))  # fmt: skip
+    chosen = b.op("Less", position, k)  # [T, E], in the order of choice
+    weights = b.op("Where", chosen, ordered, zero)
+    if moe.norm_topk_prob:
+        kept = b.op("Add", b.op("ReduceSum", weights, last, keepdims=1), b.const(1e-20))
+        weights = b.op("Div", weights, kept)
+    weights = b.op("Mul", weights, b.const(moe.routed_scaling_factor))
+    empty = b.op("Mul", b.op("Cast", order, to=f32), zero)  # zeros [T, E]
+    weights = b.op("ScatterElements", empty, order, weights, axis=1)
+    chosen = b.op("ScatterElements", empty, order, b.op("Cast", chosen, to=f32), axis=1)
+
+    # All experts on all tokens: [E, T, H].
+    tokens = b.op("Unsqueeze", "hidden_states", b.const([0], "int64"))
+    up = b.op("Transpose", b.op("Cast", "up", to=f32), perm=[0, 2, 1])
+    hidden = _activate(b, b.op("MatMul", tokens, up), moe.activation)
+    down = b.op("Transpose", b.op("Cast", "down", to=f32), perm=[0, 2, 1])
+    experts = b.op("MatMul", hidden, down)
+
+    def per_expert(value: str) -> str:
+        return b.op("Unsqueeze", b.op("Transpose", value, perm=[1, 0]), last)  # [E, T, 1]
+
+    weighted = b.op("Mul", experts, per_expert(weights))
+    kept = b.op("Where", b.op("Equal", per_expert(chosen), one), weighted, zero)
+    b.op("ReduceSum", kept, b.const([0], "int64"), name="output", keepdims=0)
+
+    inputs = [*INPUTS, *(["correction_bias"] if correction_bias else [])]
+    attributes = list(moe_attributes(moe, max_k=max_k, weight_format="float32"))
+    return helper.make_function(
+        DOMAIN, OP_TYPE, inputs, OUTPUTS, b.nodes, [helper.make_opsetid("", 24)], attributes
+    )
+
+
+def _mask_groups(b: _Body, ranked: str, moe: MoeConfig, lowest: str) -> str:
+    """Leave only the experts of the `topk_group` best groups selectable.
+
+    A group's score is its best expert's (softmax) or the sum of its two best (sigmoid), as DeepSeek-V2
+    and -V3 have it.
+    """
+    size = moe.num_experts // moe.n_group
+    grouped = b.op("Reshape", ranked, b.const([-1, moe.n_group, size], "int64"))
+    per_group = b.const([min(2, size) if moe.scoring == "sigmoid" else 1], "int64")
+    best = b.op("TopK", grouped, per_group, outputs=2, axis=-1)
+    group_scores = b.op("ReduceSum", best, b.const([-1], "int64"), keepdims=0)  # [T, n_group]
+    index = f"v{len(b.nodes)}_1"
+    b.op("TopK", group_scores, b.const([moe.topk_group], "int64"), outputs=2, axis=-1)
+    zero, one = b.const(0.0), b.const(1.0)
+    zeros = b.op("Where", b.op("IsNaN", group_scores), zero, zero)
+    ones = b.op("Where", b.op("Equal", index, index), one, one)
+    keep = b.op("ScatterElements", zeros, index, ones, axis=1)
+    keep = b.op("Equal", b.op("Unsqueeze", keep, b.const([2], "int64")), one)
+    masked = b.op("Where", keep, grouped, lowest)
+    return b.op("Reshape", masked, b.const([-1, moe.num_experts], "int64"))
+
+
+def _activate(b: _Body, projected: str, activation: str) -> str:
+    """The experts' activation over the last dimension; a gated one halves it."""
+    if activation in GATED_ACTIVATIONS:
+        gate = f"v{len(b.nodes)}"
+        up = f"v{len(b.nodes)}_1"
+        b.op("Split", projected, outputs=2, axis=-1, num_outputs=2)
+        gated = b.op("Mul", gate, b.op("Sigmoid", gate)) if activation == "swiglu" else b.op("Gelu", gate)
+        return b.op("Mul", gated, up)
+    match activation:
+        case "silu":
+            return b.op("Mul", projected, b.op("Sigmoid", projected))
+        case "gelu":
+            return b.op("Gelu", projected)
+        case "gelu_tanh":
+            return b.op("Gelu", projected, approximate="tanh")
+        case "relu":
+            return b.op("Relu", projected)
+        case "relu2":
+            positive = b.op("Relu", projected)
+            return b.op("Mul", positive, positive)
+    raise AssertionError(f"activation {activation}")

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model architectures: one file each, over what every decoder shares (``decoder.py``)."""
+
+from __future__ import annotations
+
+from adaptive_k_moe.engine_builder.checkpoint import HfConfig
+from adaptive_k_moe.engine_builder.models.decoder import Decoder
+from adaptive_k_moe.engine_builder.models.mixtral import Mixtral
+from adaptive_k_moe.errors import CheckpointError
+
+ARCHITECTURES: dict[str, type[Decoder]] = {"MixtralForCausalLM": Mixtral}
+
+__all__ = ["ARCHITECTURES", "Decoder", "architecture_of"]
+
+
+def architecture_of(config: HfConfig) -> type[Decoder]:
+    """The model class for a checkpoint.
+
+    Raises:
+        CheckpointError: the architecture is not one that the builder knows.
+    """
+    try:
+        return ARCHITECTURES[config.architecture]
+    except KeyError:
+        raise CheckpointError(
+            f"architecture {config.architecture!r} is not supported; these are: {', '.join(ARCHITECTURES)}."
+        ) from None

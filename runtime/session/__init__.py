@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sessions: one loaded engine each, by target, behind one interface (``base.py``)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from adaptive_k_moe.engine_config import EngineConfig
+from adaptive_k_moe.errors import EngineError
+from adaptive_k_moe.runtime.session.base import Session, StepInput, StepOutput
+
+__all__ = ["Session", "StepInput", "StepOutput", "create_session"]
+
+
+def create_session(
+    engine_dir: str | Path,
+    config: EngineConfig,
+    *,
+    num_threads: int | None = None,
+    kv_cache_max_tokens: int | None = None,
+) -> Session:
+    """Load an engine with the session of its target.
+
+    Args:
+        engine_dir: the engine directory.
+        config: what `read_engine_config` returned for it.
+        num_threads: CPU threads; None is all that the process may use.
+        kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None is the session's choice.
+
+    Raises:
+        EngineError: the target has no session (an "onnx" engine is for ONNX Runtime), or loading failed.
+    """
+    target = config.build_config.target
+    if target == "openvino":
+        from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
+
+        return OpenVinoSession(
+            engine_dir, config, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens
+        )
+    raise EngineError(
+        f"{engine_dir} was built for the target {target!r}, which has no runtime here: build with --target openvino."
+    )

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The session on a CPU: OpenVINO with paged attention and the extension's `AdaptiveKMoe`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from adaptive_k_moe.engine_config import EngineConfig
+from adaptive_k_moe.errors import DependencyError, EngineError
+from adaptive_k_moe.policy import PolicyTables
+from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
+from adaptive_k_moe.runtime.session.paged_attention import use_paged_attention
+
+ENGINE_XML = "rank0.xml"
+
+# Memory that the KV cache takes at most unless the caller says how many tokens it must hold.
+_DEFAULT_CACHE_BYTES = 4 << 30
+
+
+class OpenVinoSession:
+    """One compiled engine with its KV cache; see `Session` for the methods' contracts.
+
+    Args:
+        engine_dir: an engine directory of the target "openvino".
+        config: its configuration.
+        num_threads: threads of the engine; None is one for each core that the process may use.
+        kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None is enough for
+            `max_batch_size` sequences of `max_seq_len`, within 4 GiB.
+
+    Raises:
+        DependencyError: OpenVINO is not installed.
+        EngineError: the engine cannot be loaded or compiled.
+    """
+
+    def __init__(
+        self,
+        engine_dir: str | Path,
+        config: EngineConfig,
+        *,
+        num_threads: int | None = None,
+        kv_cache_max_tokens: int | None = None,
+    ) -> None:
+        self._config = config
+        self._ov = _import_openvino()
+        self._request: Any = None
+        self._compile(Path(engine_dir), num_threads)
+        self._allocate_cache(kv_cache_max_tokens)
+        self.set_policies(config.policy_tables())
+
+    @property
+    def block_size(self) -> int:
+        """Tokens that one KV block holds."""
+        return self._block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks that exist."""
+        return self._num_blocks
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._config.pretrained_config.vocab_size
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Width of `StepOutput.k`."""
+        return self._config.pretrained_config.num_moe_layers
+
+    def step(self, step: StepInput) -> StepOutput:
+        """See `Session.step`."""
+        begins = np.zeros(len(step.block_tables) + 1, np.int32)
+        np.cumsum([len(table) for table in step.block_tables], out=begins[1:])
+        blocks = np.fromiter((block for table in step.block_tables for block in table), np.int32, begins[-1])
+        new = np.diff(step.subsequence_begins)
+        arrays = {
+            "input_ids": step.input_ids,
+            "position_ids": step.position_ids,
+            "logits_indices": step.logits_indices,
+            "policy_index": step.policy_index,
+            "past_lens": step.past_lens,
+            "subsequence_begins": step.subsequence_begins,
+            "block_indices": blocks,
+            "block_indices_begins": begins,
+            "max_context_len": np.array((step.past_lens + new).max(), np.int32),
+        }
+        for name, array in arrays.items():
+            # Shared, not copied: `arrays` keeps them alive until the step is over.
+            self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=array.ndim > 0))
+        self._request.infer()
+        logits, k, entropy = (self._request.get_tensor(name).data.copy() for name in ("logits", "k", "entropy"))
+        return StepOutput(logits.reshape(-1, self.vocab_size), k, entropy)
+
+    def set_policies(self, tables: PolicyTables) -> None:
+        """See `Session.set_policies`."""
+        for name in ("policy_kind", "thresholds", "k_values"):
+            self._request.set_tensor(name, self._ov.Tensor(getattr(tables, name)))
+
+    def close(self) -> None:
+        """See `Session.close`."""
+        self._request = None
+
+    def _compile(self, engine_dir: Path, num_threads: int | None) -> None:
+        from adaptive_k_moe.plugin import openvino_extension_path
+
+        core = self._ov.Core()
+        options = {
+            # The engine's numbers are float32 whatever the machine has; weights stay as they were built.
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": str(num_threads or 0),
+        }
+        try:
+            core.add_extension(str(openvino_extension_path()))
+            graph = core.read_model(engine_dir / ENGINE_XML)
+            use_paged_attention(graph, self._config.pretrained_config)
+            self._request = core.compile_model(graph, "CPU", options).create_infer_request()
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[-1]
+            raise EngineError(f"OpenVINO cannot load the engine in {engine_dir}: {reason}") from error
+
+    def _allocate_cache(self, max_tokens: int | None) -> None:
+        build, ov = self._config.build_config, self._ov
+        ports = [port for port in self._request.get_compiled_model().inputs if "_cache." in port.get_any_name()]
+        shapes = {port: [dim.get_length() for dim in list(port.get_partial_shape())[1:]] for port in ports}
+        # [blocks, KV heads, tokens of a block, head_dim]
+        self._block_size = int(next(iter(shapes.values()))[1])
+        block_bytes = sum(int(np.prod(shape)) * port.get_element_type().size for port, shape in shapes.items())
+        per_sequence = -(-build.max_seq_len // self._block_size)
+        if max_tokens is None:
+            wanted = build.max_batch_size * per_sequence
+            self._num_blocks = max(per_sequence, min(wanted, _DEFAULT_CACHE_BYTES // block_bytes))
+        else:
+            self._num_blocks = max(1, max_tokens // self._block_size)
+        self._cache = {
+            port.get_any_name(): ov.Tensor(port.get_element_type(), ov.Shape([self._num_blocks, *shape]))
+            for port, shape in shapes.items()
+        }
+        for name, tensor in self._cache.items():
+            self._request.set_tensor(name, tensor)
+
+
+def _import_openvino() -> Any:
+    try:
+        import openvino
+    except ModuleNotFoundError:
+        raise DependencyError(
+            "running an engine on a CPU needs OpenVINO: install it with pip install 'adaptive-k-moe[engine]'."
+        ) from None
+    return openvino

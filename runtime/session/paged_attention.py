@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the engine's explicit past keys and values to OpenVINO's paged attention.
+
+Done each time an engine is loaded (it takes milliseconds), because OpenVINO cannot read its own paged
+attention back from a file. The builder runs the same pass to check that a model's attention matches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from adaptive_k_moe.engine_config import PretrainedConfig
+from adaptive_k_moe.errors import EngineError
+
+
+def use_paged_attention(graph: Any, model: PretrainedConfig) -> None:
+    """Replace past keys and values by block tables, in place.
+
+    The graph's inputs ``past_key_values.N.*`` and outputs ``present.N.*`` go; ``key_cache.N``,
+    ``value_cache.N``, ``past_lens``, ``subsequence_begins``, ``block_indices``, ``block_indices_begins``
+    and ``max_context_len`` come.
+
+    Args:
+        graph: an `openvino.Model` as the engine builder wrote it.
+        model: the model's sizes.
+
+    Raises:
+        EngineError: OpenVINO did not recognise the attention of every layer.
+    """
+    from openvino import PartialShape, Type
+    from openvino import opset13 as op
+    from openvino._offline_transformations import paged_attention_transformation
+    from openvino.op.util import Variable, VariableInfo
+
+    parameters = {name: node for node in graph.get_parameters() for name in node.output(0).get_names()}
+    results = {name: node for node in graph.get_results() for name in node.input(0).get_source_output().get_names()}
+    # The transformation finds its inputs by their friendly names.
+    for name, parameter in parameters.items():
+        parameter.set_friendly_name(name)
+    added = []
+    for name, shape, kind in (("beam_idx", [-1], Type.i32), ("attention_mask", [-1, -1], Type.i64)):
+        parameter = op.parameter(PartialShape(shape), kind, name)
+        parameter.output(0).set_names({name})
+        added.append(parameter)
+    heads, width = model.num_key_value_heads, model.head_dim
+    batch = op.gather(op.shape_of(parameters["input_ids"]), op.constant(np.array([0])), op.constant(np.int64(0)))
+    sinks = []
+    for layer in range(model.num_hidden_layers):
+        for kind in ("key", "value"):
+            past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
+            info = VariableInfo()
+            info.data_shape, info.data_type, info.variable_id = PartialShape([-1, heads, -1, width]), Type.f32, past
+            variable = Variable(info)
+            empty = op.concat([batch, op.constant(np.array([heads, 0, width]))], 0)
+            stored = op.read_value(op.broadcast(op.constant(np.float32(0)), empty), variable)
+            state = op.gather(stored, added[0], op.constant(np.int64(0)))
+            for consumer in list(parameters[past].output(0).get_target_inputs()):
+                consumer.replace_source_output(state.output(0))
+            sinks.append(op.assign(results[present].input(0).get_source_output().get_node(), variable))
+            graph.remove_result(results[present])
+            graph.remove_parameter(parameters[past])
+    graph.add_parameters(added)
+    graph.add_sinks(sinks)
+    paged_attention_transformation(graph)
+    matched = sum(node.get_type_name() == "PagedAttentionExtension" for node in graph.get_ops())
+    if matched != model.num_hidden_layers:
+        raise EngineError(
+            f"OpenVINO recognised paged attention in {matched} of {model.num_hidden_layers} layers, so this model "
+            "cannot run on the openvino target."
+        )
