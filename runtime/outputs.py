@@ -102,8 +102,11 @@ class RequestOutput:
 
     @property
     def avg_k(self) -> float:
-        """Mean number of experts run over all tokens (prompt and answer) and layers; NaN before any."""
-        parts = [self.prompt_k.ravel(), *(output.k.ravel() for output in self.outputs)]
+        """Mean number of experts run over all tokens computed (prompt and answer) and layers; NaN before any.
+
+        The pass that produced an answer's first token is that of the last prompt token, and counts once.
+        """
+        parts = [self.prompt_k.ravel(), *(output.k[1:].ravel() for output in self.outputs)]
         ks = np.concatenate(parts)
         return float(ks.mean()) if ks.size else float("nan")
 

@@ -1,0 +1,485 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: requests in, one step at a time, outputs out. It has no threads; `LLM` gives it one."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from adaptive_k_moe.errors import PolicyError, RequestError
+from adaptive_k_moe.policy import PolicyTables
+from adaptive_k_moe.runtime.block_manager import BlockManager
+from adaptive_k_moe.runtime.detokenizer import AnswerText
+from adaptive_k_moe.runtime.outputs import FinishReason, RequestMetrics, RequestOutput
+from adaptive_k_moe.runtime.sampler import FloatArray, SamplingState, sample
+from adaptive_k_moe.runtime.sampling_params import SamplingParams
+from adaptive_k_moe.runtime.scheduler import Chunk, Scheduler
+from adaptive_k_moe.runtime.sequence import Request, Sequence
+from adaptive_k_moe.runtime.session.base import Session, StepInput, StepOutput
+from adaptive_k_moe.runtime.telemetry import Counters, EngineStats, Observers, StepRecord, logger
+from adaptive_k_moe.runtime.tokenizer import TokenizerLike
+
+
+class _Wanted(NamedTuple):
+    """Which rows of a step's logits are a chunk's."""
+
+    context: slice
+    last: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Sizes that an engine keeps to.
+
+    Attributes:
+        max_batch_size: most sequences in a step.
+        max_num_tokens: most tokens in a step.
+        max_seq_len: most tokens of a sequence, prompt and answer.
+    """
+
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+
+
+class Engine:
+    """Runs requests over a session by in-flight batching.
+
+    `prepare` may be called from any thread; everything else belongs to one thread.
+
+    Args:
+        session: the loaded model.
+        policies: its policy tables; the session is told.
+        limits: sizes to keep to.
+        tokenizer: None takes token ids alone and gives no text.
+        eos_token_ids: tokens that end an answer unless a request says otherwise.
+        full_k: the trained top-k.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        policies: PolicyTables,
+        limits: EngineLimits,
+        *,
+        tokenizer: TokenizerLike | None,
+        eos_token_ids: SequenceOf[int],
+        full_k: int,
+    ) -> None:
+        self.policies = policies
+        self.limits = limits
+        self.tokenizer = tokenizer
+        self.observers = Observers()
+        self._session = session
+        self._eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < session.vocab_size)
+        self._full_k = full_k
+        self._blocks = BlockManager(session.num_blocks, session.block_size)
+        self._scheduler = Scheduler(
+            self._blocks, max_batch_size=limits.max_batch_size, max_num_tokens=limits.max_num_tokens
+        )
+        self._requests: dict[str, Request] = {}
+        self._counters = Counters()
+        session.set_policies(policies)
+
+    # Requests come
+
+    def prepare(
+        self,
+        prompt: str | SequenceOf[int],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        streaming: bool = False,
+    ) -> Request:
+        """Check a request and make it ready for `add`; changes nothing.
+
+        Raises:
+            RequestError: the prompt or a parameter asks for something impossible here.
+            PolicyError: there is no policy of that name.
+        """
+        text, token_ids = self._encode(prompt, params)
+        session, max_seq_len = self._session, self.limits.max_seq_len
+        if not token_ids:
+            raise RequestError("the prompt is empty: give at least one token.")
+        if len(token_ids) >= max_seq_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, but this engine's max_seq_len is {max_seq_len} with the "
+                "answer: shorten the prompt or build the engine with a larger --max_seq_len."
+            )
+        for token_id in (min(token_ids), max(token_ids)):
+            if not 0 <= token_id < session.vocab_size:
+                raise RequestError(
+                    f"the prompt has the token id {token_id}, but the model's ids are 0 to {session.vocab_size - 1}."
+                )
+        # The last token is never computed: nothing follows it.
+        longest = min(len(token_ids) + params.max_tokens, max_seq_len) - 1
+        if self._blocks.blocks_for(longest) > self._blocks.num_blocks:
+            raise RequestError(
+                f"prompt and answer may take {longest} tokens in the KV cache, which holds "
+                f"{self._blocks.num_blocks * self._blocks.block_size}: ask for fewer max_tokens or open the engine "
+                "with a larger KV cache."
+            )
+        if params.logprobs is not None and params.logprobs > session.vocab_size:
+            raise RequestError(
+                f"logprobs is {params.logprobs}, but the model has {session.vocab_size} tokens: ask for at most as many."
+            )
+        if params.stop_strings and self.tokenizer is None:
+            raise RequestError("stop strings need the tokenizer, and this engine was opened without one.")
+        end_ids = self._end_ids(params)
+        bad_words = self._bad_words(params)
+        policy_index = self.policies.index(params.adaptive_k_policy)
+        request = Request(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            policy=self.policies.names[policy_index],
+            policy_index=policy_index,
+            streaming=streaming,
+            end_ids=end_ids,
+            metrics=RequestMetrics(arrival_time=time.monotonic()),
+            full_k=self._full_k,
+        )
+        if not params.exclude_input_from_output:
+            request.prompt_text = text if text is not None else self._decode(token_ids, params)
+        for index in range(params.n):
+            sampling = SamplingState(
+                params, session.vocab_size, list(token_ids), index=index, end_ids=end_ids, bad_words=bad_words
+            )
+            answer = AnswerText(
+                self.tokenizer,
+                token_ids,
+                stops=params.stop_strings,
+                include_stop=params.include_stop_str_in_output,
+                min_tokens=params.min_tokens,
+                skip_special_tokens=params.skip_special_tokens,
+            )
+            request.sequences.append(
+                Sequence(
+                    request,
+                    index,
+                    sampling,
+                    answer,
+                    num_layers=session.num_moe_layers,
+                    vocab_size=session.vocab_size,
+                )
+            )
+        return request
+
+    def add(self, request: Request) -> None:
+        """Queue a prepared request.
+
+        Raises:
+            RequestError: one of this id is running.
+            PolicyError: its policy vanished since it was prepared.
+        """
+        if request.request_id in self._requests:
+            raise RequestError(
+                f"a request with the id {request.request_id!r} is still running: give another id."
+            )
+        request.policy_index = self.policies.index(request.policy)
+        self._requests[request.request_id] = request
+        self._counters.requests_total += 1
+        self._counters.prompt_tokens_total += len(request.prompt_token_ids)
+        for sequence in request.sequences:
+            self._scheduler.add(sequence)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """End a request now and free what it holds; its last output, or None if it is not running."""
+        request = self._requests.get(request_id)
+        return None if request is None else self._end(request, "cancelled")
+
+    def fail(self, request_id: str, error: str) -> RequestOutput | None:
+        """End a request now with finish reason "error"; its last output, or None if it is not running."""
+        request = self._requests.get(request_id)
+        return None if request is None else self._end(request, "error", error)
+
+    @property
+    def request_ids(self) -> list[str]:
+        """Ids of the requests that have not ended."""
+        return list(self._requests)
+
+    # Steps
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; what it brought: streaming requests' progress, and the ends of all kinds."""
+        started = time.monotonic()
+        preemptions = self._scheduler.preemptions_total
+        chunks = self._scheduler.schedule()
+        if not chunks:
+            return []
+        step, wanted = self._step_input(chunks)
+        for sequence, _ in chunks:
+            if sequence.request.metrics.first_scheduled_time is None:
+                sequence.request.metrics.first_scheduled_time = started
+        session_started = time.monotonic()
+        try:
+            result = self._session.step(step)
+        except Exception as error:
+            logger.exception("the session failed on a step of %d sequences", len(chunks))
+            requests = {chunk.sequence.request.request_id: chunk.sequence.request for chunk in chunks}
+            return [
+                self._end(request, "error", f"the engine failed: {error}") for request in requests.values()
+            ]
+        session_seconds = time.monotonic() - session_started
+
+        num_decode = sum(
+            1 for sequence, n in chunks if n == 1 and sequence.num_computed >= sequence.num_prompt_tokens
+        )
+        ready, rows = self._record(chunks, step, wanted, result)
+        outputs = self._choose(ready, rows)
+
+        num_tokens = len(step.input_ids)
+        counters = self._counters
+        counters.steps_total += 1
+        counters.last_batch_size, counters.last_num_tokens = len(chunks), num_tokens
+        if self.observers:
+            self.observers.step(
+                StepRecord(
+                    num_sequences=len(chunks),
+                    num_prefill_tokens=num_tokens - num_decode,
+                    num_decode_tokens=num_decode,
+                    num_generated_tokens=len(ready),
+                    num_preempted=self._scheduler.preemptions_total - preemptions,
+                    session_seconds=session_seconds,
+                    total_seconds=time.monotonic() - started,
+                )
+            )
+        return outputs
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._requests)
+
+    def set_policies(self, tables: PolicyTables) -> None:
+        """Follow these policies from the next step on; running requests keep theirs by name.
+
+        Raises:
+            PolicyError: a running request follows a policy that is not among them; nothing is changed.
+        """
+        in_use = {request.policy for request in self._requests.values()}
+        if missing := sorted(in_use - set(tables.names)):
+            raise PolicyError(
+                f"the policy {missing[0]!r} cannot be removed while a running request follows it: "
+                "wait for the request, or keep the policy."
+            )
+        self._session.set_policies(tables)
+        self.policies = tables
+        for request in self._requests.values():
+            request.policy_index = tables.index(request.policy)
+
+    def stats(self) -> EngineStats:
+        """Counts and totals; safe from any thread, if a step old in parts."""
+        counters = self._counters
+        return EngineStats(
+            num_running=len(self._scheduler.running),
+            num_waiting=len(self._scheduler.waiting),
+            max_batch_size=self.limits.max_batch_size,
+            kv_block_size=self._blocks.block_size,
+            kv_blocks_total=self._blocks.num_blocks,
+            kv_blocks_used=self._blocks.num_used,
+            requests_total=counters.requests_total,
+            finished_total=counters.finished_total,
+            cancellations_total=counters.cancellations_total,
+            errors_total=counters.errors_total,
+            preemptions_total=self._scheduler.preemptions_total,
+            prompt_tokens_total=counters.prompt_tokens_total,
+            generation_tokens_total=counters.generation_tokens_total,
+            steps_total=counters.steps_total,
+            last_batch_size=counters.last_batch_size,
+            last_num_tokens=counters.last_num_tokens,
+        )
+
+    def close(self) -> None:
+        """Close the session."""
+        self._session.close()
+
+    # How a step is made and read
+
+    def _step_input(self, chunks: list[Chunk]) -> tuple[StepInput, list[_Wanted]]:
+        """Pack the chunks' tokens, sequence after sequence, and say which logits are wanted."""
+        input_ids: list[int] = []
+        position_ids: list[int] = []
+        policy_index: list[int] = []
+        past_lens: list[int] = []
+        begins = [0]
+        logits_indices: list[int] = []
+        wanted: list[_Wanted] = []
+        for sequence, num_tokens in chunks:
+            start, begin = sequence.num_computed, begins[-1]
+            end = start + num_tokens
+            input_ids += sequence.token_ids[start:end]
+            position_ids += range(start, end)
+            policy_index += [sequence.request.policy_index] * num_tokens
+            past_lens.append(start)
+            begins.append(begin + num_tokens)
+            first_row = len(logits_indices)
+            if sequence.context_logits is not None:
+                # After a preemption the first rows are known already.
+                missing = range(
+                    max(start, len(sequence.context_logits)), min(end, sequence.num_prompt_tokens)
+                )
+                logits_indices += [begin + position - start for position in missing]
+            context = slice(first_row, len(logits_indices))
+            last_row = None
+            if end == len(sequence.token_ids):
+                last = begin + num_tokens - 1
+                if not logits_indices or logits_indices[-1] != last:
+                    logits_indices.append(last)
+                last_row = len(logits_indices) - 1
+            wanted.append(_Wanted(context, last_row))
+        step = StepInput(
+            input_ids=np.array(input_ids, np.int64),
+            position_ids=np.array(position_ids, np.int64),
+            policy_index=np.array(policy_index, np.int32),
+            past_lens=np.array(past_lens, np.int32),
+            subsequence_begins=np.array(begins, np.int32),
+            block_tables=[sequence.block_table for sequence, _ in chunks],
+            logits_indices=np.array(logits_indices, np.int64),
+        )
+        return step, wanted
+
+    def _record(
+        self, chunks: list[Chunk], step: StepInput, wanted: list[_Wanted], result: StepOutput
+    ) -> tuple[list[Sequence], FloatArray]:
+        """Note what was computed; the sequences that are due a token, and the logits [N, V] to choose it from."""
+        ready: list[Sequence] = []
+        rows: list[int] = []
+        begins = step.subsequence_begins.tolist()
+        for (sequence, num_tokens), begin, (context, last) in zip(chunks, begins, wanted, strict=False):
+            sequence.record(result.k[begin : begin + num_tokens], result.entropy[begin : begin + num_tokens])
+            if sequence.context_logits is not None:
+                sequence.context_logits.append(result.logits[context])
+            if last is not None:
+                ready.append(sequence)
+                rows.append(last)
+        # In most steps all rows are of this kind, and none needs to be copied.
+        return ready, result.logits if len(rows) == len(result.logits) else result.logits[rows]
+
+    def _choose(self, ready: list[Sequence], logits: FloatArray) -> list[RequestOutput]:
+        """Give each sequence its next token and end those that are done; the outputs that follow from it."""
+        choices = sample(logits, [sequence.sampling for sequence in ready]) if ready else []
+        now = time.monotonic()
+        outputs: list[RequestOutput] = []
+        changed: dict[str, Request] = {}
+        for sequence, choice, row in zip(ready, choices, logits, strict=True):
+            request = sequence.request
+            if request.request_id not in self._requests:
+                continue  # a sibling's error ended it in this very step
+            if choice.error is not None:
+                outputs.append(self._end(request, "error", choice.error))
+                continue
+            self._counters.generation_tokens_total += 1
+            request.metrics.last_token_time = now
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+            if sequence.generation_logits is not None:
+                sequence.generation_logits.append(row[None])
+            if choice.logprob is not None and choice.logprobs is not None:
+                sequence.cumulative_logprob += choice.logprob
+                sequence.logprobs.append(choice.logprobs)
+            self._end_if_done(sequence, choice.token_id)
+            changed[request.request_id] = request
+        for request_id, request in changed.items():
+            if request_id not in self._requests:
+                continue
+            if request.finished:
+                outputs.append(self._finished(request))
+            elif request.streaming:
+                outputs.append(request.output())
+        return outputs
+
+    def _end_if_done(self, sequence: Sequence, token_id: int) -> None:
+        """Add the token's text, and end the sequence at an end token, a stop string or its length."""
+        params = sequence.request.params
+        if token_id in sequence.request.end_ids:
+            named = params.stop_token_ids is not None and token_id in params.stop_token_ids
+            sequence.finish("stop", token_id if named else None)
+        elif (stop := sequence.text.append(token_id, sequence.num_generated)) is not None:
+            sequence.finish("stop", stop)
+        elif (
+            sequence.num_generated >= params.max_tokens or len(sequence.token_ids) >= self.limits.max_seq_len
+        ):
+            sequence.finish("length")
+        if sequence.finish_reason is not None:
+            self._scheduler.remove(sequence)
+
+    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput:
+        """End what still runs of a request, for a reason other than its own tokens."""
+        request.error = error
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish(reason)
+                self._scheduler.remove(sequence)
+        self._counters.cancellations_total += reason == "cancelled"
+        self._counters.errors_total += reason == "error"
+        return self._finished(request)
+
+    def _finished(self, request: Request) -> RequestOutput:
+        del self._requests[request.request_id]
+        request.metrics.finished_time = time.monotonic()
+        self._counters.finished_total += 1
+        output = request.output()
+        if self.observers:
+            self.observers.request_finished(output)
+        return output
+
+    # How a request is read
+
+    def _encode(self, prompt: str | SequenceOf[int], params: SamplingParams) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise RequestError(
+                    "a text prompt needs the tokenizer, and this engine was opened without one."
+                )
+            return prompt, self.tokenizer.encode(prompt, add_special_tokens=params.add_special_tokens)
+        try:
+            return None, [operator.index(token_id) for token_id in prompt]
+        except TypeError:
+            raise RequestError("a prompt is a text or a list of token ids.") from None
+
+    def _decode(self, token_ids: list[int], params: SamplingParams) -> str:
+        if self.tokenizer is None:
+            return ""
+        return self.tokenizer.decode(token_ids, skip_special_tokens=params.skip_special_tokens)
+
+    def _end_ids(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that end an answer."""
+        asked = [*(params.stop_token_ids or ())]
+        if params.end_id is not None and params.end_id != -1:
+            asked.append(params.end_id)
+        for token_id in asked:
+            if not 0 <= token_id < self._session.vocab_size:
+                raise RequestError(
+                    f"end_id and stop_token_ids must be token ids from 0 to {self._session.vocab_size - 1}, "
+                    f"and {token_id} is not (an end_id of -1 is no end token)."
+                )
+        return frozenset(asked) | (self._eos_token_ids if params.end_id is None else frozenset())
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """The token sequences of the strings in `bad`, as a word's beginning and within a text."""
+        if params.bad_strings and self.tokenizer is None:
+            raise RequestError("bad words need the tokenizer, and this engine was opened without one.")
+        words: list[list[int]] = []
+        for string in params.bad_strings:
+            assert self.tokenizer is not None
+            found = [
+                token_ids
+                for form in dict.fromkeys((string, " " + string.lstrip()))
+                if (token_ids := self.tokenizer.encode(form, add_special_tokens=False))
+                and self.tokenizer.unk_token_id not in token_ids
+            ]
+            if not found:
+                raise RequestError(
+                    f"the bad word {string!r} has no tokens in this model's vocabulary: leave it out."
+                )
+            words += found
+        if words and max(max(word) for word in words) >= self._session.vocab_size:
+            raise RequestError("a bad word has tokens outside the model's vocabulary: leave it out.")
+        return words

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LLM`: an engine directory made to answer prompts; shaped as TensorRT-LLM's class of that name."""
+
+from __future__ import annotations
+
+import uuid
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, overload
+
+from adaptive_k_moe.errors import EngineError, RequestError
+from adaptive_k_moe.policy import PolicyTables
+from adaptive_k_moe.runtime.engine import Engine, EngineLimits
+from adaptive_k_moe.runtime.handle import GenerationHandle, OnOutput
+from adaptive_k_moe.runtime.outputs import RequestOutput
+from adaptive_k_moe.runtime.sampling_params import SamplingParams
+from adaptive_k_moe.runtime.session.base import Session
+from adaptive_k_moe.runtime.telemetry import EngineStats, Observer
+from adaptive_k_moe.runtime.tokenizer import Tokenizer, TokenizerLike
+from adaptive_k_moe.runtime.worker import EngineThread
+
+if TYPE_CHECKING:
+    from adaptive_k_moe.engine_config import EngineConfig
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCacheConfig:
+    """The KV cache.
+
+    Attributes:
+        max_tokens: tokens that it holds, over all sequences; None is enough for a full batch of longest
+            sequences, within what the session allows.
+    """
+
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise EngineError(f"the KV cache's max_tokens is {self.max_tokens}: it must be at least 1.")
+
+
+class LLM:
+    """A loaded engine that answers prompts, many at a time.
+
+    One thread of its own runs the engine; every method may be called from any thread. An `LLM` stays
+    alive while a request of it runs; it is shut down by `shutdown`, by leaving a ``with`` block, when it is
+    collected, or at the interpreter's end.
+
+    Args:
+        engine_dir: a directory written by `adaptive-k build`.
+        max_batch_size: most sequences in a step; None is the engine's own.
+        max_num_tokens: most tokens in a step; None is the engine's own.
+        kv_cache_config: the KV cache's size.
+        num_threads: CPU threads of the model; None lets the session choose.
+        tokenizer: instead of the engine's own: a directory with a tokenizer.json, or an object.
+        skip_tokenizer_init: use no tokenizer; prompts are token ids and answers have no text.
+
+    Raises:
+        EngineError: the engine or its tokenizer cannot be loaded, or a size is beyond what it was built for.
+    """
+
+    def __init__(
+        self,
+        engine_dir: str | Path,
+        *,
+        max_batch_size: int | None = None,
+        max_num_tokens: int | None = None,
+        kv_cache_config: KvCacheConfig | None = None,
+        num_threads: int | None = None,
+        tokenizer: TokenizerLike | str | Path | None = None,
+        skip_tokenizer_init: bool = False,
+    ) -> None:
+        from adaptive_k_moe.engine_config import read_engine_config, read_policy_tables
+        from adaptive_k_moe.runtime.session import create_session
+
+        config = read_engine_config(engine_dir)
+        limits = _limits(config, max_batch_size, max_num_tokens)
+        loaded: TokenizerLike | None = None
+        if isinstance(tokenizer, str | Path):
+            loaded = Tokenizer.from_dir(tokenizer)
+        elif tokenizer is not None:
+            loaded = tokenizer
+        elif not skip_tokenizer_init:
+            loaded = Tokenizer.from_dir(engine_dir)
+        policies = read_policy_tables(engine_dir)
+        session = create_session(
+            engine_dir,
+            config,
+            num_threads=num_threads,
+            kv_cache_max_tokens=(kv_cache_config or KvCacheConfig()).max_tokens,
+        )
+        self._open(session, config, limits, loaded, policies, lambda: read_policy_tables(engine_dir))
+
+    @classmethod
+    def from_session(
+        cls,
+        session: Session,
+        config: EngineConfig,
+        policies: PolicyTables,
+        *,
+        max_batch_size: int | None = None,
+        max_num_tokens: int | None = None,
+        tokenizer: TokenizerLike | None = None,
+        read_policies: Callable[[], PolicyTables] | None = None,
+    ) -> LLM:
+        """An `LLM` over a session that is open already; the session is closed with it.
+
+        Args:
+            session: the loaded model.
+            config: what it was built with.
+            policies: its policy tables.
+            max_batch_size: as for `LLM`.
+            max_num_tokens: as for `LLM`.
+            tokenizer: None takes token ids alone and gives no text.
+            read_policies: what `reload_policies` reads; None keeps `policies`.
+        """
+        self = cls.__new__(cls)
+        limits = _limits(config, max_batch_size, max_num_tokens)
+        self._open(session, config, limits, tokenizer, policies, read_policies or (lambda: policies))
+        return self
+
+    def _open(
+        self,
+        session: Session,
+        config: EngineConfig,
+        limits: EngineLimits,
+        tokenizer: TokenizerLike | None,
+        policies: PolicyTables,
+        read_policies: Callable[[], PolicyTables],
+    ) -> None:
+        model = config.pretrained_config
+        eos_token_ids = set(model.eos_token_ids)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            eos_token_ids.add(tokenizer.eos_token_id)
+        self._config = config
+        self._read_policies = read_policies
+        try:
+            self._engine = Engine(
+                session,
+                policies,
+                limits,
+                tokenizer=tokenizer,
+                eos_token_ids=sorted(eos_token_ids),
+                full_k=model.num_experts_per_tok,
+            )
+        except BaseException:
+            session.close()
+            raise
+        self._worker = EngineThread(self._engine)
+        self._finalizer = weakref.finalize(self, self._worker.stop)
+
+    @property
+    def config(self) -> EngineConfig:
+        """The engine directory's configuration."""
+        return self._config
+
+    @property
+    def tokenizer(self) -> TokenizerLike | None:
+        """The tokenizer; None without one."""
+        return self._engine.tokenizer
+
+    @property
+    def policies(self) -> PolicyTables:
+        """The policies that requests may name."""
+        return self._engine.policies
+
+    @overload
+    def generate(
+        self, inputs: Prompt, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self,
+        inputs: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]: ...
+
+    def generate(
+        self,
+        inputs: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answer one prompt or many, and wait for all.
+
+        Args:
+            inputs: a text, a list of token ids, or a list of either.
+            sampling_params: for all prompts, or one for each; None is the defaults.
+
+        Returns:
+            The output of a single prompt, or a list in the order of the prompts.
+
+        Raises:
+            RequestError, PolicyError: a prompt or its parameters are unusable; none is run.
+        """
+        single = isinstance(inputs, str) or (len(inputs) > 0 and not isinstance(inputs[0], str | Sequence))
+        prompts: list[Any] = [inputs] if single else list(inputs)
+        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
+            params = [sampling_params or SamplingParams()] * len(prompts)
+        else:
+            params = list(sampling_params)
+            if len(params) != len(prompts):
+                raise RequestError(
+                    f"{len(prompts)} prompts came with {len(params)} sampling_params: give as many."
+                )
+        requests = [
+            self._engine.prepare(prompt, param, _new_id())
+            for prompt, param in zip(prompts, params, strict=True)
+        ]
+        handles: list[GenerationHandle] = []
+        try:
+            for request in requests:
+                handles.append(self._worker.submit(request, None, self))
+            outputs = [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.abort()
+            raise
+        return outputs[0] if single else outputs
+
+    def generate_async(
+        self,
+        inputs: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        streaming: bool = False,
+        request_id: str | None = None,
+        on_output: OnOutput | None = None,
+    ) -> GenerationHandle:
+        """Start to answer a prompt.
+
+        Args:
+            inputs: a text or a list of token ids.
+            sampling_params: None is the defaults.
+            streaming: give an output after each new token, not only at the end.
+            request_id: unique among the running; None makes one.
+            on_output: called with each output on the engine's own thread, so it must be quick and must
+                not wait for another request; if it raises, that is logged and the request is aborted.
+
+        Returns:
+            A handle to iterate over, await, or abort.
+
+        Raises:
+            RequestError, PolicyError: the prompt or its parameters are unusable.
+        """
+        request = self._engine.prepare(
+            inputs, sampling_params or SamplingParams(), request_id or _new_id(), streaming=streaming
+        )
+        return self._worker.submit(request, on_output, self)
+
+    def stats(self) -> EngineStats:
+        """Counts and totals at this moment."""
+        return self._engine.stats()
+
+    def add_observer(self, observer: Observer) -> None:
+        """Tell an observer about steps and ended requests, on the engine's own thread."""
+        self._engine.observers.add(observer)
+
+    def reload_policies(self) -> None:
+        """Read the engine directory's policies again; new requests follow them, and so do running ones, by name.
+
+        Raises:
+            PolicyError: they are unusable, or lack a policy that a running request follows; the present
+                ones stay.
+        """
+        tables = self._read_policies()
+        self._worker.call(lambda: self._engine.set_policies(tables))
+
+    def shutdown(self) -> None:
+        """End running requests as cancelled, free the engine and its thread; calling it twice is harmless."""
+        self._finalizer.detach()
+        self._worker.stop()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+
+def _limits(config: EngineConfig, max_batch_size: int | None, max_num_tokens: int | None) -> EngineLimits:
+    build = config.build_config
+    for name, value, built in (
+        ("max_batch_size", max_batch_size, build.max_batch_size),
+        ("max_num_tokens", max_num_tokens, build.max_num_tokens),
+    ):
+        if value is not None and not 1 <= value <= built:
+            raise EngineError(f"{name} is {value}, but this engine was built for 1 to {built}.")
+    return EngineLimits(
+        max_batch_size=max_batch_size or build.max_batch_size,
+        max_num_tokens=max_num_tokens or build.max_num_tokens,
+        max_seq_len=build.max_seq_len,
+    )
+
+
+def _new_id() -> str:
+    return uuid.uuid4().hex

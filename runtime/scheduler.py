@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in the next step: in-flight batching with chunked prefill over a paged KV cache."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple
+
+from adaptive_k_moe.runtime.block_manager import BlockManager
+from adaptive_k_moe.runtime.sequence import Sequence
+
+
+class Chunk(NamedTuple):
+    """The next `num_tokens` tokens of a sequence that a step computes: one in decode, more in prefill."""
+
+    sequence: Sequence
+    num_tokens: int
+
+
+class Scheduler:
+    """First come, first served.
+
+    Sequences wait until a place in the batch and the blocks for all their tokens are free, and then run
+    until they end. `running` and `waiting` are in order of arrival and every running sequence is older
+    than every waiting one, so the oldest always advances and nobody starves.
+
+    Args:
+        block_manager: the KV cache's blocks.
+        max_batch_size: most sequences that run at a time.
+        max_num_tokens: most tokens in a step.
+    """
+
+    def __init__(self, block_manager: BlockManager, *, max_batch_size: int, max_num_tokens: int) -> None:
+        self.block_manager = block_manager
+        self.max_batch_size = max_batch_size
+        self.max_num_tokens = max_num_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions_total = 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence."""
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Drop a sequence that ended or was cancelled; its blocks are free at once."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        self.block_manager.release(sequence.block_table)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step: decode tokens of the running, then prefill of the running, then of the waiting."""
+        chunks: list[Chunk] = []
+        budget = self.max_num_tokens
+        preemptions_before = self.preemptions_total
+
+        for sequence in [s for s in self.running if s.num_uncomputed == 1]:
+            if budget == 0:
+                break
+            if self._has_block(sequence):
+                chunks.append(Chunk(sequence, 1))
+                budget -= 1
+
+        for sequence in self.running:
+            if budget > 0 and sequence.num_uncomputed > 1:
+                num_tokens = min(budget, sequence.num_uncomputed)
+                chunks.append(Chunk(sequence, num_tokens))
+                budget -= num_tokens
+
+        # Blocks that a preemption freed are for those who needed them, not for the preempted again.
+        if self.preemptions_total == preemptions_before:
+            while self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
+                sequence = self.waiting[0]
+                if not self.block_manager.grow(sequence.block_table, len(sequence.token_ids)):
+                    break
+                self.running.append(self.waiting.popleft())
+                num_tokens = min(budget, sequence.num_uncomputed)
+                chunks.append(Chunk(sequence, num_tokens))
+                budget -= num_tokens
+        return chunks
+
+    def _has_block(self, sequence: Sequence) -> bool:
+        """Make sure of a block for the next token, at the expense of the youngest; False if that is itself.
+
+        Called from the oldest to the youngest, so a victim is never in the step already. Whoever runs owns
+        a block, so an empty table means that the sequence was a victim itself.
+        """
+        while sequence.block_table:
+            if self.block_manager.grow(sequence.block_table, sequence.num_computed + 1):
+                return True
+            self._preempt(self.running[-1])
+        return False
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's blocks; it is first in the queue and will compute its tokens again."""
+        self.running.remove(sequence)
+        self.block_manager.release(sequence.block_table)
+        sequence.num_computed = 0
+        sequence.request.metrics.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+        self.preemptions_total += 1

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A request and its sequences: what was asked, and how far each answer has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adaptive_k_moe.runtime.detokenizer import AnswerText
+from adaptive_k_moe.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from adaptive_k_moe.runtime.sampler import SamplingState
+from adaptive_k_moe.runtime.sampling_params import SamplingParams
+
+
+class RowBuffer:
+    """Rows that are only ever added, so a view handed out stays true while more are added.
+
+    Args:
+        width: columns of a row.
+        dtype: of the values.
+        capacity: rows to make room for at first.
+    """
+
+    def __init__(self, width: int, dtype: npt.DTypeLike, capacity: int = 64) -> None:
+        self._rows = np.empty((max(capacity, 1), width), dtype)
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def append(self, rows: npt.NDArray[Any]) -> None:
+        """Add rows [t, width]."""
+        end = self._length + len(rows)
+        if end > len(self._rows):
+            grown = np.empty((max(end, 2 * len(self._rows)), self._rows.shape[1]), self._rows.dtype)
+            grown[: self._length] = self._rows[: self._length]
+            self._rows = grown
+        self._rows[self._length : end] = rows
+        self._length = end
+
+    def view(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Rows start to stop of those added so far, read-only."""
+        rows = self._rows[
+            min(start, self._length) : self._length if stop is None else min(stop, self._length)
+        ]
+        rows.flags.writeable = False
+        return rows
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A checked request.
+
+    Attributes:
+        request_id: unique among the running.
+        prompt: the prompt's text; None if it came as token ids.
+        prompt_token_ids: its tokens, at least one.
+        params: how tokens are chosen.
+        policy: name of the policy; `policy_index` is its row in the engine's present tables.
+        streaming: whether each step that brings a token brings an output.
+        end_ids: tokens that end an answer.
+        prompt_text: what the answer's text begins with (the prompt, if asked for).
+        sequences: `params.n` sequences.
+        metrics: when things happened.
+        full_k: the trained top-k.
+        error: why it ended in an error.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    policy: str
+    policy_index: int
+    streaming: bool
+    end_ids: frozenset[int]
+    metrics: RequestMetrics
+    full_k: int
+    prompt_text: str = ""
+    sequences: list[Sequence] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all sequences have ended."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    def output(self) -> RequestOutput:
+        """The state now; what it says was gained counts from the previous call."""
+        first = self.sequences[0]
+        num_prompt_tokens = len(self.prompt_token_ids)
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[sequence.output() for sequence in self.sequences],
+            finished=self.finished,
+            policy=self.policy,
+            prompt_k=first.k.view(0, num_prompt_tokens),
+            prompt_entropy=first.entropy.view(0, num_prompt_tokens),
+            metrics=self.metrics,
+            context_logits=None if first.context_logits is None else first.context_logits.view(),
+            error=self.error,
+            full_k=self.full_k,
+        )
+
+
+class Sequence:
+    """One answer being generated: its tokens, its place in the KV cache, its records.
+
+    Attributes:
+        request: whose it is.
+        index: which of the request's `n`.
+        token_ids: prompt and answer; the sampler adds to this list.
+        num_prompt_tokens: how many of them are the prompt.
+        num_computed: tokens whose keys and values are in the KV cache.
+        block_table: the physical blocks that hold them, in order; empty while it waits.
+        k, entropy: [computed tokens, L], a row for each token that was ever computed; a token computed
+            again after a preemption keeps its first row.
+        context_logits: [prompt tokens computed, V], if asked for (of the first sequence alone).
+        generation_logits: [generated tokens, V], if asked for.
+        sampling: the sampler's state.
+        text: the answer's text.
+        finish_reason, stop_reason: as in `CompletionOutput`.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        sampling: SamplingState,
+        text: AnswerText,
+        *,
+        num_layers: int,
+        vocab_size: int,
+    ) -> None:
+        params = request.params
+        self.request = request
+        self.index = index
+        self.token_ids = sampling.token_ids
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_computed = 0
+        self.block_table: list[int] = []
+        capacity = self.num_prompt_tokens + min(params.max_tokens, 64)
+        self.k = RowBuffer(num_layers, np.int32, capacity)
+        self.entropy = RowBuffer(num_layers, np.float32, capacity)
+        self.context_logits = (
+            RowBuffer(vocab_size, np.float32, self.num_prompt_tokens)
+            if params.return_context_logits and index == 0
+            else None
+        )
+        self.generation_logits = (
+            RowBuffer(vocab_size, np.float32, min(params.max_tokens, 64))
+            if params.return_generation_logits
+            else None
+        )
+        self.sampling = sampling
+        self.text = text
+        self.cumulative_logprob = 0.0
+        self.logprobs: list[dict[int, float]] = []
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: str | int | None = None
+        with_prompt = not params.exclude_input_from_output
+        self._first_token = 0 if with_prompt else self.num_prompt_tokens
+        self._first_text = request.prompt_text if with_prompt else ""
+        self._tokens_reported = self._first_token
+        self._text_reported = 0
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose keys and values are not in the KV cache; 1 in decode."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the answer."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def record(self, k: npt.NDArray[np.int32], entropy: npt.NDArray[np.float32]) -> None:
+        """Note that the next tokens were computed: their k and entropy, [t, L] each."""
+        known = len(self.k) - self.num_computed
+        self.num_computed += len(k)
+        if known < len(k):
+            self.k.append(k[known:])
+            self.entropy.append(entropy[known:])
+
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+        """End the answer; text that was held back comes out, and a stop string in it still counts."""
+        matched = self.text.finish(self.num_generated)
+        if matched is not None and reason in ("length", "stop"):
+            reason, stop_reason = "stop", matched
+        self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def output(self) -> CompletionOutput:
+        """The state now; what it says was gained counts from the previous call."""
+        text = self._first_text + self.text.text if self._first_text else self.text.text
+        text_diff, self._text_reported = text[self._text_reported :], len(text)
+        token_ids_diff, self._tokens_reported = self.token_ids[self._tokens_reported :], len(self.token_ids)
+        # A generated token's k is that of the pass that produced it: of the token before it.
+        start, stop = self.num_prompt_tokens - 1, len(self.token_ids) - 1
+        wants_logprobs = self.request.params.logprobs is not None
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            text_diff=text_diff,
+            token_ids=self.token_ids[self._first_token :],
+            token_ids_diff=token_ids_diff,
+            k=self.k.view(start, stop),
+            entropy=self.entropy.view(start, stop),
+            cumulative_logprob=self.cumulative_logprob if wants_logprobs else None,
+            logprobs=list(self.logprobs) if wants_logprobs else None,
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            generation_logits=None if self.generation_logits is None else self.generation_logits.view(),
+        )

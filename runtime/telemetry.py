@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the runtime tells about itself: totals to ask for, and an observer to be told as things happen."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Protocol
+
+from adaptive_k_moe.runtime.outputs import RequestOutput
+
+logger = logging.getLogger("adaptive_k_moe.runtime")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step of the engine.
+
+    Attributes:
+        num_sequences: sequences in the step.
+        num_prefill_tokens: prompt tokens (and tokens recomputed after a preemption) in the step.
+        num_decode_tokens: generated tokens that were fed back, one a decoding sequence.
+        num_generated_tokens: tokens that the step produced.
+        num_preempted: sequences that lost their KV blocks when the step was planned.
+        session_seconds: time in the session, that is in the model.
+        total_seconds: time of the whole step: planning, model, sampling, text.
+    """
+
+    num_sequences: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_generated_tokens: int
+    num_preempted: int
+    session_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The engine at one moment; totals count from its start.
+
+    Attributes:
+        num_running: sequences that hold KV blocks.
+        num_waiting: sequences that wait for them.
+        max_batch_size: most sequences in a step.
+        kv_block_size: tokens that a KV block holds.
+        kv_blocks_total: KV blocks that exist.
+        kv_blocks_used: KV blocks in use.
+        requests_total: requests accepted.
+        finished_total: requests ended, for whatever reason.
+        cancellations_total: requests ended by an abort or a shutdown.
+        errors_total: requests ended by an error.
+        preemptions_total: times that a sequence lost its blocks.
+        prompt_tokens_total: prompt tokens of the requests accepted.
+        generation_tokens_total: tokens generated.
+        steps_total: steps run.
+        last_batch_size: sequences in the latest step; 0 before the first.
+        last_num_tokens: tokens in the latest step.
+    """
+
+    num_running: int
+    num_waiting: int
+    max_batch_size: int
+    kv_block_size: int
+    kv_blocks_total: int
+    kv_blocks_used: int
+    requests_total: int
+    finished_total: int
+    cancellations_total: int
+    errors_total: int
+    preemptions_total: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    steps_total: int
+    last_batch_size: int
+    last_num_tokens: int
+
+
+@dataclass(slots=True)
+class Counters:
+    """The totals of `EngineStats`; only the engine's thread writes them."""
+
+    requests_total: int = 0
+    finished_total: int = 0
+    cancellations_total: int = 0
+    errors_total: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    steps_total: int = 0
+    last_batch_size: int = 0
+    last_num_tokens: int = 0
+
+
+class Observer(Protocol):
+    """Told about steps and ended requests, on the engine's thread: be quick, do not block.
+
+    An exception from an observer is logged and otherwise ignored.
+    """
+
+    def on_request_finished(self, output: RequestOutput) -> None:
+        """A request ended; `output` is its last."""
+
+    def on_step(self, record: StepRecord) -> None:
+        """A step is done."""
+
+
+class Observers:
+    """The registered observers; with none, telling them costs one comparison."""
+
+    def __init__(self) -> None:
+        self._observers: tuple[Observer, ...] = ()
+
+    def add(self, observer: Observer) -> None:
+        """Tell this observer too, from now on."""
+        self._observers = (*self._observers, observer)
+
+    def __bool__(self) -> bool:
+        return bool(self._observers)
+
+    def request_finished(self, output: RequestOutput) -> None:
+        """Pass on that a request ended."""
+        for observer in self._observers:
+            try:
+                observer.on_request_finished(output)
+            except Exception:
+                logger.exception("an observer failed on the end of request %s", output.request_id)
+
+    def step(self, record: StepRecord) -> None:
+        """Pass on that a step is done."""
+        for observer in self._observers:
+            try:
+                observer.on_step(record)
+            except Exception:
+                logger.exception("an observer failed on a step")

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LLM` and its handles: threads, callbacks, asyncio, shutdown, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from toy_session import ToySession, toy_config, toy_policies
+
+from adaptive_k_moe.errors import EngineError, PolicyError, RequestError
+from adaptive_k_moe.policy import PolicyTables
+from adaptive_k_moe.runtime import LLM, EngineStats, RequestOutput, SamplingParams, StepRecord
+
+FOREVER = SamplingParams(max_tokens=50, end_id=-1)
+
+
+def open_llm(session: ToySession | None = None, *, policies: PolicyTables | None = None, **options: Any) -> LLM:
+    more = {name: options.pop(name) for name in ("tokenizer", "read_policies", "max_batch_size") if name in options}
+    return LLM.from_session(session or ToySession(), toy_config(**options), policies or toy_policies(), **more)
+
+
+@pytest.fixture
+def llm() -> Iterator[LLM]:
+    with open_llm() as llm:
+        yield llm
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.002)
+
+
+def engine_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "adaptive-k-engine"]
+
+
+def test_one_prompt_gives_one_output_and_a_list_gives_a_list(llm: LLM) -> None:
+    one = llm.generate([1, 2, 3], SamplingParams(max_tokens=4, end_id=-1))
+    assert isinstance(one, RequestOutput) and one.prompt_token_ids == [1, 2, 3]
+    many = llm.generate([[1, 2, 3], [4]], [SamplingParams(max_tokens=4, end_id=-1), SamplingParams(max_tokens=2)])
+    assert [output.prompt_token_ids for output in many] == [[1, 2, 3], [4]]
+    assert many[0].outputs[0].token_ids == one.outputs[0].token_ids
+    assert llm.generate([]) == []
+
+
+def test_streamed_pieces_make_the_whole(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=9, end_id=-1, n=2, temperature=1, seed=3)
+    outputs = list(llm.generate_async([1, 2], params, streaming=True))
+    assert [output.finished for output in outputs] == [False] * 8 + [True]
+    for index in range(2):
+        pieces = [token for output in outputs for token in output.outputs[index].token_ids_diff]
+        assert pieces == outputs[-1].outputs[index].token_ids
+        for count, output in enumerate(outputs, start=1):
+            assert output.outputs[index].k.shape == (count, 3)  # an early output does not change later
+    assert outputs[-1].outputs[0].token_ids != outputs[-1].outputs[1].token_ids
+
+
+def test_without_streaming_only_the_end_comes(llm: LLM) -> None:
+    handle = llm.generate_async([1, 2], SamplingParams(max_tokens=5, end_id=-1))
+    outputs = list(handle)
+    assert len(outputs) == 1 and outputs[0] is handle.result() and handle.finished
+    assert outputs[0].outputs[0].token_ids_diff == outputs[0].outputs[0].token_ids
+
+
+def test_asyncio_interleaves_requests(llm: LLM) -> None:
+    async def read(prompt: int) -> list[int]:
+        handle = llm.generate_async([prompt], SamplingParams(max_tokens=10, end_id=-1), streaming=True)
+        return [token async for output in handle for token in output.outputs[0].token_ids_diff]
+
+    async def main() -> tuple[list[list[int]], RequestOutput]:
+        return await asyncio.gather(*(read(i) for i in range(1, 8))), await llm.generate_async([1], FOREVER)
+
+    streamed, last = asyncio.run(main())
+    for index, tokens in enumerate(streamed, start=1):
+        assert tokens == llm.generate([index], SamplingParams(max_tokens=10, end_id=-1)).outputs[0].token_ids
+    assert len(last.outputs[0].token_ids) == 50
+
+
+def test_a_callback_gets_every_output_on_the_engine_thread(llm: LLM) -> None:
+    seen: list[tuple[str, int]] = []
+    handle = llm.generate_async(
+        [1], SamplingParams(max_tokens=4, end_id=-1), streaming=True, request_id="mine",
+        on_output=lambda output: seen.append((threading.current_thread().name, len(output.outputs[0].token_ids))),
+    )  # fmt: skip
+    assert handle.request_id == handle.result().request_id == "mine"
+    assert seen == [("adaptive-k-engine", count) for count in range(1, 5)]
+
+
+def test_a_callback_that_raises_aborts_its_request_alone(llm: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(output: RequestOutput) -> None:
+        raise ValueError("no")
+
+    handle = llm.generate_async([1], FOREVER, streaming=True, on_output=broken)
+    assert handle.result(5).outputs[0].finish_reason == "cancelled"
+    assert "on_output" in caplog.text
+    assert len(llm.generate([1], FOREVER).outputs[0].token_ids) == 50
+
+
+def test_a_callback_cannot_wait_for_itself(llm: LLM) -> None:
+    errors: list[Exception] = []
+
+    def waits(output: RequestOutput) -> None:
+        if not output.finished:
+            try:
+                llm.generate([1])
+            except RequestError as error:
+                errors.append(error)
+
+    llm.generate_async([1], SamplingParams(max_tokens=2, end_id=-1), streaming=True, on_output=waits).result(5)
+    assert "cannot wait" in str(errors[0])
+
+
+def test_abort_ends_a_request_early_and_frees_its_blocks() -> None:
+    session = ToySession()
+    session.delay = 0.005
+    with open_llm(session) as llm:
+        handle = llm.generate_async([1, 2], FOREVER, streaming=True)
+        next(handle)
+        handle.abort()
+        output = handle.result(5)
+        assert output.outputs[0].finish_reason == "cancelled" and len(output.outputs[0].token_ids) < 50
+        wait_until(lambda: llm.stats().kv_blocks_used == 0)
+        handle.abort()
+        assert llm.stats().cancellations_total == 1
+
+
+def test_a_timeout_leaves_the_request_running() -> None:
+    session = ToySession()
+    session.delay = 0.01
+    with open_llm(session) as llm:
+        handle = llm.generate_async([1], FOREVER)
+        with pytest.raises(TimeoutError):
+            handle.result(0.02)
+        assert len(handle.result(5).outputs[0].token_ids) == 50
+
+
+def test_shutdown_cancels_what_runs_and_leaves_no_thread() -> None:
+    before = len(engine_threads())
+    session = ToySession()
+    session.delay = 0.01
+    llm = open_llm(session)
+    handle = llm.generate_async([1], FOREVER)
+    llm.shutdown()
+    llm.shutdown()
+    assert handle.result(1).outputs[0].finish_reason == "cancelled"
+    assert session.closed == 1 and len(engine_threads()) == before
+    with pytest.raises(EngineError, match="shut down"):
+        llm.generate([1])
+    with pytest.raises(EngineError, match="shut down"):
+        llm.reload_policies()
+
+
+def test_a_forgotten_llm_ends_its_thread_and_not_its_requests() -> None:
+    before = len(engine_threads())
+    session = ToySession()
+    handle = open_llm(session).generate_async([1], FOREVER)
+    gc.collect()
+    assert len(handle.result(5).outputs[0].token_ids) == 50
+    del handle
+    gc.collect()
+    wait_until(lambda: len(engine_threads()) == before and session.closed == 1)
+
+
+def test_an_idle_engine_sleeps(llm: LLM) -> None:
+    llm.generate([1], SamplingParams(max_tokens=2))
+    steps, cpu = llm.stats().steps_total, time.process_time()
+    time.sleep(0.2)
+    assert llm.stats().steps_total == steps
+    assert time.process_time() - cpu < 0.1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "error", "sentence"),
+    [
+        ([], {}, RequestError, "empty"),
+        ([50], {}, RequestError, "token id 50"),
+        ([-1], {}, RequestError, "token id -1"),
+        ([1] * 64, {}, RequestError, "max_seq_len is 64"),
+        (["x"], {}, RequestError, "list of token ids"),
+        ("text", {}, RequestError, "needs the tokenizer"),
+        ([1], {"stop": "x"}, RequestError, "need the tokenizer"),
+        ([1], {"bad": "x"}, RequestError, "need the tokenizer"),
+        ([1], {"logprobs": 51}, RequestError, "logprobs is 51"),
+        ([1], {"end_id": 50}, RequestError, "50 is not"),
+        ([1], {"stop_token_ids": [99]}, RequestError, "99 is not"),
+        ([1], {"adaptive_k_policy": "none"}, PolicyError, "full, balanced, one"),
+    ],
+)
+def test_an_impossible_request_is_refused_at_once(
+    llm: LLM, prompt: Any, params: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=sentence):
+        llm.generate_async(prompt, SamplingParams(**params))
+    assert llm.stats().requests_total == 0
+    assert llm.generate([1], SamplingParams(max_tokens=1)).finished
+
+
+def test_a_request_larger_than_the_whole_cache_is_refused() -> None:
+    with open_llm(ToySession(num_blocks=4)) as llm:
+        assert llm.generate([1] * 8, SamplingParams(max_tokens=9, end_id=-1)).finished  # 16 tokens, the last not kept
+        with pytest.raises(RequestError, match="KV cache, which holds 16"):
+            llm.generate([1] * 8, SamplingParams(max_tokens=10))
+
+
+def test_a_running_request_id_is_taken() -> None:
+    session = ToySession()
+    session.delay = 0.01
+    with open_llm(session) as llm:
+        handle = llm.generate_async([1], SamplingParams(max_tokens=8, end_id=-1), request_id="a")
+        with pytest.raises(RequestError, match="'a' is still running"):
+            llm.generate_async([1], request_id="a")
+        handle.result(5)
+        assert llm.generate_async([1], request_id="a").result(5).finished
+
+
+def test_nothing_runs_when_one_prompt_of_many_is_bad(llm: LLM) -> None:
+    with pytest.raises(RequestError):
+        llm.generate([[1], [99]])
+    with pytest.raises(RequestError, match="2 prompts came with 1"):
+        llm.generate([[1], [2]], [SamplingParams()])
+    assert llm.stats().requests_total == 0
+
+
+def test_sizes_beyond_the_build_are_refused() -> None:
+    with pytest.raises(EngineError, match="max_batch_size is 9"):
+        open_llm(max_batch_size=9)
+
+
+def test_reloaded_policies_hold_from_the_next_step() -> None:
+    tables = [toy_policies(extra={"kind": "fixed", "k": 1})]
+    with open_llm(read_policies=lambda: tables[0]) as llm:
+        with pytest.raises(PolicyError):
+            llm.generate([1], SamplingParams(adaptive_k_policy="extra"))
+        llm.reload_policies()
+        output = llm.generate([1], SamplingParams(adaptive_k_policy="extra"))
+        assert output.policy == "extra" and output.avg_k == 1
+        assert llm.policies.names == ["full", "balanced", "one", "extra"]
+
+
+def test_a_policy_in_use_stays() -> None:
+    session = ToySession()
+    session.delay = 0.005
+    start = toy_policies(extra={"kind": "fixed", "k": 1})
+    tables = [toy_policies()]
+    with open_llm(session, policies=start, read_policies=lambda: tables[0]) as llm:
+        params = SamplingParams(max_tokens=50, end_id=-1, adaptive_k_policy="extra")
+        handle = llm.generate_async([1], params)
+        with pytest.raises(PolicyError, match="'extra' cannot be removed"):
+            llm.reload_policies()
+        # The same name in another row: the running request follows it there.
+        tables[0] = toy_policies(other={"kind": "fixed", "k": 2}, extra={"kind": "fixed", "k": 1})
+        llm.reload_policies()
+        assert handle.result(5).avg_k == 1
+        tables[0] = toy_policies()
+        llm.reload_policies()
+
+
+class _Watcher:
+    def __init__(self) -> None:
+        self.steps: list[StepRecord] = []
+        self.ends: list[RequestOutput] = []
+
+    def on_request_finished(self, output: RequestOutput) -> None:
+        self.ends.append(output)
+
+    def on_step(self, record: StepRecord) -> None:
+        self.steps.append(record)
+        raise RuntimeError("an observer's trouble is its own")
+
+
+def test_observers_and_stats_count_the_same(llm: LLM) -> None:
+    watcher = _Watcher()
+    llm.add_observer(watcher)
+    llm.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=6, end_id=-1))
+    wait_until(lambda: len(watcher.steps) == llm.stats().steps_total)
+    stats = llm.stats()
+    assert isinstance(stats, EngineStats)
+    assert stats.prompt_tokens_total == sum(step.num_prefill_tokens for step in watcher.steps) == 5
+    assert stats.generation_tokens_total == sum(step.num_generated_tokens for step in watcher.steps) == 12
+    assert sum(step.num_decode_tokens for step in watcher.steps) == 10
+    assert len(watcher.ends) == stats.finished_total == 2
+
+
+def test_metrics_are_in_order(llm: LLM) -> None:
+    metrics = llm.generate([1, 2], SamplingParams(max_tokens=3, end_id=-1)).metrics
+    times = [
+        metrics.arrival_time, metrics.first_scheduled_time, metrics.first_token_time, metrics.last_token_time,
+        metrics.finished_time,
+    ]  # fmt: skip
+    assert times == sorted(times)  # type: ignore[type-var]
+
+
+def test_many_threads_share_one_llm(llm: LLM) -> None:
+    results: dict[int, list[int]] = {}
+
+    def ask(index: int) -> None:
+        params = SamplingParams(max_tokens=8, end_id=-1, seed=index, temperature=1)
+        results[index] = llm.generate([index % 40 + 1], params).outputs[0].token_ids
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index in range(0, 40, 7):
+        params = SamplingParams(max_tokens=8, end_id=-1, seed=index, temperature=1)
+        assert results[index] == llm.generate([index % 40 + 1], params).outputs[0].token_ids
