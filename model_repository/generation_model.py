@@ -105,9 +105,12 @@ class GenerationModel:
             return
         try:
             self._llm.reload_policies()
+            self._policy_watch.accept()
             pb_utils.Logger.log_info(f"policies reloaded: {', '.join(self._llm.policies.names)}")
         except AdaptiveKError as error:
-            pb_utils.Logger.log_error(f"the policies stay as they were: {error}")
+            # Tried again with the next request: the reason may be a running request that needs the old ones.
+            if self._policy_watch.first_refusal():
+                pb_utils.Logger.log_error(f"the policies stay as they were: {error}")
 
     def _report(self) -> None:
         """The reporter's loop: reports as they come, and every so often a look at clients and metrics."""
@@ -214,6 +217,13 @@ class _Call:
 
     def on_output(self, builder: ResponseBuilder, output: RequestOutput) -> None:
         """The engine's thread has something new of one prompt."""
+        try:
+            self._take(builder, output)
+        except Exception as error:  # the engine's thread serves all requests: it goes on, and the client is told
+            message = f"the server failed: {type(error).__name__}: {error}"
+            self.fail(message, pb_utils.TritonError.INTERNAL, outcome="error")
+
+    def _take(self, builder: ResponseBuilder, output: RequestOutput) -> None:
         with self._lock:
             if self._closed:
                 return

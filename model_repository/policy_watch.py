@@ -11,15 +11,23 @@ class PolicyWatch:
 
     def __init__(self, engine_dir: Path) -> None:
         self._path = engine_dir / "config.json"
-        self._seen = self._stamp()
+        self._found = self._accepted = self._stamp()
+        self._refused: tuple[int, int, int] | None = None
 
     def changed(self) -> bool:
-        """Whether the file is another one than at the last call (or at the start); one `stat`."""
-        stamp = self._stamp()
-        if stamp is None or stamp == self._seen:
-            return False
-        self._seen = stamp
-        return True
+        """Whether the file is another one than the one last `accept`ed; one `stat`."""
+        self._found = self._stamp()
+        return self._found is not None and self._found != self._accepted
+
+    def accept(self) -> None:
+        """What `changed` found has been taken over."""
+        self._accepted = self._found
+
+    def first_refusal(self) -> bool:
+        """What `changed` found could not be taken over; whether that is new, and worth a line in the log."""
+        first = self._found != self._refused
+        self._refused = self._found
+        return first
 
     def _stamp(self) -> tuple[int, int, int] | None:
         try:

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests and answers as Triton's gRPC messages. No connection is made here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2
+from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor, triton_to_np_dtype
+
+from adaptive_k_moe.client.options import GenerateOptions
+from adaptive_k_moe.client.results import Chunk, Completion
+from adaptive_k_moe.errors import ClientError
+
+# Makes Triton end a stream with the error's own status code.
+METADATA = (("triton_grpc_error", "true"),)
+
+# Types of the inputs that are one number, by name.
+_NUMBERS: dict[str, npt.DTypeLike] = {
+    "max_tokens": np.int32,
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "seed": np.uint64,
+    "end_id": np.int32,
+    "min_tokens": np.int32,
+    "repetition_penalty": np.float32,
+    "presence_penalty": np.float32,
+    "frequency_penalty": np.float32,
+}
+
+
+def encode_request(model_name: str, prompt: str, options: GenerateOptions, *, stream: bool) -> Any:
+    """A `ModelInferRequest` for one prompt.
+
+    Raises:
+        ClientError: an option is unknown or its value cannot be sent.
+    """
+    unknown = options.keys() - GenerateOptions.__annotations__.keys()
+    if unknown:
+        raise ClientError(f"generate() has no option {min(unknown)!r}.")
+    if not isinstance(prompt, str):
+        raise ClientError(f"the prompt is {type(prompt).__name__}: give a string.")
+    tensors: dict[str, npt.NDArray[Any]] = {
+        "text_input": _strings(prompt),
+        "stream": _flag(stream),
+        "exclude_input_in_output": _flag(True),
+        "return_adaptive_k": _flag(options.get("return_k", True)),
+        "return_log_probs": _flag(options.get("return_log_probs", False)),
+        "return_num_input_tokens": _flag(True),
+        "return_num_output_tokens": _flag(True),
+    }
+    numbers: dict[str, Any] = {"max_tokens": 32, **options}
+    if numbers.get("temperature") and numbers.get("top_k") is None and numbers.get("top_p") is None:
+        # The server follows TensorRT-LLM, where a temperature alone is still greedy.
+        numbers["top_p"] = 1.0
+    for name, dtype in _NUMBERS.items():
+        if (value := numbers.get(name)) is not None:
+            tensors[name] = _number(name, value, dtype)
+    for name, strings in (("stop_words", options.get("stop")), ("bad_words", options.get("bad"))):
+        if strings:
+            tensors[name] = _strings(*([strings] if isinstance(strings, str) else strings))
+    if (policy := options.get("adaptive_k_policy")) is not None:
+        tensors["adaptive_k_policy"] = _strings(policy)
+    request = service_pb2.ModelInferRequest(model_name=model_name)
+    for name, array in tensors.items():
+        request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        raw = serialize_byte_tensor(array).item() if array.dtype == object else array.tobytes()
+        request.raw_input_contents.append(raw)
+    return request
+
+
+def decode_chunk(response: Any) -> Chunk | None:
+    """The piece of an answer that a `ModelStreamInferResponse` brings; None if it brings nothing.
+
+    Raises:
+        ClientError: it brings the server's refusal.
+    """
+    if response.error_message:
+        raise ClientError(f"the server refused the request: {response.error_message}")
+    answer = response.infer_response
+    tensors = {
+        output.name: _array(output, raw)
+        for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=False)
+    }
+    if "text_output" not in tensors:
+        return None
+    k, entropy = tensors.get("adaptive_k_k"), tensors.get("adaptive_k_entropy")
+    log_probs = tensors.get("output_log_probs")
+    return Chunk(
+        text=tensors["text_output"].ravel()[0].decode(),
+        num_output_tokens=int(tensors["num_output_tokens"].item()),
+        avg_k=float(tensors["adaptive_k_avg_k"].item()),
+        compute_saved_ratio=float(tensors["adaptive_k_compute_saved_ratio"].item()),
+        k=None if k is None else k[0],
+        entropy=None if entropy is None else entropy[0],
+        num_input_tokens=int(tensors["num_input_tokens"].item()),
+        log_probs=None if log_probs is None else log_probs[0, 0],
+    )
+
+
+def join(chunks: Sequence[Chunk]) -> Completion:
+    """The whole answer from its pieces, of which there is one where nothing was streamed.
+
+    Raises:
+        ClientError: there is no piece.
+    """
+    if not chunks:
+        raise ClientError("the server ended the request without an answer.")
+    return Completion(
+        text="".join(chunk.text for chunk in chunks),
+        num_output_tokens=sum(chunk.num_output_tokens for chunk in chunks),
+        avg_k=chunks[-1].avg_k,
+        compute_saved_ratio=chunks[-1].compute_saved_ratio,
+        k=_concatenate([chunk.k for chunk in chunks]),
+        entropy=_concatenate([chunk.entropy for chunk in chunks]),
+        num_input_tokens=chunks[-1].num_input_tokens,
+        log_probs=_concatenate([chunk.log_probs for chunk in chunks]),
+    )
+
+
+def explain(error: Any, url: str, timeout: float | None) -> ClientError:
+    """A failed call in one sentence.
+
+    Args:
+        error: the `grpc.RpcError`.
+        url: the server.
+        timeout: what the call was allowed, in seconds.
+    """
+    code, details = error.code(), " ".join((error.details() or "").split())
+    match code:
+        case grpc.StatusCode.UNAVAILABLE if "handshake" in details.lower() or "ssl" in details.lower():
+            return ClientError(f"no secure connection to {url}: {details}")
+        case grpc.StatusCode.UNAVAILABLE:
+            return ClientError(f"the server at {url} cannot be reached, or broke off: {details}")
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return ClientError(f"the server at {url} did not finish its answer within {timeout or 0:g} s.")
+        case grpc.StatusCode.CANCELLED:
+            return ClientError(f"the request to {url} was cancelled.")
+        case _:
+            return ClientError(f"the server refused the request: {details or code.name}")
+
+
+def _number(name: str, value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    # NumPy would let a number wrap around, or cut its fraction off.
+    try:
+        exact = np.dtype(dtype).kind == "f" or (int(value) == value and np.can_cast(np.min_scalar_type(int(value)), dtype))
+        if exact:
+            return np.array([[value]], dtype)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ClientError(f"{name} is {value!r}: it must be a number of type {np.dtype(dtype).name}.")
+
+
+def _flag(value: bool) -> npt.NDArray[Any]:
+    return np.array([[bool(value)]])
+
+
+def _strings(*values: str) -> npt.NDArray[Any]:
+    return np.array([[value.encode() for value in values]], dtype=object)
+
+
+def _array(output: Any, raw: bytes) -> npt.NDArray[Any]:
+    if output.datatype == "BYTES":
+        flat: npt.NDArray[Any] = deserialize_bytes_tensor(raw)
+    else:
+        flat = np.frombuffer(raw, triton_to_np_dtype(output.datatype))
+    return flat.reshape(tuple(output.shape))
+
+
+def _concatenate(parts: Sequence[npt.NDArray[Any] | None]) -> npt.NDArray[Any] | None:
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if present else None
