@@ -34,12 +34,11 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def grow(self, block_table: list[int], num_tokens: int) -> bool:
-        """Append blocks to a table until it holds `num_tokens`; False, and nothing taken, if too few are free."""
+        """Append blocks to a table until it holds `num_tokens`; False, and none taken, if few are free."""
         missing = self.blocks_for(num_tokens) - len(block_table)
         if missing > len(self._free):
             return False
-        for _ in range(missing):
-            block_table.append(self._free.popleft())
+        block_table.extend(self._free.popleft() for _ in range(missing))
         return True
 
     def release(self, block_table: list[int]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Sequence
 
 from adaptive_k_moe.runtime.tokenizer import TokenizerLike
@@ -32,27 +33,37 @@ class Detokenizer:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window = list(context[-_CONTEXT_TOKENS:])
+        size = _CONTEXT_TOKENS
+        self._window = list(context[-size:])
+        self._given_text = self._decode(self._window)
+        # A context that begins within a character would spoil the run of bytes after it.
+        while size < len(context) and self._given_text.startswith(_REPLACEMENT):
+            size *= 2
+            self._window = list(context[-size:])
+            self._given_text = self._decode(self._window)
         self._num_given = len(self._window)
-        # A character that the prompt leaves unfinished is the answer's to finish.
-        self._given_text = self._decode(self._window).rstrip(_REPLACEMENT)
 
     def append(self, token_id: int) -> str:
         """The text that this token completes; empty while a character is unfinished."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if len(text) <= len(self._given_text) or text.endswith(_REPLACEMENT):
-            return ""
-        return self._give(text)
+        return "" if text.endswith(_REPLACEMENT) else self._give(text)
 
     def finish(self) -> str:
         """What is left at the end; a character that stayed unfinished is U+FFFD."""
         return self._give(self._decode(self._window))
 
     def _give(self, text: str) -> str:
-        piece = text[len(self._given_text) :]
-        # What was given out before this piece has done its work as context.
-        del self._window[: self._num_given]
+        if text.startswith(self._given_text):
+            piece = text[len(self._given_text) :]
+            if not piece:
+                return ""
+            if not self._given_text.endswith(_REPLACEMENT):
+                # What was given out before this piece has done its work as context.
+                del self._window[: self._num_given]
+        else:
+            # The prompt ended within a character, and the answer has finished it.
+            piece = text[len(os.path.commonprefix([self._given_text, text])) :]
         self._num_given = len(self._window)
         self._given_text = self._decode(self._window)
         return piece

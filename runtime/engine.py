@@ -108,25 +108,25 @@ class Engine:
             raise RequestError("the prompt is empty: give at least one token.")
         if len(token_ids) >= max_seq_len:
             raise RequestError(
-                f"the prompt has {len(token_ids)} tokens, but this engine's max_seq_len is {max_seq_len} with the "
-                "answer: shorten the prompt or build the engine with a larger --max_seq_len."
+                f"the prompt has {len(token_ids)} tokens, but this engine's max_seq_len, answer "
+                f"included, is {max_seq_len}: shorten the prompt or build the engine with a larger --max_seq_len."
             )
         for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < session.vocab_size:
                 raise RequestError(
-                    f"the prompt has the token id {token_id}, but the model's ids are 0 to {session.vocab_size - 1}."
+                    f"the prompt has token id {token_id}, but the model's are 0 to {session.vocab_size - 1}."
                 )
         # The last token is never computed: nothing follows it.
         longest = min(len(token_ids) + params.max_tokens, max_seq_len) - 1
         if self._blocks.blocks_for(longest) > self._blocks.num_blocks:
             raise RequestError(
                 f"prompt and answer may take {longest} tokens in the KV cache, which holds "
-                f"{self._blocks.num_blocks * self._blocks.block_size}: ask for fewer max_tokens or open the engine "
-                "with a larger KV cache."
+                f"{self._blocks.num_blocks * self._blocks.block_size}: ask for fewer max_tokens or open the "
+                "engine with a larger KV cache."
             )
         if params.logprobs is not None and params.logprobs > session.vocab_size:
             raise RequestError(
-                f"logprobs is {params.logprobs}, but the model has {session.vocab_size} tokens: ask for at most as many."
+                f"logprobs is {params.logprobs}, but the model has {session.vocab_size} tokens: ask for fewer."
             )
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need the tokenizer, and this engine was opened without one.")
@@ -348,7 +348,7 @@ class Engine:
     def _record(
         self, chunks: list[Chunk], step: StepInput, wanted: list[_Wanted], result: StepOutput
     ) -> tuple[list[Sequence], FloatArray]:
-        """Note what was computed; the sequences that are due a token, and the logits [N, V] to choose it from."""
+        """Note what was computed; the sequences that are due a token, and the logits [N, V] for it."""
         ready: list[Sequence] = []
         rows: list[int] = []
         begins = step.subsequence_begins.tolist()

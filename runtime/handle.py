@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
@@ -56,7 +57,7 @@ class GenerationHandle:
         return self._last is not None
 
     def abort(self) -> None:
-        """End the request before the next step; its last output says "cancelled". Harmless if it has ended."""
+        """End the request before the next step, as "cancelled"; harmless if it has ended."""
         if not self.finished:
             self._abort()
 
@@ -121,7 +122,7 @@ class GenerationHandle:
     def _refuse_on_engine_thread(self) -> None:
         if threading.current_thread() is self._engine_thread and not self.finished:
             raise RequestError(
-                f"a callback cannot wait for request {self.request_id!r}: it runs on the thread that would bring it."
+                f"a callback cannot wait for request {self.request_id!r}: it runs on the engine's thread."
             )
 
     def deliver(self, output: RequestOutput) -> None:
@@ -146,10 +147,9 @@ class GenerationHandle:
             wakers, self._wakers = self._wakers, []
             self._changed.notify_all()
         for loop, future in wakers:
-            try:
+            # A loop that is closed raises; nobody waits there any more.
+            with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_fulfil, future)
-            except RuntimeError:
-                pass  # the loop is closed, so nobody waits there any more
 
 
 def _nothing() -> None:

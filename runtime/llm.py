@@ -170,7 +170,7 @@ class LLM:
         return self._engine.policies
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]  # a str is a sequence of str, too
         self, inputs: Prompt, sampling_params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> RequestOutput: ...
 
@@ -214,8 +214,7 @@ class LLM:
         ]
         handles: list[GenerationHandle] = []
         try:
-            for request in requests:
-                handles.append(self._worker.submit(request, None, self))
+            handles.extend(self._worker.submit(request, None, self) for request in requests)
             outputs = [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:
@@ -262,7 +261,7 @@ class LLM:
         self._engine.observers.add(observer)
 
     def reload_policies(self) -> None:
-        """Read the engine directory's policies again; new requests follow them, and so do running ones, by name.
+        """Read the engine directory's policies again; running requests keep following theirs by name.
 
         Raises:
             PolicyError: they are unusable, or lack a policy that a running request follows; the present

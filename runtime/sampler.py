@@ -9,7 +9,6 @@ the log-softmax of the raw logits, before all of this.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np

@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from adaptive_k_moe.runtime.outputs import RequestOutput
 
 logger = logging.getLogger("adaptive_k_moe.runtime")
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +123,16 @@ class Observers:
     def request_finished(self, output: RequestOutput) -> None:
         """Pass on that a request ended."""
         for observer in self._observers:
-            try:
-                observer.on_request_finished(output)
-            except Exception:
-                logger.exception("an observer failed on the end of request %s", output.request_id)
+            _tell(observer.on_request_finished, output)
 
     def step(self, record: StepRecord) -> None:
         """Pass on that a step is done."""
         for observer in self._observers:
-            try:
-                observer.on_step(record)
-            except Exception:
-                logger.exception("an observer failed on a step")
+            _tell(observer.on_step, record)
+
+
+def _tell(method: Callable[[_T], None], news: _T) -> None:
+    try:
+        method(news)
+    except Exception:
+        logger.exception("an observer failed")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adaptive_k_moe.errors import EngineError
+from adaptive_k_moe.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -81,8 +81,15 @@ class Tokenizer:
         return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Text to token ids; `add_special_tokens` adds what the model expects around a text (such as BOS)."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Text to token ids; `add_special_tokens` adds what the model expects around a text (such as BOS).
+
+        Raises:
+            RequestError: the text is not encodable (a lone surrogate, say).
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        except Exception as error:  # the package raises a bare Exception
+            raise RequestError(f"the tokenizer cannot encode this text: {error}.") from None
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Token ids to text; bytes that are not UTF-8 become U+FFFD."""

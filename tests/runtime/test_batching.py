@@ -172,7 +172,8 @@ def test_an_abort_frees_blocks_before_the_next_step() -> None:
     engine.step()
     assert engine.stats().kv_blocks_used == 3
     output = engine.abort("a")
-    assert output is not None and output.finished
+    assert output is not None
+    assert output.finished
     assert output.outputs[0].finish_reason == "cancelled"
     assert len(output.outputs[0].token_ids) == 1
     assert engine.stats().kv_blocks_used == 0
@@ -204,7 +205,8 @@ def test_logits_that_are_not_finite_end_only_their_request() -> None:
     engine.add(engine.prepare([1, 49], SamplingParams(max_tokens=3), "a"))
     engine.add(engine.prepare([1, 2], SamplingParams(max_tokens=3, end_id=-1), "b"))
     ends = run_all(engine)
-    assert ends["a"].outputs[0].finish_reason == "error" and "not finite" in str(ends["a"].error)
+    assert ends["a"].outputs[0].finish_reason == "error"
+    assert "not finite" in str(ends["a"].error)
     assert ends["b"].outputs[0].finish_reason == "length"
 
 
@@ -232,7 +234,8 @@ def test_the_answer_ends_at_max_seq_len() -> None:
     engine = make_engine(ToySession(), seq_len=10)
     engine.add(engine.prepare([1] * 7, SamplingParams(max_tokens=30, end_id=-1), "a"))
     answer = run_all(engine)["a"].outputs[0]
-    assert len(answer.token_ids) == 3 and answer.finish_reason == "length"
+    assert len(answer.token_ids) == 3
+    assert answer.finish_reason == "length"
 
 
 def test_context_logits_survive_chunks_and_are_those_of_each_prompt_token() -> None:
@@ -241,7 +244,8 @@ def test_context_logits_survive_chunks_and_are_those_of_each_prompt_token() -> N
         engine = make_engine(ToySession(), tokens=tokens)
         engine.add(engine.prepare(prompt, SamplingParams(max_tokens=2, return_context_logits=True), "a"))
         context = run_all(engine)["a"].context_logits
-        assert context is not None and context.shape == (19, 50)
+        assert context is not None
+        assert context.shape == (19, 50)
         for length in (1, 7, 19):
             alone = run_alone((prompt[:length], SamplingParams(max_tokens=1, return_generation_logits=True)))
             assert alone.outputs[0].generation_logits is not None

@@ -20,9 +20,17 @@ from adaptive_k_moe.runtime import LLM, EngineStats, RequestOutput, SamplingPara
 FOREVER = SamplingParams(max_tokens=50, end_id=-1)
 
 
-def open_llm(session: ToySession | None = None, *, policies: PolicyTables | None = None, **options: Any) -> LLM:
-    more = {name: options.pop(name) for name in ("tokenizer", "read_policies", "max_batch_size") if name in options}
-    return LLM.from_session(session or ToySession(), toy_config(**options), policies or toy_policies(), **more)
+def open_llm(
+    session: ToySession | None = None, *, policies: PolicyTables | None = None, **options: Any
+) -> LLM:
+    more = {
+        name: options.pop(name)
+        for name in ("tokenizer", "read_policies", "max_batch_size")
+        if name in options
+    }
+    return LLM.from_session(
+        session or ToySession(), toy_config(**options), policies or toy_policies(), **more
+    )
 
 
 @pytest.fixture
@@ -44,8 +52,11 @@ def engine_threads() -> list[threading.Thread]:
 
 def test_one_prompt_gives_one_output_and_a_list_gives_a_list(llm: LLM) -> None:
     one = llm.generate([1, 2, 3], SamplingParams(max_tokens=4, end_id=-1))
-    assert isinstance(one, RequestOutput) and one.prompt_token_ids == [1, 2, 3]
-    many = llm.generate([[1, 2, 3], [4]], [SamplingParams(max_tokens=4, end_id=-1), SamplingParams(max_tokens=2)])
+    assert isinstance(one, RequestOutput)
+    assert one.prompt_token_ids == [1, 2, 3]
+    many = llm.generate(
+        [[1, 2, 3], [4]], [SamplingParams(max_tokens=4, end_id=-1), SamplingParams(max_tokens=2)]
+    )
     assert [output.prompt_token_ids for output in many] == [[1, 2, 3], [4]]
     assert many[0].outputs[0].token_ids == one.outputs[0].token_ids
     assert llm.generate([]) == []
@@ -66,7 +77,9 @@ def test_streamed_pieces_make_the_whole(llm: LLM) -> None:
 def test_without_streaming_only_the_end_comes(llm: LLM) -> None:
     handle = llm.generate_async([1, 2], SamplingParams(max_tokens=5, end_id=-1))
     outputs = list(handle)
-    assert len(outputs) == 1 and outputs[0] is handle.result() and handle.finished
+    assert len(outputs) == 1
+    assert outputs[0] is handle.result()
+    assert handle.finished
     assert outputs[0].outputs[0].token_ids_diff == outputs[0].outputs[0].token_ids
 
 
@@ -114,7 +127,9 @@ def test_a_callback_cannot_wait_for_itself(llm: LLM) -> None:
             except RequestError as error:
                 errors.append(error)
 
-    llm.generate_async([1], SamplingParams(max_tokens=2, end_id=-1), streaming=True, on_output=waits).result(5)
+    llm.generate_async([1], SamplingParams(max_tokens=2, end_id=-1), streaming=True, on_output=waits).result(
+        5
+    )
     assert "cannot wait" in str(errors[0])
 
 
@@ -126,7 +141,8 @@ def test_abort_ends_a_request_early_and_frees_its_blocks() -> None:
         next(handle)
         handle.abort()
         output = handle.result(5)
-        assert output.outputs[0].finish_reason == "cancelled" and len(output.outputs[0].token_ids) < 50
+        assert output.outputs[0].finish_reason == "cancelled"
+        assert len(output.outputs[0].token_ids) < 50
         wait_until(lambda: llm.stats().kv_blocks_used == 0)
         handle.abort()
         assert llm.stats().cancellations_total == 1
@@ -151,7 +167,8 @@ def test_shutdown_cancels_what_runs_and_leaves_no_thread() -> None:
     llm.shutdown()
     llm.shutdown()
     assert handle.result(1).outputs[0].finish_reason == "cancelled"
-    assert session.closed == 1 and len(engine_threads()) == before
+    assert session.closed == 1
+    assert len(engine_threads()) == before
     with pytest.raises(EngineError, match="shut down"):
         llm.generate([1])
     with pytest.raises(EngineError, match="shut down"):
@@ -205,7 +222,9 @@ def test_an_impossible_request_is_refused_at_once(
 
 def test_a_request_larger_than_the_whole_cache_is_refused() -> None:
     with open_llm(ToySession(num_blocks=4)) as llm:
-        assert llm.generate([1] * 8, SamplingParams(max_tokens=9, end_id=-1)).finished  # 16 tokens, the last not kept
+        assert llm.generate(
+            [1] * 8, SamplingParams(max_tokens=9, end_id=-1)
+        ).finished  # 16 tokens, the last not kept
         with pytest.raises(RequestError, match="KV cache, which holds 16"):
             llm.generate([1] * 8, SamplingParams(max_tokens=10))
 
@@ -241,7 +260,8 @@ def test_reloaded_policies_hold_from_the_next_step() -> None:
             llm.generate([1], SamplingParams(adaptive_k_policy="extra"))
         llm.reload_policies()
         output = llm.generate([1], SamplingParams(adaptive_k_policy="extra"))
-        assert output.policy == "extra" and output.avg_k == 1
+        assert output.policy == "extra"
+        assert output.avg_k == 1
         assert llm.policies.names == ["full", "balanced", "one", "extra"]
 
 
