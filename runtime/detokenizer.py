@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
 
 from adaptive_k_moe.runtime.tokenizer import TokenizerLike
@@ -63,7 +62,8 @@ class Detokenizer:
                 del self._window[: self._num_given]
         else:
             # The prompt ended within a character, and the answer has finished it.
-            piece = text[len(os.path.commonprefix([self._given_text, text])) :]
+            pairs = enumerate(zip(self._given_text, text, strict=False))
+            piece = text[next((i for i, (old, new) in pairs if old != new), len(text)) :]
         self._num_given = len(self._window)
         self._given_text = self._decode(self._window)
         return piece

@@ -108,8 +108,8 @@ class Engine:
             raise RequestError("the prompt is empty: give at least one token.")
         if len(token_ids) >= max_seq_len:
             raise RequestError(
-                f"the prompt has {len(token_ids)} tokens, but this engine's max_seq_len, answer "
-                f"included, is {max_seq_len}: shorten the prompt or build the engine with a larger --max_seq_len."
+                f"the prompt has {len(token_ids)} tokens, but max_seq_len is {max_seq_len} here, "
+                "answer included: shorten the prompt or build the engine with a larger --max_seq_len."
             )
         for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < session.vocab_size:
@@ -126,7 +126,7 @@ class Engine:
             )
         if params.logprobs is not None and params.logprobs > session.vocab_size:
             raise RequestError(
-                f"logprobs is {params.logprobs}, but the model has {session.vocab_size} tokens: ask for fewer."
+                f"logprobs is {params.logprobs}, but the vocabulary has {session.vocab_size} tokens."
             )
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need the tokenizer, and this engine was opened without one.")
@@ -309,6 +309,7 @@ class Engine:
         policy_index: list[int] = []
         past_lens: list[int] = []
         begins = [0]
+        block_tables: list[list[int]] = []
         logits_indices: list[int] = []
         wanted: list[_Wanted] = []
         for sequence, num_tokens in chunks:
@@ -319,6 +320,7 @@ class Engine:
             policy_index += [sequence.request.policy_index] * num_tokens
             past_lens.append(start)
             begins.append(begin + num_tokens)
+            block_tables.append(sequence.block_table[: self._blocks.blocks_for(end)])
             first_row = len(logits_indices)
             if sequence.context_logits is not None:
                 # After a preemption the first rows are known already.
@@ -340,7 +342,7 @@ class Engine:
             policy_index=np.array(policy_index, np.int32),
             past_lens=np.array(past_lens, np.int32),
             subsequence_begins=np.array(begins, np.int32),
-            block_tables=[sequence.block_table for sequence, _ in chunks],
+            block_tables=block_tables,
             logits_indices=np.array(logits_indices, np.int64),
         )
         return step, wanted

@@ -7,6 +7,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
@@ -87,14 +88,15 @@ class LLM:
             loaded = tokenizer
         elif not skip_tokenizer_init:
             loaded = Tokenizer.from_dir(engine_dir)
-        policies = read_policy_tables(engine_dir)
         session = create_session(
             engine_dir,
             config,
             num_threads=num_threads,
             kv_cache_max_tokens=(kv_cache_config or KvCacheConfig()).max_tokens,
         )
-        self._open(session, config, limits, loaded, policies, lambda: read_policy_tables(engine_dir))
+        self._open(
+            session, config, limits, loaded, config.policy_tables(), lambda: read_policy_tables(engine_dir)
+        )
 
     @classmethod
     def from_session(
@@ -198,7 +200,7 @@ class LLM:
         Raises:
             RequestError, PolicyError: a prompt or its parameters are unusable; none is run.
         """
-        single = isinstance(inputs, str) or (len(inputs) > 0 and not isinstance(inputs[0], str | Sequence))
+        single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], Integral))
         prompts: list[Any] = [inputs] if single else list(inputs)
         if isinstance(sampling_params, SamplingParams) or sampling_params is None:
             params = [sampling_params or SamplingParams()] * len(prompts)

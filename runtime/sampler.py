@@ -22,6 +22,9 @@ IntArray = npt.NDArray[np.int64]
 # Below this a temperature changes nothing any more and would only overflow float32.
 _MIN_TEMPERATURE = 1e-5
 
+# Logits whose greatest is found first when few of many are wanted.
+_BLOCK = 64
+
 
 class Sampled(NamedTuple):
     """One chosen token.
@@ -133,8 +136,7 @@ def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, Fl
     """
     vocab_size = len(logits)
     if 0 < params.top_k < vocab_size:
-        limit = np.partition(logits, vocab_size - params.top_k)[vocab_size - params.top_k]
-        token_ids = np.flatnonzero(logits >= limit)
+        token_ids = _top_k(logits, params.top_k)
         scores = logits[token_ids]
     else:
         token_ids = np.arange(vocab_size)
@@ -144,14 +146,32 @@ def candidates(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, Fl
     if params.top_p < 1:
         # All tokens below (1 - p) / V together weigh less than 1 - p, so none of them is needed to reach p.
         few = np.flatnonzero(probabilities >= (1 - params.top_p) / vocab_size)
-        order = few[np.argsort(-probabilities[few], kind="stable")]
-        mass_before = np.cumsum(probabilities[order], dtype=np.float64) - probabilities[order]
-        keep = np.sort(order[: max(1, int(np.searchsorted(mass_before, params.top_p)))])
+        falling = np.sort(probabilities[few])[::-1]
+        mass_before = np.cumsum(falling, dtype=np.float64) - falling
+        count = max(1, int(np.searchsorted(mass_before, params.top_p)))
+        above = few[probabilities[few] > falling[count - 1]]
+        equal = few[probabilities[few] == falling[count - 1]][: count - len(above)]
+        keep = np.sort(np.concatenate([above, equal]))
         token_ids, probabilities = token_ids[keep], probabilities[keep]
     if params.min_p > 0:
         keep = np.flatnonzero(probabilities >= params.min_p * probabilities.max())
         token_ids, probabilities = token_ids[keep], probabilities[keep]
     return token_ids, probabilities / probabilities.sum()
+
+
+def _top_k(logits: FloatArray, top_k: int) -> IntArray:
+    """The ids, ascending, of the `top_k` greatest logits and of all that equal the last of them."""
+    token_ids: IntArray | None = None
+    num_blocks = len(logits) // _BLOCK
+    if top_k <= num_blocks // 2:
+        # Each of the top_k greatest maxima of blocks is a logit, so the limit is not below the last of them.
+        maxima = logits[: num_blocks * _BLOCK].reshape(num_blocks, _BLOCK).max(axis=1)
+        floor = np.partition(maxima, num_blocks - top_k)[num_blocks - top_k]
+        token_ids = np.flatnonzero(logits >= floor)
+        logits = logits[token_ids]
+    limit = np.partition(logits, len(logits) - top_k)[len(logits) - top_k]
+    greatest = np.flatnonzero(logits >= limit)
+    return greatest if token_ids is None else token_ids[greatest]
 
 
 def draw(logits: FloatArray, state: SamplingState) -> int:

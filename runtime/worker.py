@@ -32,7 +32,8 @@ class EngineThread:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._lock = threading.Lock()
+        # Reentrant: a collection may run `stop` in the middle of anything that this thread does.
+        self._lock = threading.RLock()
         self._handles: dict[str, GenerationHandle] = {}
         self._stopping = False
         self.thread = threading.Thread(target=self._run, name="adaptive-k-engine", daemon=True)

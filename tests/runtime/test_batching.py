@@ -39,6 +39,7 @@ def assert_same(got: RequestOutput, expected: RequestOutput) -> None:
     np.testing.assert_array_equal(got.prompt_k, expected.prompt_k)
     np.testing.assert_array_equal(got.prompt_entropy, expected.prompt_entropy)
     if expected.context_logits is not None:
+        assert got.context_logits is not None
         np.testing.assert_array_equal(got.context_logits, expected.context_logits)
     for one, other in zip(got.outputs, expected.outputs, strict=True):
         assert one.token_ids == other.token_ids
@@ -47,6 +48,7 @@ def assert_same(got: RequestOutput, expected: RequestOutput) -> None:
         np.testing.assert_array_equal(one.k, other.k)
         np.testing.assert_array_equal(one.entropy, other.entropy)
         if other.generation_logits is not None:
+            assert one.generation_logits is not None
             np.testing.assert_array_equal(one.generation_logits, other.generation_logits)
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from toy_session import ToySession, toy_config, toy_policies
 
@@ -59,7 +63,7 @@ def test_one_prompt_gives_one_output_and_a_list_gives_a_list(llm: LLM) -> None:
     )
     assert [output.prompt_token_ids for output in many] == [[1, 2, 3], [4]]
     assert many[0].outputs[0].token_ids == one.outputs[0].token_ids
-    assert llm.generate([]) == []
+    assert not llm.generate([])
 
 
 def test_streamed_pieces_make_the_whole(llm: LLM) -> None:
@@ -99,10 +103,12 @@ def test_asyncio_interleaves_requests(llm: LLM) -> None:
 
 def test_a_callback_gets_every_output_on_the_engine_thread(llm: LLM) -> None:
     seen: list[tuple[str, int]] = []
-    handle = llm.generate_async(
-        [1], SamplingParams(max_tokens=4, end_id=-1), streaming=True, request_id="mine",
-        on_output=lambda output: seen.append((threading.current_thread().name, len(output.outputs[0].token_ids))),
-    )  # fmt: skip
+
+    def see(output: RequestOutput) -> None:
+        seen.append((threading.current_thread().name, len(output.outputs[0].token_ids)))
+
+    params = SamplingParams(max_tokens=4, end_id=-1)
+    handle = llm.generate_async([1], params, streaming=True, request_id="mine", on_output=see)
     assert handle.request_id == handle.result().request_id == "mine"
     assert seen == [("adaptive-k-engine", count) for count in range(1, 5)]
 
@@ -333,3 +339,25 @@ def test_many_threads_share_one_llm(llm: LLM) -> None:
     for index in range(0, 40, 7):
         params = SamplingParams(max_tokens=8, end_id=-1, seed=index, temperature=1)
         assert results[index] == llm.generate([index % 40 + 1], params).outputs[0].token_ids
+
+
+def test_an_interpreter_with_a_running_request_exits_at_once() -> None:
+    script = (
+        "from toy_session import *; from adaptive_k_moe.runtime import *\n"
+        "session = ToySession(); session.delay = 0.2\n"
+        "llm = LLM.from_session(session, toy_config(), toy_policies())\n"
+        "handle = llm.generate_async([1], SamplingParams(max_tokens=50, end_id=-1), streaming=True)\n"
+        "next(handle)\n"
+    )
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert time.monotonic() - started < 8
+
+
+def test_prompts_may_be_arrays(llm: LLM) -> None:
+    expected = llm.generate([1, 2, 3]).outputs[0].token_ids
+    assert llm.generate(np.array([1, 2, 3])).outputs[0].token_ids == expected  # type: ignore[call-overload]
+    assert llm.generate([np.array([1, 2, 3])])[0].outputs[0].token_ids == expected  # type: ignore[list-item, index]

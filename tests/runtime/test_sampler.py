@@ -33,11 +33,14 @@ def random_logits(seed: int, vocab_size: int = VOCAB, scale: float = 3) -> Any:
 
 
 def hugging_face(logits: Any, token_ids: list[int], processors: list[Any]) -> Any:
-    scores = LogitsProcessorList(processors)(torch.tensor([token_ids]), torch.tensor(logits[None].copy()))
+    history: Any = torch.tensor([token_ids])
+    scores: Any = LogitsProcessorList(processors)(history, torch.tensor(logits[None].copy()))
     return scores[0].numpy()
 
 
-def state(params: SamplingParams, token_ids: list[int], num_generated: int = 0, **options: Any) -> SamplingState:
+def state(
+    params: SamplingParams, token_ids: list[int], num_generated: int = 0, **options: Any
+) -> SamplingState:
     prompt = token_ids[: len(token_ids) - num_generated]
     made = SamplingState(params, VOCAB, list(prompt), **options)
     for token_id in token_ids[len(prompt) :]:
@@ -71,6 +74,17 @@ def test_the_warped_distribution_is_hugging_faces(
     got[token_ids] = probabilities
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
     assert (np.diff(token_ids) > 0).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), top_k=st.integers(1, 80), levels=st.sampled_from([3, 40, 100_000]))
+def test_top_k_of_a_large_vocabulary_is_hugging_faces_ties_and_all(
+    seed: int, top_k: int, levels: int
+) -> None:
+    logits = np.random.default_rng(seed).integers(0, levels, 7001).astype(np.float32) / levels
+    expected = hugging_face(logits, [1], [TopKLogitsWarper(top_k)])
+    token_ids, _ = candidates(logits, SamplingParams(temperature=1, top_k=top_k))
+    np.testing.assert_array_equal(token_ids, np.flatnonzero(np.isfinite(expected)))
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
@@ -129,9 +143,9 @@ def test_processing_leaves_the_models_logits_alone() -> None:
         {"temperature": 1.0, "min_p": 0.1, "top_k": 20, "top_p": 0.95},
     ],
 )
-def test_tokens_come_as_often_as_their_probabilities_say(params: dict[str, float]) -> None:
+def test_tokens_come_as_often_as_their_probabilities_say(params: dict[str, Any]) -> None:
     logits = random_logits(6, vocab_size=30, scale=1.5)
-    parameters = SamplingParams(seed=11, **params)  # type: ignore[arg-type]
+    parameters = SamplingParams(seed=11, **params)
     made = SamplingState(parameters, 30, [1])
     draws = 20_000
     counts = np.bincount([draw(logits, made) for _ in range(draws)], minlength=30)
@@ -223,8 +237,8 @@ def test_minus_infinity_in_the_logits_is_a_token_that_never_comes() -> None:
     "params",
     [
         {"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0},
-        {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}, {"min_tokens": 33}, {"n": 0}, {"logprobs": -1},
-        {"seed": -1}, {"stop": [""]}, {"bad": ""},
+        {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}, {"min_tokens": 33}, {"n": 0},
+        {"logprobs": -1}, {"seed": -1}, {"stop": [""]}, {"bad": ""},
     ],
 )  # fmt: skip
 def test_a_parameter_out_of_range_is_named(params: dict[str, Any]) -> None:

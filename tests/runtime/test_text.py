@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,6 +11,8 @@ import toy_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_batching import run_all
+from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import models
 from toy_session import ToySession, toy_policies
 
 from adaptive_k_moe.errors import EngineError, RequestError
@@ -23,7 +26,25 @@ REPLACEMENT = "\ufffd"
 
 texts = st.lists(
     st.sampled_from(
-        ["the", " quick", " fox", " ", "  ", "\n", "é", "ü", "你好", "世", "😀", "👩‍👩‍👧", "x", "STOP", ".", " expert", "ß"]
+        [
+            "the",
+            " quick",
+            " fox",
+            " ",
+            "  ",
+            "\n",
+            "é",
+            "ü",
+            "你好",
+            "世",
+            "😀",
+            "👩‍👩‍👧",
+            "x",
+            "STOP",
+            ".",
+            " expert",
+            "ß",
+        ]
     ),
     min_size=1,
     max_size=12,
@@ -88,7 +109,7 @@ def test_a_stop_string_is_found_however_the_text_is_cut(
     marks = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
     matcher = StopStrings(stops, include=include)
     got, stop = "", None
-    for start, end in zip(marks, marks[1:], strict=False):
+    for start, end in pairwise(marks):
         certain, stop = matcher.append(text[start:end])
         got += certain
         assert expected.startswith(got)  # what was given out is never taken back
@@ -156,7 +177,9 @@ def say(kind: str, text: str, prompt: str = "the", **params: Any) -> list[Reques
     while engine.has_work:
         outputs += engine.step()
     for output in outputs:
-        assert output.outputs[0].text == "".join(o.outputs[0].text_diff for o in outputs[: outputs.index(output) + 1])
+        assert output.outputs[0].text == "".join(
+            o.outputs[0].text_diff for o in outputs[: outputs.index(output) + 1]
+        )
     return outputs
 
 
@@ -223,7 +246,7 @@ def test_bad_words_do_not_come(kind: str) -> None:
 
 
 def test_a_bad_word_without_tokens_is_refused() -> None:
-    tokenizer = Tokenizer(toy_tokenizers.HfTokenizer(toy_tokenizers.models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    tokenizer = Tokenizer(HfTokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
     limits = EngineLimits(max_batch_size=4, max_num_tokens=32, max_seq_len=128)
     engine = Engine(ToySession(), toy_policies(), limits, tokenizer=tokenizer, eos_token_ids=[], full_k=2)
     with pytest.raises(RequestError, match="bad word 'zebra' has no tokens"):

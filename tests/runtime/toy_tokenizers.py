@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HfTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from adaptive_k_moe.runtime.tokenizer import Tokenizer
 

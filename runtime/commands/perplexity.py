@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaptive-k perplexity``: quality, experts saved and time saved of each policy, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adaptive_k_moe.runtime.perplexity import PerplexityResult
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--engine_dir", required=True, help="directory written by `adaptive-k build`")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to measure on")
+    parser.add_argument(
+        "--adaptive_k_policy",
+        nargs="+",
+        metavar="NAME",
+        help="policies to measure (default: all of the engine)",
+    )
+    parser.add_argument(
+        "--window", type=int, help="tokens in a window (default: 512, or what the engine takes)"
+    )
+    parser.add_argument("--max_tokens", type=int, help="measure on the text's first tokens alone")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="times that each policy is measured; the median time counts (default: 3)",
+    )
+    parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--output", metavar="FILE.json", help="write the figures there, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure the policies one after another, `full` first, and print the table."""
+    from adaptive_k_moe.errors import RequestError
+    from adaptive_k_moe.policy import FULL
+    from adaptive_k_moe.runtime import LLM
+    from adaptive_k_moe.runtime.perplexity import measure_policies
+
+    try:
+        text = Path(args.text).read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"cannot read the text {args.text}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"{args.text} is not UTF-8 text.") from None
+    with LLM(args.engine_dir, num_threads=args.num_threads) as llm:
+        assert llm.tokenizer is not None
+        token_ids = llm.tokenizer.encode(text)[: args.max_tokens]
+        window = args.window or min(512, llm.config.build_config.max_seq_len - 1)
+        names = args.adaptive_k_policy or llm.policies.names
+        for name in names:
+            llm.policies.index(name)
+        # Every policy is told against `full`, so that one is always measured.
+        policies = list(dict.fromkeys([FULL, *names]))
+        results = measure_policies(llm, token_ids, policies, window, rounds=args.rounds)
+    print(table(results))
+    if args.output:
+        Path(args.output).write_text(
+            json.dumps(report(results, args.text), indent=2) + "\n", encoding="utf-8"
+        )
+    return 0
+
+
+def table(results: Sequence[PerplexityResult]) -> str:
+    """The results beside the first one's, as text."""
+    full = results[0]
+    width = max(6, *(len(result.policy) for result in results))
+    lines = [
+        f"{full.num_tokens} tokens in windows of {full.window}",
+        f"{'policy':<{width}}  {'perplexity':>10}  {'change':>8}  {'avg_k':>6}  {'experts saved':>13}  "
+        f"{'seconds':>8}  {'tokens/s':>9}  {'time saved':>10}",
+    ]
+    lines += [
+        f"{result.policy:<{width}}  {result.perplexity:>10.4f}  "
+        f"{result.perplexity / full.perplexity - 1:>+8.2%}  {result.avg_k:>6.3f}  {result.compute_saved_ratio:>13.1%}  "
+        f"{result.seconds:>8.3f}  "
+        f"{result.tokens_per_second:>9.1f}  {1 - result.seconds / full.seconds:>10.1%}"
+        for result in results
+    ]
+    return "\n".join(lines)
+
+
+def report(results: Sequence[PerplexityResult], text: str) -> dict[str, object]:
+    """The results and their ratios to the first one's, ready for `json.dump`."""
+    from dataclasses import asdict
+
+    full = results[0]
+    return {
+        "text": text,
+        "policies": [
+            {
+                **asdict(result),
+                "perplexity_change": result.perplexity / full.perplexity - 1,
+                "time_saved_ratio": 1 - result.seconds / full.seconds,
+            }
+            for result in results
+        ],
+    }
