@@ -1,0 +1,282 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "adaptive_k_plugin.h"
+
+#include <algorithm>
+#include <exception>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#include "log.h"
+
+namespace adaptive_k::tensorrt {
+namespace {
+
+using nvinfer1::DataType;
+using nvinfer1::Dims;
+using nvinfer1::DynamicPluginTensorDesc;
+using nvinfer1::PluginTensorDesc;
+using Dimensions = std::vector<int64_t>;
+
+[[noreturn]] void fail(const std::string& sentence) { throw std::invalid_argument(sentence); }
+
+void log_failure(const std::string& sentence) noexcept {
+  try {
+    const std::string prefix = std::string(kPluginName) + ": ";
+    const bool prefixed = sentence.compare(0, prefix.size(), prefix) == 0;
+    log(Severity::kERROR, prefixed ? sentence : prefix + sentence);
+  } catch (...) {
+  }
+}
+
+// Runs the body of a method that TensorRT calls; what it throws is logged and becomes `failed`.
+template <typename Result, typename Body>
+Result guarded(Result failed, const Body& body) noexcept {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    log_failure(error.what());
+  } catch (...) {
+    log_failure("failed for a reason that it did not name");
+  }
+  return failed;
+}
+
+constexpr int32_t kFailed = 1;
+
+void check_outputs(int32_t num_outputs) {
+  if (num_outputs != kNumOutputs)
+    fail("has " + std::to_string(num_outputs) + " outputs but makes 3: output, k and entropy");
+}
+
+Dimensions dimensions(const Dims& dims) {
+  const int32_t rank = std::min(std::max(dims.nbDims, 0), Dims::MAX_DIMS);
+  return Dimensions(dims.d, dims.d + rank);
+}
+
+const PluginTensorDesc& described(const PluginTensorDesc& tensor) { return tensor; }
+const PluginTensorDesc& described(const DynamicPluginTensorDesc& tensor) { return tensor.desc; }
+
+template <typename Desc>
+void check_types(const Attributes& attributes, const Inputs& inputs, const Desc* in) {
+  std::vector<DataType> types;
+  for (int32_t i = 0; i < inputs.count; ++i) types.push_back(described(in[i]).type);
+  check_input_types(attributes, inputs, types.data());
+}
+
+template <typename Desc, typename DimsOf>
+std::vector<Dimensions> shapes_of(const Desc* tensors, int32_t count, const DimsOf& dims_of) {
+  std::vector<Dimensions> shapes;
+  for (int32_t i = 0; i < count; ++i) shapes.push_back(dimensions(dims_of(tensors[i])));
+  return shapes;
+}
+
+// The shape with the most tokens, policies and choices that the engine is built for.
+cuda::MoeShape largest_shape(const Attributes& attributes, const Inputs& inputs,
+                             const DynamicPluginTensorDesc* in) {
+  return make_shape(
+      attributes, inputs,
+      shapes_of(in, inputs.count,
+                [](const DynamicPluginTensorDesc& t) -> const Dims& { return t.max; }),
+      in[kHiddenStates].desc.type);
+}
+
+void check_kernels_run(const Attributes& attributes, const cuda::MoeShape& shape) {
+  if (const char* why_not = cuda::check(attributes.params, shape)) fail(why_not);
+}
+
+}  // namespace
+
+AdaptiveKPlugin::AdaptiveKPlugin(const Attributes& attributes, const char* plugin_namespace)
+    : attributes_(attributes),
+      plugin_namespace_(plugin_namespace),
+      description_(describe(attributes)) {}
+
+nvinfer1::IPluginCapability* AdaptiveKPlugin::getCapabilityInterface(
+    nvinfer1::PluginCapabilityType type) noexcept {
+  switch (type) {
+    case nvinfer1::PluginCapabilityType::kCORE:
+      return static_cast<nvinfer1::IPluginV3OneCore*>(this);
+    case nvinfer1::PluginCapabilityType::kBUILD:
+      return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
+    case nvinfer1::PluginCapabilityType::kRUNTIME:
+      return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
+  }
+  return nullptr;
+}
+
+nvinfer1::IPluginV3* AdaptiveKPlugin::clone() noexcept {
+  return guarded<nvinfer1::IPluginV3*>(nullptr, [&]() -> nvinfer1::IPluginV3* {
+    auto copy = std::make_unique<AdaptiveKPlugin>(attributes_, plugin_namespace_);
+    copy->inputs_ = inputs_;
+    copy->shape_ = shape_;
+    return copy.release();
+  });
+}
+
+int32_t AdaptiveKPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t num_inputs,
+                                         const DynamicPluginTensorDesc*,
+                                         int32_t num_outputs) noexcept {
+  return guarded(kFailed, [&] {
+    const Inputs inputs = find_inputs(attributes_, num_inputs);
+    check_outputs(num_outputs);
+    check_types(attributes_, inputs, in);
+    // Both what holds for every step and the bounds of the profile, which may contradict it.
+    check_input_shapes(
+        attributes_, inputs,
+        shapes_of(in, num_inputs, [](const auto& t) -> const Dims& { return t.desc.dims; }));
+    check_kernels_run(attributes_, largest_shape(attributes_, inputs, in));
+    return 0;
+  });
+}
+
+int32_t AdaptiveKPlugin::getOutputDataTypes(DataType* output_types, int32_t num_outputs,
+                                            const DataType* input_types,
+                                            int32_t num_inputs) const noexcept {
+  return guarded(kFailed, [&] {
+    const Inputs inputs = find_inputs(attributes_, num_inputs);
+    check_outputs(num_outputs);
+    check_input_types(attributes_, inputs, input_types);
+    for (int32_t i = 0; i < num_outputs; ++i)
+      output_types[i] =
+          expected_type(inputs, attributes_, num_inputs + i, input_types[kHiddenStates]);
+    return 0;
+  });
+}
+
+int32_t AdaptiveKPlugin::getOutputShapes(const nvinfer1::DimsExprs* in, int32_t num_inputs,
+                                         const nvinfer1::DimsExprs*, int32_t num_shape_inputs,
+                                         nvinfer1::DimsExprs* outputs, int32_t num_outputs,
+                                         nvinfer1::IExprBuilder&) noexcept {
+  return guarded(kFailed, [&] {
+    const Inputs inputs = find_inputs(attributes_, num_inputs);
+    check_outputs(num_outputs);
+    if (num_shape_inputs != 0) fail("takes no shape inputs");
+    std::vector<Dimensions> shapes;
+    for (int32_t i = 0; i < num_inputs; ++i) {
+      Dimensions& shape = shapes.emplace_back();
+      for (int32_t d = 0; d < in[i].nbDims; ++d)
+        shape.push_back(in[i].d[d]->isConstant() ? in[i].d[d]->getConstantValue() : -1);
+    }
+    check_input_shapes(attributes_, inputs, shapes);
+
+    const nvinfer1::IDimensionExpr* tokens = in[kHiddenStates].d[0];
+    const nvinfer1::IDimensionExpr* hidden = in[kHiddenStates].d[1];
+    outputs[kOutput].nbDims = 2;
+    outputs[kOutput].d[0] = tokens;
+    outputs[kOutput].d[1] = hidden;
+    for (const int32_t per_token : {kK, kEntropy}) {
+      outputs[per_token].nbDims = 1;
+      outputs[per_token].d[0] = tokens;
+    }
+    return 0;
+  });
+}
+
+bool AdaptiveKPlugin::supportsFormatCombination(int32_t pos, const DynamicPluginTensorDesc* in_out,
+                                                int32_t num_inputs, int32_t num_outputs) noexcept {
+  return guarded(false, [&] {
+    const Inputs inputs = find_inputs(attributes_, num_inputs);
+    check_outputs(num_outputs);
+    if (pos < 0 || pos >= num_inputs + num_outputs)
+      fail("was asked for the format of tensor " + std::to_string(pos) + " of " +
+           std::to_string(num_inputs + num_outputs));
+    // A combination that does not fit is no error: TensorRT tries several.
+    const PluginTensorDesc& tensor = in_out[pos].desc;
+    if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
+    if (pos == kHiddenStates) return allows_hidden_states(attributes_, tensor.type);
+    return tensor.type == expected_type(inputs, attributes_, pos, in_out[kHiddenStates].desc.type);
+  });
+}
+
+size_t AdaptiveKPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t num_inputs,
+                                         const DynamicPluginTensorDesc*, int32_t) const noexcept {
+  return guarded<size_t>(0, [&] {
+    const cuda::MoeShape shape =
+        largest_shape(attributes_, find_inputs(attributes_, num_inputs), in);
+    check_kernels_run(attributes_, shape);
+    return cuda::workspace_size(attributes_.params, shape);
+  });
+}
+
+int32_t AdaptiveKPlugin::onShapeChange(const PluginTensorDesc* in, int32_t num_inputs,
+                                       const PluginTensorDesc*, int32_t num_outputs) noexcept {
+  inputs_ = Inputs();  // nothing runs until the new shapes have passed
+  return guarded(kFailed, [&] {
+    const Inputs inputs = find_inputs(attributes_, num_inputs);
+    check_outputs(num_outputs);
+    check_types(attributes_, inputs, in);
+    const cuda::MoeShape shape = make_shape(
+        attributes_, inputs,
+        shapes_of(in, num_inputs, [](const PluginTensorDesc& t) -> const Dims& { return t.dims; }),
+        in[kHiddenStates].type);
+    check_kernels_run(attributes_, shape);
+    inputs_ = inputs;
+    shape_ = shape;
+    return 0;
+  });
+}
+
+int32_t AdaptiveKPlugin::enqueue(const PluginTensorDesc* input_desc, const PluginTensorDesc*,
+                                 const void* const* inputs, void* const* outputs, void* workspace,
+                                 cudaStream_t stream) noexcept {
+  return guarded(kFailed, [&] {
+    if (inputs_.count == 0) fail("was enqueued before onShapeChange accepted the shapes");
+    if (input_desc[kHiddenStates].dims.d[0] != shape_.tokens)
+      fail("was enqueued with " + std::to_string(input_desc[kHiddenStates].dims.d[0]) +
+           " tokens after onShapeChange said " + std::to_string(shape_.tokens));
+    const auto input = [&](int32_t index) { return index < 0 ? nullptr : inputs[index]; };
+    cuda::MoeArguments a;
+    a.hidden_states = input(kHiddenStates);
+    a.router_logits = static_cast<const float*>(input(kRouterLogits));
+    a.policy_index = static_cast<const int32_t*>(input(kPolicyIndex));
+    a.policy_kind = static_cast<const int32_t*>(input(kPolicyKind));
+    a.thresholds = static_cast<const float*>(input(kThresholds));
+    a.k_values = static_cast<const int32_t*>(input(kKValues));
+    a.up = input(kUp);
+    a.down = input(kDown);
+    a.up_scales = input(inputs_.up_scales);
+    a.down_scales = input(inputs_.down_scales);
+    a.correction_bias = static_cast<const float*>(input(inputs_.correction_bias));
+    a.output = outputs[kOutput];
+    a.k = static_cast<int32_t*>(outputs[kK]);
+    a.entropy = static_cast<float*>(outputs[kEntropy]);
+    const cudaError_t status = cuda::launch(attributes_.params, shape_, a, workspace, stream);
+    if (status != cudaSuccess)
+      fail("its kernels were not launched (CUDA error " + std::to_string(status) + ")");
+    return 0;
+  });
+}
+
+nvinfer1::IPluginV3* AdaptiveKPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
+  return clone();
+}
+
+const nvinfer1::PluginFieldCollection* AdaptiveKPlugin::getFieldsToSerialize() noexcept {
+  return guarded<const nvinfer1::PluginFieldCollection*>(nullptr, [&] {
+    serialized_ = std::make_unique<FieldList>(attributes_);
+    return serialized_->collection();
+  });
+}
+
+nvinfer1::IPluginV3* AdaptiveKPluginCreator::createPlugin(
+    const nvinfer1::AsciiChar* name, const nvinfer1::PluginFieldCollection* fields,
+    nvinfer1::TensorRTPhase) noexcept {
+  return guarded<nvinfer1::IPluginV3*>(nullptr, [&]() -> nvinfer1::IPluginV3* {
+    try {
+      const Attributes attributes = read_fields(fields);
+      log(Severity::kVERBOSE,
+          std::string(kPluginName) + ": layer " + (name ? name : "") + ": " + describe(attributes));
+      return new AdaptiveKPlugin(attributes, plugin_namespace_);
+    } catch (const std::invalid_argument& error) {
+      if (name == nullptr || *name == '\0') throw;
+      fail(std::string("layer ") + name + ": " + error.what());
+    }
+  });
+}
+
+const nvinfer1::PluginFieldCollection* AdaptiveKPluginCreator::getFieldNames() noexcept {
+  return field_names();
+}
+
+}  // namespace adaptive_k::tensorrt

@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operator's attributes as TensorRT's plugin fields: read from an ONNX node or a serialized
+// engine, and written into one. Names and words are those of the ONNX attributes.
+#pragma once
+
+#include <NvInfer.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "adaptive_k/params.h"
+
+namespace adaptive_k::tensorrt {
+
+// How the expert weights arrive. The plain formats say only that the weights have that type, which
+// must be that of hidden_states; kAsHiddenStates leaves it unsaid.
+enum class WeightFields : int32_t { kAsHiddenStates, kFloat32, kFloat16, kBFloat16, kInt8, kInt4 };
+
+struct Attributes {
+  MoeParams params;  // its weight_format is the CPU's and not used here
+  WeightFields weights = WeightFields::kAsHiddenStates;
+};
+
+inline bool is_quantised(WeightFields weights) {
+  return weights == WeightFields::kInt8 || weights == WeightFields::kInt4;
+}
+
+// The spelling of a weight format; "" for kAsHiddenStates.
+const char* word(WeightFields weights);
+
+// One line of name=value pairs that holds exactly what distinguishes two plugins.
+std::string describe(const Attributes& attributes);
+
+// Absent fields keep their defaults. Throws std::invalid_argument with a sentence when a field is
+// unknown, given twice, of a wrong type or length, or out of range.
+Attributes read_fields(const nvinfer1::PluginFieldCollection* collection);
+
+// The names and types that a creator announces, with no data. Lives as long as the library.
+const nvinfer1::PluginFieldCollection* field_names();
+
+// Attributes as fields that read_fields() takes back. Owns what the fields point to.
+class FieldList {
+ public:
+  explicit FieldList(const Attributes& attributes);
+  FieldList(const FieldList&) = delete;
+  FieldList& operator=(const FieldList&) = delete;
+
+  const nvinfer1::PluginFieldCollection* collection() const { return &collection_; }
+
+ private:
+  std::string activation_, scoring_, weight_format_;
+  int32_t norm_topk_prob_, n_group_, topk_group_, max_k_;
+  float routed_scaling_factor_;
+  std::vector<nvinfer1::PluginField> fields_;
+  nvinfer1::PluginFieldCollection collection_;
+};
+
+}  // namespace adaptive_k::tensorrt

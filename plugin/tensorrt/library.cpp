@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// What TensorRT looks for in a plugin library that it loads (trtexec --dynamicPlugins,
+// IPluginRegistry::loadLibrary).
+#include <NvInfer.h>
+
+#include <cstdint>
+
+#include "adaptive_k_plugin.h"
+#include "log.h"
+
+#define ADAPTIVE_K_EXPORT extern "C" __attribute__((visibility("default")))
+
+// TensorRT's ONNX parser takes a plugin's namespace from the node's attribute plugin_namespace, not
+// from its domain, and without the attribute it looks in "". So that both find the operator, it is
+// there twice.
+ADAPTIVE_K_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
+  static adaptive_k::tensorrt::AdaptiveKPluginCreator unnamed("");
+  static adaptive_k::tensorrt::AdaptiveKPluginCreator named("adaptive_k");
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&unnamed, &named};
+  count = sizeof(creators) / sizeof(creators[0]);
+  return creators;
+}
+
+ADAPTIVE_K_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  adaptive_k::tensorrt::set_logger_finder(finder);
+}
