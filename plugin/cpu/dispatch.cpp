@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <unistd.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -35,6 +37,17 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+int64_t second_level_cache_bytes() {
+  static const int64_t bytes = [] {
+    int64_t known = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    known = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return known > 0 ? known : int64_t{512} << 10;
+  }();
+  return bytes;
 }
 
 }  // namespace adaptive_k::cpu

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The loops over weights, one set for each instruction set, chosen at run time.
 //
-// Every product of a token's row with a weight row is summed in one order, whatever loop computes
-// it: element k goes to lane k % lanes of one vector accumulator, lanes take their elements in
-// rising order by fused multiply-add, and the lanes are added by one fixed tree at the end. So a
-// token's result has the same bits alone and in any batch, in the loop for few tokens and in the
-// one for many.
+// Every product of a token's row with a weight row is summed in one order, whatever else is
+// computed beside it: K is taken in parts of kPart elements; in a part, element k goes to lane k %
+// lanes of one vector accumulator, lanes take their elements in rising order by fused multiply-add
+// and are added by one fixed tree; the parts' sums are added in rising order. So a token's result
+// has the same bits alone and in any batch.
 //
 // Activations are packed: a tile of m <= tile_rows rows is stored [padded K / lanes][m][lanes],
 // zeros after K.
@@ -17,8 +17,10 @@
 
 namespace adaptive_k::cpu {
 
-// Weight rows are processed in panels of this many: 16 neurons of a gated expert (16 gate rows and
-// 16 up rows), 32 neurons of a plain one, or 32 columns of the output.
+constexpr int kPart = 2048;
+
+// Weight rows are processed in panels of this many: 16 neurons of a gated expert (16 gate rows,
+// then 16 up rows) or 32 neurons of a plain one.
 constexpr int kPanelRows = 32;
 
 // A tile of packed activations and the number of rows in it.
@@ -35,27 +37,29 @@ struct Kernels {
   // Packs m rows of K floats into one tile.
   void (*pack)(const float* const* rows, int m, int64_t K, float* packed);
 
-  // c[i * kPanelRows + r] = dot(row i of the tiles, weight_rows[r]), r < num_rows. num_rows is a
-  // multiple of 8 up to kPanelRows. `few` reads the weights straight from memory, once for each
-  // tile; `many` converts and packs them in blocks that stay in cache.
-  void (*few)(const Tile* tiles, int num_tiles, const void* const* weight_rows, int num_rows,
-              int64_t K, WeightFormat format, float* c);
-  void (*many)(const Tile* tiles, int num_tiles, const void* const* weight_rows, int num_rows,
-               int64_t K, WeightFormat format, float* c);
+  // c[i * num_rows + r] = dot(row i of the tiles, weight_rows[r]), r < num_rows, a multiple of 8.
+  // Weights are read once, straight from where they lie. cache_bytes is the size of the
+  // second-level cache: activations beyond half of it are taken part by part.
+  void (*multiply)(const Tile* tiles, int num_tiles, const void* const* weight_rows, int num_rows,
+                   int64_t K, WeightFormat format, int64_t cache_bytes, float* c);
 
-  // Applies the activation to `rows` rows of a panel and writes neurons first .. first + count - 1
-  // into a packed tile of padded length padded_I; neurons at or beyond I become zeros. Gated
-  // panels hold the gates in columns 0 .. kPanelRows / 2 - 1.
-  void (*activate)(Activation activation, const float* c, int rows, int64_t first, int count,
+  // Applies the activation to a panel of a tile's products, whose rows are c_stride apart, and
+  // writes its neurons, from number `first` on, into the packed tile of padded length padded_I.
+  // Neurons at or beyond I become zeros.
+  void (*activate)(Activation activation, const float* c, int64_t c_stride, int rows, int64_t first,
                    int64_t I, int64_t padded_I, float* tile);
 
-  // out[0 .. n) = sum over j of weights[j] * y[j][0 .. n), in the order of j; n <= kPanelRows.
+  // out[0 .. n) = sum over j of weights[j] * y[j][0 .. n), in the order of j. Up to 15 floats after
+  // the end of y[j] are read.
   void (*combine)(const float* const* y, const float* weights, int k, int n, float* out);
 };
 
 // The best set that this machine runs, or the one that the environment variable ADAPTIVE_K_ISA
 // names (portable, avx2, avx512). Throws std::invalid_argument when it cannot be had.
 const Kernels& kernels();
+
+// Bytes of a core's second-level cache.
+int64_t second_level_cache_bytes();
 
 extern const Kernels kPortableKernels;
 #if defined(ADAPTIVE_K_X86)

@@ -34,5 +34,5 @@ struct Simd {
 #include "kernels_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kAvx2Kernels = {"avx2", kLanes, kTileRows, pack, few, many, activate, combine};
+const Kernels kAvx2Kernels = {"avx2", kLanes, kTileRows, pack, multiply, activate, combine};
 }  // namespace adaptive_k::cpu

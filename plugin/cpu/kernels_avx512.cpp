@@ -40,5 +40,5 @@ struct Simd {
 #include "kernels_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kAvx512Kernels = {"avx512", kLanes, kTileRows, pack, few, many, activate, combine};
+const Kernels kAvx512Kernels = {"avx512", kLanes, kTileRows, pack, multiply, activate, combine};
 }  // namespace adaptive_k::cpu

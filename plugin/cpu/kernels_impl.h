@@ -15,6 +15,10 @@
 #include "adaptive_k/activation.h"
 #include "kernels.h"
 
+// The accumulators of a tile are an array only in name: with the loops over it unrolled from the
+// start, the compiler keeps them in registers and copies none through the stack.
+#define ADAPTIVE_K_UNROLL _Pragma("GCC unroll 8")
+
 namespace adaptive_k::cpu {
 namespace {
 
@@ -24,12 +28,11 @@ constexpr int kTileRows = Simd::kTileRows;
 // Weight rows in a register tile. With one or two token rows there are registers for more.
 constexpr int kGroup = 4;
 constexpr int kWideGroup = 8;
-// The part of K that `many` works on at a time: a tile of activations stays in the first-level
-// cache, the panel's weights in the second.
-constexpr int kBlockVectors = 512 / kLanes;
-// The token rows that share one packing of the weights in `many`.
-constexpr int kTilesAtOnce = 96 / kTileRows;
-constexpr int kPrefetchBytes = 1024;
+
+// The widest group of weight rows that m token rows leave registers for.
+constexpr int group_for(int m) {
+  return m * kWideGroup <= kTileRows * kGroup ? kWideGroup : kGroup;
+}
 
 template <typename W>
 inline V load_tail(const W* w, int count) {
@@ -38,190 +41,127 @@ inline V load_tail(const W* w, int count) {
   return Simd::load(padded);
 }
 
-template <int M, int R>
-inline void store_sums(const V (&acc)[M][R], float* c) {
-  for (int i = 0; i < M; ++i)
-    for (int r = 0; r < R; r += 4) Simd::reduce4(&acc[i][r], c + i * kPanelRows + r);
-}
-
-// ---- few tokens -----------------------------------------------------------------------------
-
+// M token rows times R weight rows, over `length` elements: c = or c += the sums. Meanwhile that
+// much of `next`, a row that will be needed soon, comes into the second-level cache.
 template <int M, int R, typename W>
-void few_tile(const float* x, const W* const* rows, int64_t K, float* c) {
+void multiply_tile(const float* x, const W* const* rows, int64_t offset, int length, const W* next,
+                   bool add, float* c, int64_t c_stride) {
   V acc[M][R];
-  for (int i = 0; i < M; ++i)
+  ADAPTIVE_K_UNROLL
+  for (int i = 0; i < M; ++i) {
+    ADAPTIVE_K_UNROLL
     for (int r = 0; r < R; ++r) acc[i][r] = Simd::zero();
+  }
   const W* w[R];
-  for (int r = 0; r < R; ++r) w[r] = rows[r];
-  const int64_t whole = K / kLanes;
-  for (int64_t v = 0; v < whole; ++v) {
+  ADAPTIVE_K_UNROLL
+  for (int r = 0; r < R; ++r) w[r] = rows[r] + offset;
+  int k = 0;
+  for (; k + kLanes <= length; k += kLanes) {
+    __builtin_prefetch(next + k, 0, 2);
     V xv[M];
+    ADAPTIVE_K_UNROLL
     for (int i = 0; i < M; ++i) xv[i] = Simd::load(x + i * kLanes);
     x += M * kLanes;
+    ADAPTIVE_K_UNROLL
     for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(reinterpret_cast<const char*>(w[r] + v * kLanes) + kPrefetchBytes);
-      const V wv = Simd::load(w[r] + v * kLanes);
+      const V wv = Simd::load(w[r] + k);
+      ADAPTIVE_K_UNROLL
       for (int i = 0; i < M; ++i) acc[i][r] = Simd::fma(xv[i], wv, acc[i][r]);
     }
   }
-  if (const int rest = static_cast<int>(K % kLanes)) {
+  if (k < length) {
+    ADAPTIVE_K_UNROLL
     for (int r = 0; r < R; ++r) {
-      const V wv = load_tail(w[r] + whole * kLanes, rest);
+      const V wv = load_tail(w[r] + k, length - k);
+      ADAPTIVE_K_UNROLL
       for (int i = 0; i < M; ++i) acc[i][r] = Simd::fma(Simd::load(x + i * kLanes), wv, acc[i][r]);
     }
   }
-  store_sums<M, R>(acc, c);
+  ADAPTIVE_K_UNROLL
+  for (int i = 0; i < M; ++i) {
+    ADAPTIVE_K_UNROLL
+    for (int r = 0; r < R; r += 4) {
+      float sums[4];
+      Simd::reduce4(&acc[i][r], sums);
+      float* to = c + i * c_stride + r;
+      for (int j = 0; j < 4; ++j) to[j] = add ? to[j] + sums[j] : sums[j];
+    }
+  }
 }
 
 template <typename W>
-using FewTile = void (*)(const float*, const W* const*, int64_t, float*);
-
-// The widest group of weight rows that M token rows leave registers for.
-constexpr int group_for(int m) {
-  return m * kWideGroup <= kTileRows * kGroup ? kWideGroup : kGroup;
-}
+using MultiplyTile = void (*)(const float*, const W* const*, int64_t, int, const W*, bool, float*,
+                              int64_t);
 
 template <typename W>
-void few_rows(const Tile* tiles, int num_tiles, const W* const* rows, int num_rows, int64_t K,
-              float* c) {
-  static_assert(kTileRows == 3 || kTileRows == 6);
-  static constexpr FewTile<W> kTiles[] = {
-      few_tile<1, group_for(1), W>, few_tile<2, group_for(2), W>,
-      few_tile<3, group_for(3), W>,
+constexpr MultiplyTile<W> kMultiplyTile[] = {
+    multiply_tile<1, group_for(1), W>, multiply_tile<2, group_for(2), W>,
+    multiply_tile<3, group_for(3), W>,
 #if ADAPTIVE_K_TILE_ROWS == 6
-      few_tile<4, group_for(4), W>, few_tile<5, group_for(5), W>,
-      few_tile<6, group_for(6), W>
+    multiply_tile<4, group_for(4), W>, multiply_tile<5, group_for(5), W>,
+    multiply_tile<6, group_for(6), W>,
 #endif
-  };
-  for (int r = 0; r < num_rows; r += kWideGroup) {
-    float* c_tile = c + r;
-    for (int t = 0; t < num_tiles; ++t) {
-      const int m = tiles[t].rows;
-      const int group = group_for(m);
-      for (int g = 0; g < kWideGroup; g += group)
-        kTiles[m - 1](tiles[t].x, rows + r + g, K, c_tile + g);
-      c_tile += m * kPanelRows;
-    }
-  }
-}
-
-void few(const Tile* tiles, int num_tiles, const void* const* rows, int num_rows, int64_t K,
-         WeightFormat format, float* c) {
-  if (format == WeightFormat::kFloat32)
-    few_rows(tiles, num_tiles, reinterpret_cast<const float* const*>(rows), num_rows, K, c);
-  else
-    few_rows(tiles, num_tiles, reinterpret_cast<const uint16_t* const*>(rows), num_rows, K, c);
-}
-
-// ---- many tokens ----------------------------------------------------------------------------
-
-// Continues the accumulators of an M x kGroup tile over `vectors` vectors of K. Between the blocks
-// of K they rest in `saved`; after the last their sums go to c.
-template <int M>
-void many_tile(const float* x, const float* w, int vectors, bool first, bool last, float* saved,
-               float* c) {
-  V acc[M][kGroup];
-  if (first) {
-    for (int i = 0; i < M; ++i)
-      for (int r = 0; r < kGroup; ++r) acc[i][r] = Simd::zero();
-  } else {
-    for (int i = 0; i < M; ++i)
-      for (int r = 0; r < kGroup; ++r) acc[i][r] = Simd::load(saved + (i * kGroup + r) * kLanes);
-  }
-  for (int v = 0; v < vectors; ++v) {
-    V wv[kGroup];
-    for (int r = 0; r < kGroup; ++r) wv[r] = Simd::load(w + r * kLanes);
-    for (int i = 0; i < M; ++i) {
-      const V xv = Simd::load(x + i * kLanes);
-      for (int r = 0; r < kGroup; ++r) acc[i][r] = Simd::fma(xv, wv[r], acc[i][r]);
-    }
-    x += M * kLanes;
-    w += kGroup * kLanes;
-  }
-  if (last) {
-    store_sums<M, kGroup>(acc, c);
-  } else {
-    for (int i = 0; i < M; ++i)
-      for (int r = 0; r < kGroup; ++r) Simd::store(saved + (i * kGroup + r) * kLanes, acc[i][r]);
-  }
-}
-
-using ManyTile = void (*)(const float*, const float*, int, bool, bool, float*, float*);
-
-struct ManyScratch {
-  alignas(64) float weights[kPanelRows * kBlockVectors * kLanes];
-  alignas(64) float saved[kTilesAtOnce * (kPanelRows / kGroup) * kTileRows * kGroup * kLanes];
 };
 
-// Packs `vectors` vectors of a panel's rows, from element `begin` on, as [row group][vector][row].
+// One part of K of all tiles, for one group of weight rows. next_rows[i] + next_offset is where the
+// following call of this function begins to read.
 template <typename W>
-void pack_weights(const W* const* rows, int num_rows, int64_t begin, int vectors, int64_t K,
-                  float* packed) {
-  const int whole = static_cast<int>((K - begin) / kLanes);
-  const int full = whole < vectors ? whole : vectors;
-  for (int g = 0; g < num_rows; g += kGroup) {
-    float* to = packed + static_cast<int64_t>(g) * vectors * kLanes;
-    for (int r = 0; r < kGroup; ++r) {
-      const W* from = rows[g + r] + begin;
-      for (int v = 0; v < full; ++v)
-        Simd::store(to + (v * kGroup + r) * kLanes, Simd::load(from + v * kLanes));
-      if (full < vectors)
-        Simd::store(to + (full * kGroup + r) * kLanes,
-                    load_tail(from + full * kLanes, static_cast<int>(K % kLanes)));
+void multiply_group(const Tile* tiles, int num_tiles, const W* const* rows, int64_t offset,
+                    int length, const W* const* next_rows, int64_t next_offset, float* c,
+                    int64_t c_stride) {
+  int call = 0;
+  for (int t = 0; t < num_tiles; ++t) {
+    const int m = tiles[t].rows;
+    const int group = group_for(m);
+    for (int g = 0; g < kWideGroup; g += group, ++call) {
+      // A row of what comes next is fetched with each call; memory is never waited for long.
+      const W* next = next_rows[call % kWideGroup] + next_offset;
+      kMultiplyTile<W>[m - 1](tiles[t].x + offset* m, rows + g, offset, length, next, offset > 0,
+                              c + g, c_stride);
+    }
+    c += m * c_stride;
+  }
+}
+
+template <typename W>
+void multiply_rows(const Tile* tiles, int num_tiles, const W* const* rows, int num_rows, int64_t K,
+                   int64_t cache_bytes, float* c) {
+  int64_t token_rows = 0;
+  for (int t = 0; t < num_tiles; ++t) token_rows += tiles[t].rows;
+  const auto length_at = [K](int64_t offset) {
+    return static_cast<int>(K - offset < kPart ? K - offset : kPart);
+  };
+  if (token_rows * K * static_cast<int64_t>(sizeof(float)) <= cache_bytes / 2) {
+    // All activations stay in the second-level cache: read each weight row from end to end.
+    for (int r = 0; r < num_rows; r += kWideGroup) {
+      for (int64_t offset = 0; offset < K; offset += kPart) {
+        const bool same = offset + kPart < K;
+        const int next = same || r + kWideGroup == num_rows ? r : r + kWideGroup;
+        multiply_group(tiles, num_tiles, rows + r, offset, length_at(offset), rows + next,
+                       same ? offset + kPart : 0, c + r, num_rows);
+      }
+    }
+  } else {
+    // One part of the activations stays there, while that part of all weight rows passes by.
+    for (int64_t offset = 0; offset < K; offset += kPart) {
+      for (int r = 0; r < num_rows; r += kWideGroup) {
+        const bool same = r + kWideGroup < num_rows;
+        multiply_group(tiles, num_tiles, rows + r, offset, length_at(offset),
+                       rows + (same ? r + kWideGroup : 0),
+                       same || offset + kPart >= K ? offset : offset + kPart, c + r, num_rows);
+      }
     }
   }
 }
 
-template <typename W>
-void many_rows(const Tile* tiles, int num_tiles, const W* const* rows, int num_rows, int64_t K,
-               float* c) {
-  static constexpr ManyTile kTiles[] = {many_tile<1>, many_tile<2>,
-                                        many_tile<3>,
-#if ADAPTIVE_K_TILE_ROWS == 6
-                                        many_tile<4>, many_tile<5>,
-                                        many_tile<6>
-#endif
-  };
-  // On the heap, not in static thread-local storage: a library opened late may get little of that.
-  static thread_local ManyScratch* scratch = nullptr;
-  if (scratch == nullptr)
-    scratch =
-        static_cast<ManyScratch*>(std::aligned_alloc(64, (sizeof(ManyScratch) + 63) / 64 * 64));
-  const int64_t total = (K + kLanes - 1) / kLanes;
-  while (num_tiles > 0) {
-    const int at_once = num_tiles < kTilesAtOnce ? num_tiles : kTilesAtOnce;
-    int64_t begin = 0;
-    do {
-      const int vectors =
-          static_cast<int>(total - begin < kBlockVectors ? total - begin : kBlockVectors);
-      const bool first = begin == 0, last = begin + vectors == total;
-      pack_weights(rows, num_rows, begin * kLanes, vectors, K, scratch->weights);
-      float* saved = scratch->saved;
-      float* c_tile = c;
-      for (int t = 0; t < at_once; ++t) {
-        const int m = tiles[t].rows;
-        for (int g = 0; g < num_rows; g += kGroup) {
-          kTiles[m - 1](tiles[t].x + begin * m * kLanes,
-                        scratch->weights + static_cast<int64_t>(g) * vectors * kLanes, vectors,
-                        first, last, saved, c_tile + g);
-          saved += kTileRows * kGroup * kLanes;
-        }
-        c_tile += m * kPanelRows;
-      }
-      begin += vectors;
-    } while (begin < total);
-    for (int t = 0; t < at_once; ++t) c += tiles[t].rows * kPanelRows;
-    tiles += at_once;
-    num_tiles -= at_once;
-  }
-}
-
-void many(const Tile* tiles, int num_tiles, const void* const* rows, int num_rows, int64_t K,
-          WeightFormat format, float* c) {
+void multiply(const Tile* tiles, int num_tiles, const void* const* weight_rows, int num_rows,
+              int64_t K, WeightFormat format, int64_t cache_bytes, float* c) {
   if (format == WeightFormat::kFloat32)
-    many_rows(tiles, num_tiles, reinterpret_cast<const float* const*>(rows), num_rows, K, c);
+    multiply_rows(tiles, num_tiles, reinterpret_cast<const float* const*>(weight_rows), num_rows, K,
+                  cache_bytes, c);
   else
-    many_rows(tiles, num_tiles, reinterpret_cast<const uint16_t* const*>(rows), num_rows, K, c);
+    multiply_rows(tiles, num_tiles, reinterpret_cast<const uint16_t* const*>(weight_rows), num_rows,
+                  K, cache_bytes, c);
 }
 
 // ---- around the products --------------------------------------------------------------------
@@ -238,30 +178,29 @@ void pack(const float* const* rows, int m, int64_t K, float* packed) {
 }
 
 template <Activation kind>
-void activate_rows(const float* c, int rows, int64_t first, int count, int64_t I, int64_t padded_I,
-                   float* tile) {
+void activate_rows(const float* c, int64_t c_stride, int rows, int64_t first, int64_t I,
+                   int64_t padded_I, float* tile) {
+  constexpr int kNeurons = is_gated(kind) ? kPanelRows / 2 : kPanelRows;
   for (int i = 0; i < rows; ++i) {
     alignas(64) float h[kPanelRows];
-    const float* panel = c + i * kPanelRows;
+    const float* panel = c + i * c_stride;
     // A constant trip count, so that every neuron takes the same vector code.
-    constexpr int kNeurons = is_gated(kind) ? kPanelRows / 2 : kPanelRows;
     for (int j = 0; j < kNeurons; ++j)
       h[j] = is_gated(kind) ? adaptive_k::activate<kind>(panel[j], panel[j + kNeurons])
                             : adaptive_k::activate<kind>(0.0f, panel[j]);
-    for (int64_t n = I - first; n < count; ++n)
-      if (n >= 0) h[n] = 0.0f;
-    const int64_t end = first + count < padded_I ? first + count : padded_I;
+    for (int64_t j = I - first; j < kNeurons; ++j) h[j] = 0.0f;
+    const int64_t end = first + kNeurons < padded_I ? first + kNeurons : padded_I;
     for (int64_t n = first; n < end; n += kLanes)
       std::memcpy(tile + (n * rows + i * kLanes), h + (n - first), kLanes * sizeof(float));
   }
 }
 
-void activate(Activation activation, const float* c, int rows, int64_t first, int count, int64_t I,
-              int64_t padded_I, float* tile) {
+void activate(Activation activation, const float* c, int64_t c_stride, int rows, int64_t first,
+              int64_t I, int64_t padded_I, float* tile) {
   switch (activation) {
 #define ADAPTIVE_K_CASE(kind) \
   case Activation::kind:      \
-    return activate_rows<Activation::kind>(c, rows, first, count, I, padded_I, tile)
+    return activate_rows<Activation::kind>(c, c_stride, rows, first, I, padded_I, tile)
     ADAPTIVE_K_CASE(kSwiglu);
     ADAPTIVE_K_CASE(kGeglu);
     ADAPTIVE_K_CASE(kSilu);
@@ -274,13 +213,18 @@ void activate(Activation activation, const float* c, int rows, int64_t first, in
 }
 
 void combine(const float* const* y, const float* weights, int k, int n, float* out) {
-  alignas(64) float sum[kPanelRows] = {};
-  for (int j = 0; j < k; ++j) {
-    const V weight = Simd::broadcast(weights[j]);
-    for (int h = 0; h < kPanelRows; h += kLanes)
-      Simd::store(sum + h, Simd::fma(weight, Simd::load(y[j] + h), Simd::load(sum + h)));
+  for (int h = 0; h < n; h += kLanes) {
+    V sum = Simd::zero();
+    for (int j = 0; j < k; ++j)
+      sum = Simd::fma(Simd::broadcast(weights[j]), Simd::load(y[j] + h), sum);
+    if (h + kLanes <= n) {
+      Simd::store(out + h, sum);
+    } else {
+      alignas(64) float rest[kLanes];
+      Simd::store(rest, sum);
+      std::memcpy(out + h, rest, (n - h) * sizeof(float));
+    }
   }
-  std::memcpy(out, sum, n * sizeof(float));
 }
 
 }  // namespace

@@ -49,6 +49,5 @@ struct Simd {
 #include "kernels_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kPortableKernels = {"portable", kLanes, kTileRows, pack,
-                                  few,        many,   activate,  combine};
+const Kernels kPortableKernels = {"portable", kLanes, kTileRows, pack, multiply, activate, combine};
 }  // namespace adaptive_k::cpu

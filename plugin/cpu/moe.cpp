@@ -16,12 +16,14 @@
 namespace adaptive_k::cpu {
 namespace {
 
-// Weight bytes below which handing the work to other threads costs more than it saves.
+// Work below this many weight bytes (each counted once for every kRowsPerRead token rows) stays on
+// the calling thread: handing it out would cost more than it saves.
 constexpr int64_t kSerialBytes = 192 << 10;
+constexpr int64_t kRowsPerRead = 16;
 // Weight bytes that are worth a task of their own.
 constexpr int64_t kTaskBytes = 64 << 10;
-// An expert with more token tiles than this takes the path for many tokens.
-constexpr int kFewTiles = 2;
+// The most panels that a task takes: activations come into the second-level cache once for all.
+constexpr int64_t kMaxPanels = 8;
 // Tokens are taken in chunks whose intermediate results stay below about this many floats.
 constexpr int64_t kChunkFloats = 64 << 20;
 
@@ -43,14 +45,15 @@ void parallel_for(int64_t n, int64_t grain, bool serial, const Body& body) {
       tbb::simple_partitioner());
 }
 
-// The weight rows of one panel; missing rows repeat the last so that the kernels need no edge case.
-class PanelRows {
+// The weight rows that a task multiplies with. Missing rows repeat the last, so that the kernels
+// need no edge case.
+class WeightRows {
  public:
-  PanelRows(const void* base, int64_t row_bytes)
+  WeightRows(const void* base, int64_t row_bytes)
       : base_(static_cast<const char*>(base)), row_bytes_(row_bytes) {}
 
-  void add(int64_t first, int count, int64_t end) {
-    for (int r = 0; r < count; ++r)
+  void add(int64_t first, int64_t count, int64_t end) {
+    for (int64_t r = 0; r < count; ++r)
       rows_[size_++] = base_ + std::min(first + r, end - 1) * row_bytes_;
   }
   const void* const* data() const { return rows_; }
@@ -59,9 +62,25 @@ class PanelRows {
  private:
   const char* base_;
   int64_t row_bytes_;
-  const void* rows_[kPanelRows];
+  const void* rows_[kMaxPanels * kPanelRows];
   int size_ = 0;
 };
+
+// How many of `units` pieces of work of unit_bytes a task takes, so that tasks are worth their cost
+// and there are enough of them to keep all threads busy to the end.
+int64_t units_per_task(int64_t units, int64_t unit_bytes, int64_t at_most) {
+  const int64_t threads = tbb::this_task_arena::max_concurrency();
+  const int64_t worth = divide_up(kTaskBytes, unit_bytes);
+  return std::clamp<int64_t>(std::max(units / (8 * threads), worth), 1, at_most);
+}
+
+// Token rows that are multiplied together: as many as let a part of their activations fill half the
+// second-level cache.
+int block_rows() {
+  const int64_t fit =
+      second_level_cache_bytes() / 2 / (kPart * static_cast<int64_t>(sizeof(float)));
+  return static_cast<int>(std::clamp<int64_t>(fit, 24, 96));
+}
 
 // One call of the operator on one chunk of tokens.
 class Layer {
@@ -78,11 +97,10 @@ class Layer {
         padded_intermediate_(round_up(args.intermediate, kernels_.lanes)) {}
 
   void run(const float* hidden_states, float* output) {
-    const int64_t rows = plan_.num_rows();
     const int64_t expert_bytes =
         (gated_ ? 3 : 2) * args_.hidden * args_.intermediate * element_bytes_;
     serial_ =
-        static_cast<int64_t>(plan_.segments.size()) * expert_bytes * (1 + rows / 64) < kSerialBytes;
+        expert_bytes * (plan_.num_experts_used + plan_.num_rows() / kRowsPerRead) < kSerialBytes;
     gather(hidden_states);
     project_up();
     project_down(output);
@@ -119,35 +137,43 @@ class Layer {
     });
   }
 
-  // c = products of a segment's tiles with a panel of weight rows.
-  void multiply(const Plan::Segment& segment, const std::vector<Tile>& tiles,
-                const PanelRows& panel, int64_t K, float* c) const {
-    const auto product = segment.num_tiles > kFewTiles ? kernels_.many : kernels_.few;
-    product(tiles.data() + segment.first_tile, segment.num_tiles, panel.data(), panel.size(), K,
-            params_.weight_format, c);
+  // c [rows of the block, weight rows] = products of the block's rows of `tiles`, K long.
+  void multiply(const Plan::Block& block, const std::vector<Tile>& tiles, const WeightRows& weights,
+                int64_t K, float* c) const {
+    kernels_.multiply(tiles.data() + block.first_tile, block.num_tiles, weights.data(),
+                      weights.size(), K, params_.weight_format, second_level_cache_bytes(), c);
   }
 
+  // A task computes some panels of neurons for one block.
   void project_up() const {
-    const int neurons = gated_ ? kPanelRows / 2 : kPanelRows;
     const int64_t intermediate = args_.intermediate;
     const int64_t up_rows = gated_ ? 2 * intermediate : intermediate;
     const int64_t row_bytes = args_.hidden * element_bytes_;
-    const int64_t blocks = divide_up(intermediate, neurons);
-    const int64_t grain = std::max<int64_t>(1, kTaskBytes / (kPanelRows * row_bytes));
-    parallel_for(plan_.segments.size() * blocks, grain, serial_, [&](int64_t i) {
-      const Plan::Segment& segment = plan_.segments[i / blocks];
-      const int64_t first = i % blocks * neurons;
-      PanelRows panel(static_cast<const char*>(args_.up) + segment.expert * up_rows * row_bytes,
-                      row_bytes);
-      panel.add(first, neurons, intermediate);
-      if (gated_) panel.add(intermediate + first, neurons, 2 * intermediate);
-      float* c = thread_panel(segment.num_rows);
-      multiply(segment, *x_tiles_, panel, args_.hidden, c);
-      for (int t = 0; t < segment.num_tiles; ++t) {
-        const Tile& tile = (*h_tiles_)[segment.first_tile + t];
-        kernels_.activate(params_.activation, c, tile.rows, first, neurons, intermediate,
-                          padded_intermediate_, const_cast<float*>(tile.x));
-        c += tile.rows * kPanelRows;
+    const int neurons = gated_ ? kPanelRows / 2 : kPanelRows;
+    const int64_t panels = divide_up(intermediate, neurons);
+    const int64_t num_blocks = static_cast<int64_t>(plan_.blocks.size());
+    const int64_t per_task =
+        units_per_task(num_blocks * panels, kPanelRows * row_bytes, kMaxPanels);
+    const int64_t strips = divide_up(panels, per_task);
+    parallel_for(num_blocks * strips, 1, serial_, [&](int64_t i) {
+      // Blocks of one expert take a strip one after the other: it is still in some cache then.
+      const Plan::Block& block = plan_.blocks[i / strips];
+      const int64_t begin = i % strips * per_task, end = std::min(begin + per_task, panels);
+      WeightRows weights(static_cast<const char*>(args_.up) + block.expert * up_rows * row_bytes,
+                         row_bytes);
+      for (int64_t p = begin; p < end; ++p) {
+        weights.add(p * neurons, neurons, intermediate);
+        if (gated_) weights.add(intermediate + p * neurons, neurons, 2 * intermediate);
+      }
+      float* c = thread_floats(block.num_rows * weights.size());
+      multiply(block, *x_tiles_, weights, args_.hidden, c);
+      for (int t = 0; t < block.num_tiles; ++t) {
+        const Tile& tile = (*h_tiles_)[block.first_tile + t];
+        for (int64_t p = begin; p < end; ++p)
+          kernels_.activate(params_.activation, c + (p - begin) * kPanelRows, weights.size(),
+                            tile.rows, p * neurons, intermediate, padded_intermediate_,
+                            const_cast<float*>(tile.x));
+        c += tile.rows * weights.size();
       }
     });
   }
@@ -157,38 +183,39 @@ class Layer {
   void project_down(float* output) const {
     const int64_t hidden = args_.hidden;
     const int64_t row_bytes = args_.intermediate * element_bytes_;
-    int columns = kPanelRows;
-    const int64_t threads = tbb::this_task_arena::max_concurrency();
-    while (columns > 8 && divide_up(hidden, columns) < 6 * threads) columns /= 2;
-    const int64_t strips = divide_up(hidden, columns);
-    const int64_t strip_bytes = plan_.segments.size() * columns * row_bytes;
-    const int64_t grain = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, strip_bytes));
-    parallel_for(strips, grain, serial_, [&](int64_t i) {
+    constexpr int64_t kColumns = 8;
+    const int64_t units = divide_up(hidden, kColumns);
+    const int64_t columns =
+        kColumns * units_per_task(units, plan_.num_experts_used * kColumns * row_bytes,
+                                  kMaxPanels * kPanelRows / kColumns);
+    parallel_for(divide_up(hidden, columns), 1, serial_, [&](int64_t i) {
       const int64_t first = i * columns;
-      const int count = static_cast<int>(std::min<int64_t>(columns, hidden - first));
-      float* c = thread_panel(plan_.num_rows());
-      for (const Plan::Segment& segment : plan_.segments) {
-        PanelRows panel(static_cast<const char*>(args_.down) + segment.expert * hidden * row_bytes,
-                        row_bytes);
-        panel.add(first, columns, hidden);
-        multiply(segment, *h_tiles_, panel, args_.intermediate, c + segment.first_row * kPanelRows);
+      const int count = static_cast<int>(std::min(columns, hidden - first));
+      const int64_t width = round_up(count, kColumns);
+      float* c = thread_floats(plan_.num_rows() * width);
+      for (const Plan::Block& block : plan_.blocks) {
+        WeightRows weights(static_cast<const char*>(args_.down) + block.expert * hidden * row_bytes,
+                           row_bytes);
+        weights.add(first, width, hidden);
+        multiply(block, *h_tiles_, weights, args_.intermediate, c + block.first_row * width);
       }
       for (int64_t t = 0; t < plan_.num_tokens; ++t) {
         const int64_t begin = plan_.token_begin[t];
         const int k = static_cast<int>(plan_.token_begin[t + 1] - begin);
         const float* y[kMaxKLimit];
-        for (int j = 0; j < k; ++j) y[j] = c + plan_.token_rows[begin + j] * kPanelRows;
+        for (int j = 0; j < k; ++j) y[j] = c + plan_.token_rows[begin + j] * width;
         kernels_.combine(y, plan_.token_weights.data() + begin, k, count,
                          output + t * hidden + first);
       }
     });
   }
 
-  // Room for `rows` rows of a panel. Only a task without nested parallelism may hold it.
-  static float* thread_panel(int64_t rows) {
+  // Room for intermediate results. Only a task without nested parallelism may hold it.
+  static float* thread_floats(int64_t count) {
     static thread_local FloatBuffer* buffer = nullptr;
     if (buffer == nullptr) buffer = new FloatBuffer;  // lives as long as the thread pool
-    return buffer->reserve(rows * kPanelRows);
+    constexpr int64_t kReadAhead = 16;                // of Kernels::combine
+    return buffer->reserve(count + kReadAhead);
   }
 
   const MoeParams& params_;
@@ -244,8 +271,8 @@ void moe(const MoeParams& params, const RoutingArguments& routing, const ExpertA
     while (end < routing.tokens &&
            (end == begin || (rows + k[end]) * (args.hidden + args.intermediate) <= kChunkFloats))
       rows += k[end++];
-    scratch.plan.build(end - begin, routing.experts, capacity, kernels().tile_rows, k + begin,
-                       scratch.experts.data() + begin * capacity,
+    scratch.plan.build(end - begin, routing.experts, capacity, kernels().tile_rows, block_rows(),
+                       k + begin, scratch.experts.data() + begin * capacity,
                        scratch.weights.data() + begin * capacity);
     layer.run(args.hidden_states + begin * args.hidden, output + begin * args.hidden);
     begin = end;

@@ -9,22 +9,23 @@
 namespace adaptive_k::cpu {
 
 struct Plan {
-  // The rows of one expert; experts without rows have no segment.
-  struct Segment {
+  // Rows of one expert that are multiplied together with its weights.
+  struct Block {
     int32_t expert;
     int32_t num_tiles;
     int64_t first_tile;
     int64_t first_row;
     int64_t num_rows;
   };
-  // Up to tile_rows rows of one segment.
+  // Rows of one block that share a register tile.
   struct TileRange {
     int64_t first_row;
     int rows;
   };
 
   int64_t num_tokens = 0;
-  std::vector<Segment> segments;
+  std::vector<Block> blocks;  // by expert; their rows lie one after the other
+  int32_t num_experts_used = 0;
   std::vector<TileRange> tiles;
   std::vector<int64_t> row_token;    // [rows] the token of each row
   std::vector<int64_t> token_begin;  // [tokens + 1] where a token's part of the next two begins
@@ -33,9 +34,11 @@ struct Plan {
 
   int64_t num_rows() const { return static_cast<int64_t>(row_token.size()); }
 
-  // k [tokens]; experts and weights [tokens, capacity], of which the first k count.
-  void build(int64_t tokens, int32_t num_experts, int32_t capacity, int tile_rows, const int32_t* k,
-             const int32_t* experts, const float* weights);
+  // k [tokens]; experts and weights [tokens, capacity], of which the first k count. The rows of an
+  // expert are divided evenly into blocks of up to block_rows, and those into tiles of up to
+  // tile_rows.
+  void build(int64_t tokens, int32_t num_experts, int32_t capacity, int tile_rows, int block_rows,
+             const int32_t* k, const int32_t* experts, const float* weights);
 
  private:
   std::vector<int64_t> next_row_;  // [experts]

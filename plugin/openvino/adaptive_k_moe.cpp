@@ -58,6 +58,13 @@ cpu::Shape shape_of(const ov::PartialShape& shape) {
   return sizes;
 }
 
+// A weight of bfloat16 travels as bytes: OpenVINO's CPU plugin widens constants of 16-bit types (u16
+// among them) that feed a custom operator, and leaves u8 alone. Two bytes are one element.
+cpu::Shape weight_shape(cpu::Shape shape, const ov::element::Type& type) {
+  if (type == ov::element::u8 && shape && !shape->empty() && shape->back() > 0) shape->back() /= 2;
+  return shape;
+}
+
 template <typename ShapeOf>
 cpu::InputShapes input_shapes(size_t count, const ShapeOf& shape) {
   cpu::InputShapes s;
@@ -93,17 +100,18 @@ void AdaptiveKMoe::validate_and_infer_types() {
     const bool integer = i == kPolicyIndex || i == kPolicyKind || i == kKValues;
     const bool bits = is_weight && params_.weight_format == WeightFormat::kBFloat16;
     const ov::element::Type expected =
-        integer ? ov::element::i32 : (bits ? ov::element::u16 : ov::element::f32);
+        integer ? ov::element::i32 : (bits ? ov::element::u8 : ov::element::f32);
     NODE_VALIDATION_CHECK(
         this, type.is_dynamic() || type == expected || (bits && type == ov::element::bf16),
         "AdaptiveKMoe: input ", input_name(i, gated), " has element type ", type, " but must be ",
-        bits ? "u16 (the bits of bfloat16) or bf16, by weight_format bfloat16"
+        bits ? "u8 (the bytes of bfloat16) or bf16, by weight_format bfloat16"
              : expected.get_type_name());
   }
   cpu::Sizes sizes;
   try {
     sizes = cpu::check_shapes(params_, input_shapes(get_input_size(), [this](size_t i) {
-                                return shape_of(get_input_partial_shape(i));
+                                return weight_shape(shape_of(get_input_partial_shape(i)),
+                                                    get_input_element_type(i));
                               }));
   } catch (const std::invalid_argument& error) {
     NODE_VALIDATION_CHECK(this, false, error.what());
@@ -136,7 +144,9 @@ bool AdaptiveKMoe::evaluate(ov::TensorVector& outputs, const ov::TensorVector& i
   try {
     sizes = cpu::check_shapes(params_, input_shapes(inputs.size(), [&](size_t i) -> cpu::Shape {
                                 const ov::Shape& shape = inputs[i].get_shape();
-                                return std::vector<int64_t>(shape.begin(), shape.end());
+                                return weight_shape(
+                                    std::vector<int64_t>(shape.begin(), shape.end()),
+                                    inputs[i].get_element_type());
                               }));
   } catch (const std::invalid_argument& error) {
     OPENVINO_THROW(error.what());

@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sixteen-bit numbers and quantised weights as floats, sixteen bytes at a time.
+#pragma once
+
+#include <cstdint>
+
+#include "device.h"
+#include "launcher.h"
+
+#if !defined(ADAPTIVE_K_SIMT)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+namespace adaptive_k::cuda {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+#if defined(ADAPTIVE_K_SIMT)
+inline float half_to_float(uint16_t bits) {
+  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+  const uint32_t magnitude = bits & 0x7fffu;
+  if (magnitude >= 0x7c00u)  // infinity and NaN
+    return bit_copy<float>(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
+  if (magnitude < 0x0400u) {  // subnormal: a multiple of 2^-24
+    const float value = static_cast<float>(magnitude) * 5.9604644775390625e-8f;
+    return sign ? -value : value;
+  }
+  return bit_copy<float>(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+// To the nearest, ties to even.
+inline uint16_t float_to_half(float value) {
+  const uint32_t bits = bit_copy<uint32_t>(value);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7fffu);
+  if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
+  if (magnitude < 0x38800000u) {
+    // Adding 0.5 leaves the multiple of 2^-24 in the low bits, rounded by the addition itself.
+    const float shifted = bit_copy<float>(magnitude) + 0.5f;
+    return static_cast<uint16_t>(sign | (bit_copy<uint32_t>(shifted) - 0x3f000000u));
+  }
+  const uint32_t odd = magnitude >> 13 & 1u;
+  return static_cast<uint16_t>(sign | ((magnitude + 0xfffu + odd - (112u << 23)) >> 13));
+}
+
+inline uint16_t float_to_bfloat16(float value) {
+  const uint32_t bits = bit_copy<uint32_t>(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+#endif
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(Half value) {
+#if defined(ADAPTIVE_K_SIMT)
+  return half_to_float(value.bits);
+#else
+  return __half2float(__ushort_as_half(value.bits));
+#endif
+}
+__device__ __forceinline__ float to_float(BFloat16 value) {
+  return bit_copy<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+
+template <typename T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ Half from_float<Half>(float value) {
+#if defined(ADAPTIVE_K_SIMT)
+  return {float_to_half(value)};
+#else
+  return {__half_as_ushort(__float2half_rn(value))};
+#endif
+}
+template <>
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float value) {
+#if defined(ADAPTIVE_K_SIMT)
+  return {float_to_bfloat16(value)};
+#else
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
+#endif
+}
+
+// The two numbers of a word, the one at the lower address first.
+template <typename T>
+__device__ __forceinline__ void unpack_pair(uint32_t word, float* to);
+template <>
+__device__ __forceinline__ void unpack_pair<Half>(uint32_t word, float* to) {
+#if defined(ADAPTIVE_K_SIMT)
+  to[0] = half_to_float(static_cast<uint16_t>(word));
+  to[1] = half_to_float(static_cast<uint16_t>(word >> 16));
+#else
+  const float2 pair = __half22float2(bit_copy<__half2>(word));
+  to[0] = pair.x;
+  to[1] = pair.y;
+#endif
+}
+template <>
+__device__ __forceinline__ void unpack_pair<BFloat16>(uint32_t word, float* to) {
+  to[0] = bit_copy<float>(word << 16);
+  to[1] = bit_copy<float>(word & 0xffff0000u);
+}
+
+// How many values 16 bytes of T hold, and those values as floats.
+template <typename T>
+struct Vector16 {
+  static constexpr int kSize = 8;
+  __device__ __forceinline__ static void unpack(const uint4& v, float* to) {
+    unpack_pair<T>(v.x, to);
+    unpack_pair<T>(v.y, to + 2);
+    unpack_pair<T>(v.z, to + 4);
+    unpack_pair<T>(v.w, to + 6);
+  }
+};
+template <>
+struct Vector16<float> {
+  static constexpr int kSize = 4;
+  __device__ __forceinline__ static void unpack(const uint4& v, float* to) {
+    to[0] = bit_copy<float>(v.x);
+    to[1] = bit_copy<float>(v.y);
+    to[2] = bit_copy<float>(v.z);
+    to[3] = bit_copy<float>(v.w);
+  }
+};
+
+// Integers become floats without the slow conversion instructions: an unsigned byte u in the low
+// bits of 2^23 makes the float 2^23 + u, exactly.
+constexpr uint32_t kTwoTo23 = 0x4b000000u;
+
+__device__ __forceinline__ void unpack_int8(uint32_t word, float* to) {
+  const uint32_t biased = word ^ 0x80808080u;  // -128 .. 127 -> 0 .. 255
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+#if defined(ADAPTIVE_K_SIMT)
+    const uint32_t bits = kTwoTo23 | (biased >> (8 * i) & 0xffu);
+#else
+    const uint32_t bits = __byte_perm(biased, kTwoTo23, 0x7440 | i);
+#endif
+    to[i] = bit_copy<float>(bits) - (8388608.0f + 128.0f);
+  }
+}
+
+// The first kCount of the eight values of a word.
+template <int kCount = 8>
+__device__ __forceinline__ void unpack_int4(uint32_t word, float* to) {
+  const uint32_t biased = word ^ 0x88888888u;  // -8 .. 7 -> 0 .. 15
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    to[i] = bit_copy<float>(kTwoTo23 | (biased >> (4 * i) & 0xfu)) - (8388608.0f + 8.0f);
+}
+
+// How many weights 16 bytes of storage hold.
+template <typename T, WeightStorage storage>
+struct WeightVector {
+  static constexpr int kSize = storage == WeightStorage::kInt4   ? 32
+                               : storage == WeightStorage::kInt8 ? 16
+                                                                 : Vector16<T>::kSize;
+};
+
+// Bytes of `count` neighbouring weights.
+inline int64_t weight_bytes(ElementType element, WeightStorage storage, int64_t count) {
+  if (storage == WeightStorage::kInt8) return count;
+  if (storage == WeightStorage::kInt4) return count / 2;
+  return count * (element == ElementType::kFloat32 ? 4 : 2);
+}
+
+inline int element_bytes(ElementType element) { return element == ElementType::kFloat32 ? 4 : 2; }
+
+// Calls body(T()) with the C++ type of an element.
+template <typename Body>
+auto with_element(ElementType element, const Body& body) {
+  switch (element) {
+    case ElementType::kBFloat16:
+      return body(BFloat16());
+    case ElementType::kFloat32:
+      return body(float());
+    default:
+      return body(Half());
+  }
+}
+
+}  // namespace adaptive_k::cuda
