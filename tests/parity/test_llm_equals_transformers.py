@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole path (checkpoint, engine, paged attention, scheduler, sampler) against `transformers`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from checkpoints import SHAPES, Shape, make_mixtral
+
+from adaptive_k_moe.engine_builder import build
+from adaptive_k_moe.policy import PolicySet
+from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
+
+NUM_TOKENS = 64
+
+
+def reference_model(checkpoint: Path, **changes: Any) -> Any:
+    model = transformers.MixtralForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **changes)
+    return model.eval()
+
+
+def assert_greedy(model: Any, prompt: list[int], answer: list[int]) -> None:
+    """Every token is the argmax of the reference's logits after the prompt and the tokens before it."""
+    assert len(answer) == NUM_TOKENS
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer])).logits[0]
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def assert_context_logits(output: Any, model: Any, prompt: list[int]) -> None:
+    with torch.no_grad():
+        reference = model(torch.tensor([prompt])).logits[0].numpy()
+    assert output.context_logits.shape == reference.shape
+    assert np.abs(output.context_logits - reference).max() <= 1e-4 * np.abs(reference).max()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_logits_and_greedy_tokens_of_a_ragged_batch(shape: Shape, tmp_path: Path) -> None:
+    checkpoint = make_mixtral(tmp_path / "checkpoint", **shape.changes)
+    # A step of 24 tokens: longer prompts go through in chunks beside the others' decode.
+    config = build(checkpoint, tmp_path / "engine", max_num_tokens=24, max_batch_size=3)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, config.pretrained_config.vocab_size, n).tolist() for n in (1, 33, 7, 64)]
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True)
+    model = reference_model(checkpoint)
+    with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
+        outputs = llm.generate(prompts, sampling)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_context_logits(output, model, prompt)
+        assert_greedy(model, prompt, output.outputs[0].token_ids)
+        assert (output.outputs[0].k == config.pretrained_config.num_experts_per_tok).all()
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_fixed_row_below_the_trained_top_k(k: int, tmp_path: Path) -> None:
+    checkpoint = make_mixtral(tmp_path / "checkpoint")
+    policy = PolicySet.model_validate({"policies": {"lower": {"kind": "fixed", "k": k}}})
+    build(checkpoint, tmp_path / "engine", policy=policy)
+    prompt = np.random.default_rng(1).integers(3, 101, 11).tolist()
+    sampling = SamplingParams(
+        max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True, adaptive_k_policy="lower"
+    )
+    model = reference_model(checkpoint, num_experts_per_tok=k)
+    with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
+        output = llm.generate(prompt, sampling)
+    assert_context_logits(output, model, prompt)
+    assert_greedy(model, prompt, output.outputs[0].token_ids)
+    assert (output.outputs[0].k == k).all()
+    assert output.avg_k == k
+
+
+def test_the_trained_model(engine_dir: Path, checkpoint_dir: Path) -> None:
+    model = reference_model(checkpoint_dir)
+    prompt = "And it came to pass in those days, that the king"
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True)
+    with LLM(engine_dir) as llm:
+        output = llm.generate(prompt, sampling)
+    assert_context_logits(output, model, output.prompt_token_ids)
+    assert_greedy(model, output.prompt_token_ids, output.outputs[0].token_ids)
+
+
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone(engine_dir: Path) -> None:
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(4, 2000, int(n)).tolist() for n in rng.integers(1, 120, 12)]
+    names = ["full", "balanced", "top1", "mass", "relative", None]
+    sampling = [
+        SamplingParams(
+            max_tokens=int(rng.integers(1, 40)),
+            end_id=-1,
+            adaptive_k_policy=names[index % len(names)],
+            temperature=0.8 * (index % 2),
+            seed=index,
+        )
+        for index in range(len(prompts))
+    ]
+    with LLM(engine_dir) as llm:
+        alone = [llm.generate(prompt, s) for prompt, s in zip(prompts, sampling, strict=True)]
+    # Few tokens in a step and few KV blocks, so that chunks, waiting and preemption happen.
+    with LLM(engine_dir, max_num_tokens=40, kv_cache_config=KvCacheConfig(max_tokens=512)) as llm:
+        together = llm.generate(prompts, sampling)
+    for one, other in zip(alone, together, strict=True):
+        assert one.outputs[0].token_ids == other.outputs[0].token_ids
+        np.testing.assert_array_equal(one.outputs[0].k, other.outputs[0].k)
+        np.testing.assert_array_equal(one.prompt_k, other.prompt_k)
+        np.testing.assert_allclose(one.outputs[0].entropy, other.outputs[0].entropy, atol=1e-4)

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policy files: what they may say, what is refused, and the tables they become."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import REPOSITORY
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptive_k_moe.errors import PolicyError
+from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies, parse_policy_set, read_policy_file
+
+
+def policies(**named: Any) -> dict[str, Any]:
+    return {"policies": named}
+
+
+def tables(content: dict[str, Any], *, experts: int = 8, top_k: int = 2, layers: int = 3) -> PolicyTables:
+    fitted = parse_policy_set(content, "policies").for_model(
+        num_experts=experts, num_experts_per_tok=top_k, num_moe_layers=layers
+    )
+    return compile_policies(fitted, num_experts_per_tok=top_k, num_moe_layers=layers)
+
+
+def test_full_is_always_there_and_is_the_default() -> None:
+    found = tables({})
+    assert found.names == ["full"]
+    assert found.default == 0
+    assert (found.k_values == 2).all()
+    assert np.isinf(found.thresholds).all()
+
+
+def test_rows_with_fewer_choices_are_padded_so_that_the_padding_is_never_another_choice() -> None:
+    found = tables(
+        policies(
+            two={"kind": "entropy", "thresholds": [0.4], "k": [1, 2]},
+            three={"kind": "entropy", "thresholds": [0.3, 0.9], "k": [1, 2, 2]},
+        )
+    )
+    row = found.index("two")
+    np.testing.assert_array_equal(found.thresholds[0, row], np.array([0.4, np.inf], np.float32))
+    np.testing.assert_array_equal(found.k_values[0, row], [1, 2, 2])
+
+
+def test_bits_become_nats() -> None:
+    content = {"unit": "bits", **policies(a={"kind": "entropy", "thresholds": [1.5], "k": [1, 2]})}
+    assert tables(content).thresholds[0, 1, 0] == pytest.approx(1.5 * math.log(2), rel=1e-6)
+
+
+def test_a_layers_own_rule_goes_before_the_common_one_and_unnamed_layers_run_full() -> None:
+    found = tables(
+        policies(
+            mixed={
+                "kind": "entropy",
+                "thresholds": [0.5],
+                "k": [1, 2],
+                "layers": {"1": {"thresholds": [0.7], "k": [1, 2]}},
+            },
+            only={"kind": "entropy", "layers": {"2": {"thresholds": [0.1], "k": [1, 2]}}},
+        )
+    )
+    np.testing.assert_allclose(found.thresholds[:, found.index("mixed"), 0], [0.5, 0.7, 0.5])
+    assert found.k_values[0, found.index("only")].tolist() == [2, 2]
+    assert found.k_values[2, found.index("only")].tolist() == [1, 2]
+
+
+def test_k_above_the_trained_top_k_is_capped_with_a_warning_unless_allowed() -> None:
+    rule = {"kind": "entropy", "thresholds": [0.6, 1.2], "k": [1, 2, 4]}
+    with pytest.warns(UserWarning, match="above the trained top-k"):
+        assert tables(policies(seed=rule)).k_values[0, 1].tolist() == [1, 2, 2]
+    allowed = {**policies(seed=rule), "allow_above_top_k": True}
+    assert tables(allowed).k_values[0, 1].tolist() == [1, 2, 4]
+    with pytest.raises(PolicyError, match="at most 3 experts"):
+        tables(allowed, experts=3)
+
+
+@pytest.mark.parametrize(
+    ("rule", "sentence"),
+    [
+        ({"kind": "entropy", "thresholds": [0.9, 0.3], "k": [1, 2, 2]}, "thresholds must rise"),
+        ({"kind": "entropy", "thresholds": [0.3, 0.3], "k": [1, 2, 2]}, "thresholds must rise"),
+        ({"kind": "entropy", "thresholds": [0.3], "k": [1, 2, 2]}, "1 thresholds need 2 values of k, not 3"),
+        ({"kind": "entropy", "thresholds": [0.3], "k": [0, 2]}, "greater than or equal to 1"),
+        ({"kind": "entropy"}, "give thresholds and k, or layers"),
+        ({"kind": "entropy", "thresholds": [0.3]}, "belong together"),
+        ({"kind": "fixed", "k": 0}, "greater than or equal to 1"),
+        ({"kind": "fixed", "k": 1.5}, "valid integer"),
+        ({"kind": "top_p", "p": 1.5}, "less than or equal to 1"),
+        ({"kind": "ratio", "ratio": -0.1}, "greater than or equal to 0"),
+        ({"kind": "magic"}, "'magic'"),
+        ({"kind": "fixed", "k": 1, "layer": 2}, "Extra inputs"),
+    ],
+)
+def test_a_wrong_rule_is_refused_in_one_sentence(rule: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(PolicyError, match=sentence) as caught:
+        tables(policies(wrong=rule))
+    assert "wrong" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_fit_the_model_is_refused() -> None:
+    with pytest.raises(PolicyError, match="layers are 0 to 2"):
+        tables(policies(a={"kind": "entropy", "layers": {"3": {"thresholds": [], "k": [1]}}}))
+    with pytest.raises(PolicyError, match="'full' is the trained top-k"):
+        tables(policies(full={"kind": "fixed", "k": 1}))
+    with pytest.raises(PolicyError, match="the default 'b' is not among"):
+        tables({"default": "b", **policies(a={"kind": "fixed", "k": 1})})
+    with pytest.raises(PolicyError, match="not one of this engine's policies: full, a"):
+        tables(policies(a={"kind": "fixed", "k": 1})).index("c")
+
+
+def test_a_file_that_cannot_be_read_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PolicyError, match="cannot read the policy file"):
+        read_policy_file(tmp_path / "none.json")
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(PolicyError, match="is not JSON"):
+        read_policy_file(tmp_path / "broken.json")
+
+
+@pytest.mark.parametrize(("name", "top_k", "experts"), [("mixtral", 2, 8), ("nemotron3_nano", 6, 128)])
+@pytest.mark.filterwarnings("ignore:policy 'seed'")
+def test_the_seeds_settings_ship_as_examples(name: str, top_k: int, experts: int) -> None:
+    path = REPOSITORY / "examples" / "policies" / f"{name}.json"
+    found = tables(json.loads(path.read_text()), experts=experts, top_k=top_k)
+    assert "seed" in found.names
+
+
+@given(
+    st.lists(st.floats(0, 5, width=32), unique=True, max_size=4).map(sorted),
+    st.data(),
+)
+def test_json_round_trip(thresholds: list[float], data: st.DataObject) -> None:
+    ks = data.draw(st.lists(st.integers(1, 8), min_size=len(thresholds) + 1, max_size=len(thresholds) + 1))
+    content = policies(a={"kind": "entropy", "thresholds": thresholds, "k": ks})
+    once = parse_policy_set(content, "x")
+    assert parse_policy_set(json.loads(json.dumps(once.to_json())), "x") == once
+    assert isinstance(once, PolicySet)
