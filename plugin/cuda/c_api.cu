@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "c_api.h"
-
 #include <cstring>
 
+#include "c_api.h"
 #include "workspace.h"
 
 namespace {
@@ -64,8 +63,8 @@ int adaptive_k_cuda_launch(const AdaptiveKLayer* layer, const AdaptiveKPointers*
   a.output = p->output;
   a.k = static_cast<int32_t*>(p->k);
   a.entropy = static_cast<float*>(p->entropy);
-  return static_cast<int>(launch(params_of(*layer), shape_of(*layer), a, workspace,
-                                 static_cast<cudaStream_t>(stream)));
+  return static_cast<int>(
+      launch(params_of(*layer), shape_of(*layer), a, workspace, static_cast<cudaStream_t>(stream)));
 }
 
 int adaptive_k_cuda_path(const AdaptiveKLayer* layer) {
@@ -79,8 +78,9 @@ int64_t adaptive_k_cuda_workspace_offset(const AdaptiveKLayer* layer, const char
   const struct {
     const char* name;
     size_t at;
-  } parts[] = {{"experts", w.experts},       {"weights", w.weights},     {"offsets", w.offsets},
-               {"active", w.active},         {"num_active", w.num_active}, {"row_token", w.row_token},
+  } parts[] = {{"experts", w.experts},       {"weights", w.weights},
+               {"offsets", w.offsets},       {"active", w.active},
+               {"num_active", w.num_active}, {"row_token", w.row_token},
                {"token_rows", w.token_rows}};
   for (const auto& part : parts)
     if (std::strcmp(part.name, name) == 0) return static_cast<int64_t>(part.at);

@@ -1,16 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // A warp multiplies four weight rows with up to four activation rows at once: its lanes read the
-// weights 16 bytes each, side by side, with eight such loads under way, and the activations (small,
-// shared by all warps, so in the L1 cache) once for the four weight rows. For a gated expert the
-// four are the gates and the ups of two neurons, so that the activation needs no second kernel.
+// weights 16 bytes each, side by side, with up to eight such loads under way, and the activations
+// (small, shared by all warps, so in the L1 cache) once for the four weight rows. For a gated
+// expert the four are the gates and the ups of two neurons, so that the activation needs no second
+// kernel.
 //
 // Where there are few weight rows, 2, 4 or all 8 warps of a block share them, each with every 2nd,
-// 4th or 8th piece of the row. Sums are formed in an order that depends on the shape alone: a lane's
-// pieces in rising order, the lanes by a fixed tree, the warps in rising order. So a token's result
-// does not depend on the other tokens.
-#include "decode.h"
-
+// 4th or 8th piece of the row. Sums are formed in an order that depends on the shape alone: a
+// lane's pieces in rising order, the lanes by a fixed tree, the warps in rising order. So a token's
+// result does not depend on the other tokens.
 #include "activate.h"
+#include "decode.h"
 #include "device.h"
 #include "numeric.h"
 
@@ -19,9 +19,14 @@ namespace {
 
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * 32;
-constexpr int kWeightRows = 4;   // of a warp
-constexpr int kTokenRows = 4;    // at most, of a pass
-constexpr int kPiecesAhead = 2;  // 16-byte pieces of each weight row loaded before the first use
+constexpr int kWeightRows = 4;  // of a warp
+constexpr int kTokenRows = 4;   // at most, of a pass
+
+// 16-byte pieces of each weight row that are loaded before the first is used. Quantised weights
+// need more registers for each piece, and with many activation rows two pieces would not fit.
+constexpr int pieces_ahead(WeightStorage storage, int rows) {
+  return storage != WeightStorage::kElement && rows > 2 ? 1 : 2;
+}
 
 struct DecodeShared {
   float partial[kWarps][kTokenRows][kWeightRows];
@@ -67,6 +72,7 @@ __device__ __forceinline__ void multiply(const DecodeArguments& a,
                                          float (&acc)[kTokenRows][kWeightRows]) {
   constexpr int kWeights = WeightVector<T, storage>::kSize;
   constexpr int kSize = Vector16<T>::kSize;
+  constexpr int kPiecesAhead = pieces_ahead(storage, kRows);
   const int pieces = a.k / kWeights - (fault(kFaultDecodeTail) ? 1 : 0);
   for (int v = first; v < pieces; v += kPiecesAhead * step) {
     uint4 loaded[kPiecesAhead][kWeightRows];
@@ -201,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 2) decode_product(DecodeArguments a)
       if (neuron >= a.neurons) continue;
       float value = 0, gate = 0;
       for (int p = 0; p < a.split; ++p) {
-        const float(&sums)[kWeightRows] = shared.partial[team * a.split + p][m];
+        const float (&sums)[kWeightRows] = shared.partial[team * a.split + p][m];
         gate += sums[j];
         value += sums[a.gated ? j + 2 : j];
       }

@@ -120,7 +120,7 @@ inline int multiprocessors() { return simt::multiprocessors(); }
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_size,
                           cudaStream_t stream, Arguments... arguments) {
-  kernel<<<grid, block, shared_size, stream>>>(arguments...);
+  kernel<<<grid, block, shared_size, stream> > >(arguments...);
   return cudaGetLastError();
 }
 #define ADAPTIVE_K_LAUNCH(kernel, ...) ::adaptive_k::cuda::launch_kernel(kernel, __VA_ARGS__)
@@ -136,9 +136,9 @@ inline int multiprocessors() {
 #endif
 
 // Hands an error on.
-#define ADAPTIVE_K_RETURN_IF(expression)                         \
-  do {                                                           \
-    const cudaError_t adaptive_k_status = (expression);          \
+#define ADAPTIVE_K_RETURN_IF(expression)                            \
+  do {                                                              \
+    const cudaError_t adaptive_k_status = (expression);             \
     if (adaptive_k_status != cudaSuccess) return adaptive_k_status; \
   } while (false)
 

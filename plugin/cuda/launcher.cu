@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "launcher.h"
-
 #include "decode.h"
 #include "device.h"
 #include "grouped_gemm.h"
+#include "launcher.h"
 #include "numeric.h"
 #include "plan.h"
 #include "route.h"
@@ -41,8 +40,7 @@ const char* check(const MoeParams& params, const MoeShape& s) {
     return "max_k must be at most 32 on CUDA devices";
   if (s.policies < 1) return "policy_kind needs at least one row";
   if (s.choices < 1) return "k_values needs at least one column";
-  if (s.hidden < 1 || s.intermediate < 1)
-    return "hidden and intermediate size must be positive";
+  if (s.hidden < 1 || s.intermediate < 1) return "hidden and intermediate size must be positive";
   if (!is_one_of(static_cast<int32_t>(s.element), 2)) return "the element type is unknown";
   if (!is_one_of(static_cast<int32_t>(s.weights), 2)) return "the weight storage is unknown";
   if (!is_one_of(static_cast<int32_t>(s.path), 2)) return "the path is unknown";
@@ -111,8 +109,7 @@ size_t workspace_size(const MoeParams& params, const MoeShape& s) {
   // A call with fewer tokens may take the other path, so room for both: decode's for the most
   // tokens that may take it.
   size_t size = 0;
-  if (choose_path(params, s) == Path::kPrefill)
-    size = lay_out(params, s, Path::kPrefill).size;
+  if (choose_path(params, s) == Path::kPrefill) size = lay_out(params, s, Path::kPrefill).size;
   if (s.path != Path::kPrefill) {
     MoeShape few = s;
     const int32_t capacity = largest_k(params, s.experts);
@@ -133,8 +130,8 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   if (a.hidden_states == nullptr || a.router_logits == nullptr || a.policy_index == nullptr ||
       a.policy_kind == nullptr || (a.thresholds == nullptr && s.choices > 1) ||
       a.k_values == nullptr || a.up == nullptr || a.down == nullptr ||
-      (quantised && (a.up_scales == nullptr || a.down_scales == nullptr)) ||
-      a.output == nullptr || a.k == nullptr || a.entropy == nullptr || workspace == nullptr)
+      (quantised && (a.up_scales == nullptr || a.down_scales == nullptr)) || a.output == nullptr ||
+      a.k == nullptr || a.entropy == nullptr || workspace == nullptr)
     return cudaErrorInvalidValue;
 
   const Path path = choose_path(params, s);
@@ -179,8 +176,7 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
 
   const int64_t max_rows = s.tokens * capacity;
   if (path == Path::kDecode) {
-    const PlannedRows rows = {p.offsets,   p.active,  p.num_active,
-                              p.row_token, s.experts, max_rows};
+    const PlannedRows rows = {p.offsets, p.active, p.num_active, p.row_token, s.experts, max_rows};
     DecodeUpArguments up = {};
     up.element = s.element;
     up.storage = s.weights;
@@ -222,8 +218,8 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
     gemm.b = a.up;
     gemm.c = base + w.u;
     ADAPTIVE_K_RETURN_IF(grouped_gemm(gemm, base + w.gemm, stream));
-    ADAPTIVE_K_RETURN_IF(activate_rows(s.element, params.activation, base + w.u, num_rows,
-                                       max_rows, s.intermediate, base + w.h, stream));
+    ADAPTIVE_K_RETURN_IF(activate_rows(s.element, params.activation, base + w.u, num_rows, max_rows,
+                                       s.intermediate, base + w.h, stream));
     gemm.n = s.hidden;
     gemm.k = s.intermediate;
     gemm.a = base + w.h;

@@ -62,16 +62,16 @@ struct MoeShape {
 
 // Device pointers, row-major and contiguous, aligned to 16 bytes where marked *.
 struct MoeArguments {
-  const void* hidden_states = nullptr;     // * [T, H] element type
-  const float* router_logits = nullptr;    // [T, E]
-  const int32_t* policy_index = nullptr;   // [T], clamped into [0, P)
-  const int32_t* policy_kind = nullptr;    // [P]
-  const float* thresholds = nullptr;       // [P, C - 1], may be null when C == 1
-  const int32_t* k_values = nullptr;       // [P, C]
-  const void* up = nullptr;                // * gate_up [E, 2I, H] or up [E, I, H], see WeightStorage
-  const void* down = nullptr;              // * [E, H, I]
-  const void* up_scales = nullptr;         // null unless quantised
-  const void* down_scales = nullptr;       // null unless quantised
+  const void* hidden_states = nullptr;    // * [T, H] element type
+  const float* router_logits = nullptr;   // [T, E]
+  const int32_t* policy_index = nullptr;  // [T], clamped into [0, P)
+  const int32_t* policy_kind = nullptr;   // [P]
+  const float* thresholds = nullptr;      // [P, C - 1], may be null when C == 1
+  const int32_t* k_values = nullptr;      // [P, C]
+  const void* up = nullptr;               // * gate_up [E, 2I, H] or up [E, I, H], see WeightStorage
+  const void* down = nullptr;             // * [E, H, I]
+  const void* up_scales = nullptr;        // null unless quantised
+  const void* down_scales = nullptr;      // null unless quantised
   const float* correction_bias = nullptr;  // [E] or null
   void* output = nullptr;                  // * [T, H] element type
   int32_t* k = nullptr;                    // [T]

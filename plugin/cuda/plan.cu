@@ -3,9 +3,8 @@
 // a chunk of tokens and marks, in a bitmap of one bit for each (expert, token), who selected what.
 // A row's place is then: the expert's first row, plus the rows of earlier chunks, plus the bits
 // before its own.
-#include "plan.h"
-
 #include "device.h"
+#include "plan.h"
 
 namespace adaptive_k::cuda {
 namespace {
@@ -113,8 +112,7 @@ __global__ void __launch_bounds__(kThreads) plan_count(PlanArguments a) {
   fill_bitmap(a, static_cast<int64_t>(blockIdx.x) * kPlanTokens, shared);
   const int e = threadIdx.x;
   if (e < a.num_experts)
-    a.chunk_counts[static_cast<int64_t>(blockIdx.x) * a.num_experts + e] =
-        rows_in_chunk(shared, e);
+    a.chunk_counts[static_cast<int64_t>(blockIdx.x) * a.num_experts + e] = rows_in_chunk(shared, e);
 }
 
 // One block: turns the counts of each chunk into the number of rows in earlier chunks.

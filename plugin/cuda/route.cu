@@ -2,12 +2,11 @@
 // A team of one warp (up to 128 experts) or of four (up to 512) routes a token in one pass: every
 // thread keeps up to four experts' keys and scores in registers. The rules are those of routing.h;
 // where one of its functions takes a whole row, the row lies in shared memory.
-#include "route.h"
-
 #include <cmath>
 
 #include "adaptive_k/routing.h"
 #include "device.h"
+#include "route.h"
 
 namespace adaptive_k::cuda {
 namespace {

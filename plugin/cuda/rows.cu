@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every thread handles 16 bytes of its result at a time.
-#include "rows.h"
-
 #include "activate.h"
 #include "device.h"
 #include "numeric.h"
+#include "rows.h"
 
 namespace adaptive_k::cuda {
 namespace {

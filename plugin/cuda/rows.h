@@ -16,8 +16,8 @@ cudaError_t activate_rows(ElementType element, Activation activation, const void
                           const int32_t* num_rows, int64_t max_rows, int32_t intermediate, void* h,
                           cudaStream_t stream);
 
-// output[t] = sum over j < k[t], in that order, of weights[t, j] * y[token_rows[t, j]]. y is float32
-// when y_is_float, else of the element type.
+// output[t] = sum over j < k[t], in that order, of weights[t, j] * y[token_rows[t, j]]. y is
+// float32 when y_is_float, else of the element type.
 cudaError_t combine_rows(ElementType element, bool y_is_float, const void* y,
                          const int32_t* token_rows, const float* weights, const int32_t* k,
                          int64_t tokens, int32_t capacity, int32_t hidden, void* output,

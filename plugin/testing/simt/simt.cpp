@@ -93,9 +93,7 @@ class Fiber {
     stack_ = static_cast<char*>(memory);
     mprotect(stack_, 4096, PROT_NONE);  // an overflow ends the process instead of passing unseen
   }
-  ~Fiber() {
-    munmap(stack_, kStackSize);
-  }
+  ~Fiber() { munmap(stack_, kStackSize); }
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
@@ -204,8 +202,8 @@ class Machine {
     kernel_ = kernel;
     body_ = &body;
     size_ = block.x * block.y * block.z;
-    if (size_ == 0 || size_ > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
-        grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu || shared_size > (227u << 10)) {
+    if (size_ == 0 || size_ > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 ||
+        grid.z > 65535 || grid.x > 0x7fffffffu || shared_size > (227u << 10)) {
       error_ = std::string(kernel) + ": a grid, block or shared memory size that no GPU takes";
       return status_ = cudaErrorInvalidConfiguration;
     }

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA launcher through its C interface, for the interpreter's library and for a GPU's alike."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+
+ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
+STORAGES = {"element": 0, "int8": 1, "int4": 2}
+PATHS = {"auto": 0, "decode": 1, "prefill": 2}
+ACTIVATIONS = {"swiglu": 0, "geglu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "relu": 5, "relu2": 6}
+SCORINGS = {"softmax": 0, "sigmoid": 1}
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float32": np.dtype(np.float32),
+}
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        ("tokens", ctypes.c_int64),
+        *[
+            (name, ctypes.c_int32)
+            for name in (
+                "hidden intermediate experts policies choices element weights group_size path "
+                "activation scoring norm_topk_prob n_group topk_group max_k"
+            ).split()
+        ],
+        ("routed_scaling_factor", ctypes.c_float),
+    ]
+
+
+POINTERS = (
+    "hidden_states router_logits policy_index policy_kind thresholds k_values "
+    "up down up_scales down_scales correction_bias output k entropy"
+).split()
+
+
+class _Pointers(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
+
+
+@dataclass
+class Layer:
+    """A layer's shape and attributes, named as the operator's."""
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    experts: int
+    policies: int = 1
+    choices: int = 1
+    element: str = "float16"
+    weights: str = "element"
+    group_size: int = 0
+    path: str = "auto"
+    activation: str = "swiglu"
+    scoring: str = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    max_k: int = 0
+
+    def c(self) -> _Layer:
+        return _Layer(
+            tokens=self.tokens,
+            hidden=self.hidden,
+            intermediate=self.intermediate,
+            experts=self.experts,
+            policies=self.policies,
+            choices=self.choices,
+            element=ELEMENTS[self.element],
+            weights=STORAGES[self.weights],
+            group_size=self.group_size,
+            path=PATHS[self.path],
+            activation=ACTIVATIONS[self.activation],
+            scoring=SCORINGS[self.scoring],
+            norm_topk_prob=int(self.norm_topk_prob),
+            routed_scaling_factor=self.routed_scaling_factor,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            max_k=self.max_k,
+        )
+
+    @property
+    def capacity(self) -> int:
+        """The most experts that a token may select."""
+        selectable = self.experts // self.n_group * self.topk_group if self.n_group > 1 else self.experts
+        return min(self.max_k or 32, selectable)
+
+
+@dataclass
+class Result:
+    """Outputs, and what routing and plan left in the workspace."""
+
+    output: Array
+    k: Array
+    entropy: Array
+    experts: Array = field(default_factory=lambda: np.zeros(0))
+    weights: Array = field(default_factory=lambda: np.zeros(0))
+    offsets: Array = field(default_factory=lambda: np.zeros(0))
+    active: Array = field(default_factory=lambda: np.zeros(0))
+    row_token: Array = field(default_factory=lambda: np.zeros(0))
+    token_rows: Array = field(default_factory=lambda: np.zeros(0))
+
+
+class Library:
+    """The C interface of a loaded library."""
+
+    def __init__(self, path: str) -> None:
+        self.lib = ctypes.CDLL(path)
+        self.lib.adaptive_k_cuda_check.restype = ctypes.c_char_p
+        self.lib.adaptive_k_cuda_workspace_size.restype = ctypes.c_size_t
+        self.lib.adaptive_k_cuda_workspace_offset.restype = ctypes.c_int64
+        self.lib.adaptive_k_cuda_launch.argtypes = [ctypes.c_void_p] * 4
+
+    def check(self, layer: Layer) -> str | None:
+        wrong = self.lib.adaptive_k_cuda_check(ctypes.byref(layer.c()))
+        return None if wrong is None else wrong.decode()
+
+    def workspace_size(self, layer: Layer) -> int:
+        return int(self.lib.adaptive_k_cuda_workspace_size(ctypes.byref(layer.c())))
+
+    def path(self, layer: Layer) -> str:
+        number = self.lib.adaptive_k_cuda_path(ctypes.byref(layer.c()))
+        return next(name for name, value in PATHS.items() if value == number)
+
+    def offset(self, layer: Layer, name: str) -> int:
+        return int(self.lib.adaptive_k_cuda_workspace_offset(ctypes.byref(layer.c()), name.encode()))
+
+    def launch(self, layer: Layer, pointers: dict[str, int | None], workspace: int, stream: int | None = None) -> int:
+        c_layer, c_pointers = layer.c(), _Pointers(**pointers)
+        return int(
+            self.lib.adaptive_k_cuda_launch(ctypes.byref(c_layer), ctypes.byref(c_pointers), workspace, stream)
+        )
+
+
+def read_workspace(library: Library, layer: Layer, read: Callable[[int, int], bytes]) -> dict[str, Array]:
+    """Routing and plan of a finished launch; read(offset, size) gives the workspace's bytes."""
+
+    def part(name: str, dtype: type[np.generic], *shape: int) -> Array:
+        size = int(np.prod(shape)) * 4
+        return np.frombuffer(read(library.offset(layer, name), size), dtype).reshape(shape)
+
+    offsets = part("offsets", np.int32, layer.experts + 1)
+    active = int(part("num_active", np.int32, 1)[0])
+    return {
+        "experts": part("experts", np.int32, layer.tokens, layer.capacity),
+        "weights": part("weights", np.float32, layer.tokens, layer.capacity),
+        "offsets": offsets,
+        "active": part("active", np.int32, layer.experts)[:active],
+        "row_token": part("row_token", np.int32, layer.tokens * layer.capacity)[: offsets[-1]],
+        "token_rows": part("token_rows", np.int32, layer.tokens, layer.capacity),
+    }
+
+
+class Interpreter(Library):
+    """The kernels in the interpreter, on NumPy arrays."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.lib.simt_last_error.restype = ctypes.c_char_p
+        self.lib.simt_set_seed.argtypes = [ctypes.c_uint64]
+
+    def run(
+        self,
+        layer: Layer,
+        inputs: dict[str, Array | None],
+        *,
+        seed: int = 0,
+        fault: int = 0,
+        multiprocessors: int = 4,
+    ) -> Result:
+        """Runs one launch. Raises RuntimeError with the interpreter's sentence when a kernel fails."""
+        self.lib.simt_clear_error()
+        self.lib.simt_set_seed(seed)
+        self.lib.simt_set_fault(fault)
+        self.lib.simt_set_multiprocessors(multiprocessors)
+        output = np.full((layer.tokens, layer.hidden), 77, DTYPES[layer.element])
+        k = np.full(layer.tokens, -1, np.int32)
+        entropy = np.full(layer.tokens, -1, np.float32)
+        # Garbage, with room to align; exactly as large as promised beyond that.
+        size = self.workspace_size(layer)
+        memory = np.full(size + 256, 0xC5, np.uint8)
+        skip = -memory.ctypes.data % 256
+        guard = memory[skip + size :].copy()
+        arrays = {**inputs, "output": output, "k": k, "entropy": entropy}
+        pointers = {name: None if arrays.get(name) is None else arrays[name].ctypes.data for name in POINTERS}
+        status = self.launch(layer, pointers, memory.ctypes.data + skip)
+        self.lib.simt_set_fault(0)
+        if status != 0:
+            raise RuntimeError(f"launch returned {status}: {self.lib.simt_last_error().decode()}")
+        if not (memory[skip + size :] == guard).all():
+            raise RuntimeError("the workspace was written past its end")
+        result = Result(output, k, entropy)
+        if layer.tokens:
+            parts = read_workspace(self, layer, lambda at, size: memory[skip + at : skip + at + size].tobytes())
+            for name, value in parts.items():
+                setattr(result, name, value)
+        return result
