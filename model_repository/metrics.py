@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]  # exists inside Triton only
+import triton_python_backend_utils as pb_utils  # exists inside Triton only
 
 from adaptive_k_moe.errors import DependencyError
-from adaptive_k_moe.model_repository.responses import ResponseBuilder
+from adaptive_k_moe.model_repository.calls import Ended
 
 LATENCY_BUCKETS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
 """Upper limits of `adaptive_k_latency_seconds`, in seconds."""
@@ -59,23 +59,21 @@ class Metrics:
         for name, description in _ENGINE_GAUGES.items():
             self._family(f"adaptive_k_{name}", description, kinds.GAUGE)
 
-    def finished(self, policy: str, outcome: str, seconds: float, builder: ResponseBuilder) -> None:
-        """A prompt ended: `outcome` is stop, length, cancelled or error."""
-        self.ended(policy, outcome)
-        self._metric("adaptive_k_latency_seconds", buckets=LATENCY_BUCKETS, policy=policy).observe(seconds)
-        weight = builder.expert_choices
-        if weight:
+    def ended(self, ended: Ended) -> None:
+        """A prompt ended."""
+        policy = ended.policy or NO_POLICY
+        self._metric("adaptive_k_requests_total", policy=policy, outcome=ended.outcome).increment(1)
+        if ended.seconds is not None:
+            latency = self._metric("adaptive_k_latency_seconds", buckets=LATENCY_BUCKETS, policy=policy)
+            latency.observe(ended.seconds)
+        if ended.builder is not None and (weight := ended.builder.expert_choices):
             k, saved, weights = self._k_sums.get(policy, (0.0, 0.0, 0))
             weights += weight
-            k += builder.avg_k * weight
-            saved += builder.compute_saved_ratio * weight
+            k += ended.builder.avg_k * weight
+            saved += ended.builder.compute_saved_ratio * weight
             self._k_sums[policy] = (k, saved, weights)
             self._set("adaptive_k_avg_k", k / weights, policy=policy)
             self._set("adaptive_k_compute_saved_ratio", saved / weights, policy=policy)
-
-    def ended(self, policy: str, outcome: str) -> None:
-        """A prompt ended without a latency worth counting: `outcome` is refused, cancelled or error."""
-        self._metric("adaptive_k_requests_total", policy=policy, outcome=outcome).increment(1)
 
     def engine(self, stats: Any) -> None:
         """Take over the runtime's `EngineStats`; a value that did not change costs nothing."""

@@ -54,9 +54,9 @@ class TritonServer:
         ready_timeout: seconds that the server may take to load the engine.
 
     Raises:
-        EngineError: the engine directory is missing, incomplete, altered, or of another version.
+        EngineError: the engine directory is missing, incomplete, or of another version.
         DependencyError: there is no Triton server on this machine.
-        ServerError: a port is in use, or the server does not start.
+        ServerError: a port is in use, or the server does not start (an altered engine shows here).
     """
 
     def __init__(
@@ -121,7 +121,8 @@ class TritonServer:
         Returns:
             Whether the server is ready; False only if `stop_asked` was set before.
         """
-        read_engine_config(self.engine_dir)
+        # The model checks the hashes when it loads; reading a large engine twice would double the wait.
+        read_engine_config(self.engine_dir, verify_files=False)
         installation = find_tritonserver(self._tritonserver)
         self._ports = _reserve_ports(self.host, self._asked_ports)
         try:
@@ -245,8 +246,9 @@ class TritonServer:
             return
         status = self._process.returncode
         time.sleep(_POLL_SECONDS)  # let the log's last lines arrive
-        ending = f"signal {-status}" if status < 0 else f"exit status {status}"
-        raise ServerError(f"the Triton server {what} ({ending}): {self._reason()}")
+        if status < 0:
+            raise ServerError(f"the Triton server {what}: signal {-status} ({signal.strsignal(-status)}) ended it.")
+        raise ServerError(f"the Triton server {what} (exit status {status}): {self._reason()}")
 
     def _reason(self) -> str:
         """The log's own account of what went wrong, shortened to its sentences."""

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton model of another name: passes requests on to the model that holds the engine.
+
+Imported inside Triton only.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import triton_python_backend_utils as pb_utils  # exists inside Triton only
+
+from adaptive_k_moe.errors import ServerError
+from adaptive_k_moe.model_repository.relay import RelayClient
+from adaptive_k_moe.model_repository.triton_sender import TritonSender, read_inputs
+
+_POLL_SECONDS = 0.05
+_DRAIN_SECONDS = 10.0
+
+
+class AliasModel:
+    """What Triton loads as `TritonPythonModel`; its methods are Triton's Python backend interface."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Nothing to load: the engine is the other model's, and is asked for with the first request."""
+        del args
+        self._relay: RelayClient | None = None
+        self._relay_found = threading.Event()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._pass_on, name="adaptive-k-alias", daemon=True)
+        self._thread.start()
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Hand the requests over; the answers follow through their response senders."""
+        for request in requests:
+            sender = TritonSender(request)
+            parameters = json.loads(request.parameters() or "{}")
+            try:
+                self._begin(request.request_id(), read_inputs(request), parameters, sender)
+            except ServerError as error:
+                sender.fail(str(error), "UNAVAILABLE")
+
+    def finalize(self) -> None:
+        import sys, faulthandler; print("FIN", self._relay and (self._relay._senders, self._relay._closed), file=sys.stderr, flush=True); faulthandler.dump_traceback_later(2, file=sys.stderr)
+        """Let running requests end, within limits."""
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        while self._relay is not None and self._relay.busy() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+        self._stopping = True
+        self._relay_found.set()
+        self._thread.join()
+
+    def _begin(self, *request: Any) -> None:
+        if self._relay is not None:
+            try:
+                return self._relay.begin(*request)
+            except ServerError:  # the other model was reloaded: it is there again, at a new socket
+                pass
+        self._relay = RelayClient()
+        self._relay_found.set()
+        return self._relay.begin(*request)
+
+    def _pass_on(self) -> None:
+        relay = None
+        while not self._stopping:
+            if relay is None:
+                self._relay_found.wait()
+                self._relay_found.clear()
+                relay = self._relay
+            elif not self._step(relay):
+                relay = None
+
+    def _step(self, relay: RelayClient) -> bool:
+        try:
+            return relay.step(_POLL_SECONDS)
+        except Exception as error:  # this thread serves all requests: it goes on
+            pb_utils.Logger.log_error(f"a response could not be passed on: {error}")
+            return True

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request on its way: from its prompts in the engine to its responses, whoever sends those."""
+
+from __future__ import annotations
+
+import functools
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from adaptive_k_moe.model_repository.requests import GenerationRequest
+from adaptive_k_moe.model_repository.responses import Outputs, ResponseBuilder
+from adaptive_k_moe.runtime.outputs import RequestOutput
+
+if TYPE_CHECKING:
+    from adaptive_k_moe.runtime import LLM
+
+
+class Sender(Protocol):
+    """Where a request's responses go. One thread uses it, except for `cancelled` of a relayed request."""
+
+    def send(self, outputs: Outputs) -> None:
+        """Send one response."""
+
+    def fail(self, message: str, code: str) -> None:
+        """End the request with an error; `code` is the name of one of Triton's."""
+
+    def finish(self) -> None:
+        """End the request."""
+
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the answer any more."""
+
+
+class Ended(NamedTuple):
+    """A prompt that ended, for the metrics; `seconds` and `builder` are None if it never ran."""
+
+    policy: str | None
+    outcome: str
+    seconds: float | None = None
+    builder: ResponseBuilder | None = None
+
+
+class Report(NamedTuple):
+    """Something to tell about a call: responses, then prompts that ended, then the end of the call."""
+
+    call: Call
+    responses: Sequence[Outputs] = ()
+    ended: Sequence[Ended] = ()
+    final: bool = False
+    failure: tuple[str, str] | None = None  # message and code
+
+
+class Call:
+    """One request with its prompts in the engine. Reports are made on any thread and queued in order."""
+
+    def __init__(self, request_id: str, sender: Sender, reports: queue.SimpleQueue[Report]) -> None:
+        self.request_id = request_id
+        self.sender = sender
+        self.abandoned = False  # nobody waits for the answer any more; the reporter's to set
+        self._reports = reports
+        self._lock = threading.Lock()
+        self._handles: list[Any] = []
+        self._running = 0
+        self._aborted = False
+        self._closed = False
+
+    def start(self, llm: LLM, prompts: Sequence[GenerationRequest]) -> None:
+        """Hand the prompts to the runtime.
+
+        Raises:
+            AdaptiveKError: the runtime refused one; the caller then lets the call `fail`.
+        """
+        self._running = len(prompts)
+        for prompt in prompts:
+            handle = llm.generate_async(
+                prompt.prompt,
+                prompt.sampling_params,
+                streaming=prompt.streaming,
+                on_output=functools.partial(self._on_output, ResponseBuilder(prompt)),
+            )
+            with self._lock:
+                self._handles.append(handle)
+                aborted = self._aborted
+            if aborted:
+                handle.abort()
+
+    def abort(self) -> None:
+        """Take the prompts out of the engine; their last outputs end the call."""
+        with self._lock:
+            if self._aborted:
+                return
+            self._aborted = True
+            handles = list(self._handles)
+        for handle in handles:
+            handle.abort()
+
+    def finish(self) -> None:
+        """End the call with nothing more to say."""
+        with self._lock:
+            self._close(Report(self, final=True))
+
+    def fail(self, message: str, code: str, outcome: str) -> None:
+        """End the call with an error, and take its prompts out of the engine."""
+        with self._lock:
+            self._close(Report(self, ended=[Ended(None, outcome)], final=True, failure=(message, code)))
+        self.abort()
+
+    def _on_output(self, builder: ResponseBuilder, output: RequestOutput) -> None:
+        """The engine's thread has something new of one prompt."""
+        try:
+            with self._lock:
+                self._take(builder, output)
+        except Exception as error:  # the engine's thread serves all requests: it goes on, and the client is told
+            self.fail(f"the server failed: {type(error).__name__}: {error}", "INTERNAL", "error")
+        if output.error:
+            self.abort()
+
+    def _take(self, builder: ResponseBuilder, output: RequestOutput) -> None:
+        if self._closed:
+            return
+        responses = builder.build(output)
+        if not output.finished:
+            if responses:
+                self._reports.put(Report(self, responses))
+            return
+        self._running -= 1
+        metrics = output.metrics
+        seconds = (metrics.finished_time or time.monotonic()) - metrics.arrival_time
+        ended = [Ended(output.policy, _outcome(output), seconds, builder)]
+        if output.error:
+            self._close(Report(self, ended=ended, final=True, failure=(output.error, "INTERNAL")))
+        elif self._running:
+            self._reports.put(Report(self, responses, ended))
+        else:
+            self._close(Report(self, responses, ended, final=True))
+
+    def _close(self, report: Report) -> None:
+        if not self._closed:
+            self._closed = True
+            self._reports.put(report)
+
+
+def _outcome(output: RequestOutput) -> str:
+    reasons = {completion.finish_reason for completion in output.outputs}
+    if output.error or "error" in reasons:
+        return "error"
+    return next((reason for reason in ("cancelled", "length") if reason in reasons), "stop")
