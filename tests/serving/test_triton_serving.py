@@ -84,11 +84,11 @@ def test_a_client_that_leaves_frees_its_blocks(server: TritonServer, model: str)
 @pytest.mark.parametrize("model", MODELS)
 def test_an_http_client_that_leaves_frees_its_blocks(server: TritonServer, model: str) -> None:
     cancelled = metric(server.metrics_url, "adaptive_k_cancellations_total")
-    body = json.dumps({"text_input": "import os", "stream": True, **LONG}).encode()
+    body = json.dumps({"text_input": "import os", "stream": True, "num_return_sequences": 64, **LONG}).encode()
     answer = urllib.request.urlopen(f"http://{server.http_url}/v2/models/{model}/generate_stream", body, timeout=60)
     assert answer.readline()
     answer.close()
-    assert eventually(lambda: metric(server.metrics_url, "adaptive_k_cancellations_total") == cancelled + 1, 5)
+    assert eventually(lambda: metric(server.metrics_url, "adaptive_k_cancellations_total") > cancelled, 5)
     assert eventually(lambda: _blocks_used(server) == 0, 5)
 
 
@@ -112,14 +112,14 @@ def test_a_whole_answer_given_up_by_its_deadline_is_cancelled(server: TritonServ
 
 @pytest.mark.parametrize("model", MODELS)
 def test_stop_ends_the_request_of_the_same_id(server: TritonServer, model: str) -> None:
-    inputs = tensors(["import os"], stream=True, **LONG)
+    inputs = tensors(["import os"] * 48, stream=True, **LONG)
     stop = tensors(["-"], max_tokens=1, stop=True)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(infer, server.grpc_url, inputs, request_id="mine")
         assert eventually(lambda: _blocks_used(server) > 0)
         assert infer(server.grpc_url, stop, model=model, request_id="another") == []
         assert infer(server.grpc_url, stop, model=model, request_id="mine") == []
-        assert 0 < len(running.result(10)) < 400
+        assert 0 < len(running.result(10)) < 48 * 400
 
 
 REFUSALS = {
@@ -138,7 +138,7 @@ REFUSALS = {
     "unknown input": (dict(temprature=1.0), "temprature"),
     "dtype": (dict(top_k=np.array([[5]], np.int64)), "top_k"),
     "shape": (dict(top_k=np.array([[5, 6]], np.int32)), "top_k"),
-    "batch": (dict(top_k=np.array([[5], [6]], np.int32)), "top_k"),
+    "batch": (dict(top_k=np.array([[5], [6]], np.int32)), "batch size"),
     "not UTF-8": (dict(text_input=np.array([[b"\xff\xfe"]], dtype=object)), "text_input is not UTF-8"),
     "empty prompt": (dict(text_input=np.array([[""]], dtype=object)), "prompt"),
 }
@@ -305,6 +305,7 @@ def test_metrics_by_model_and_policy(server: TritonServer, client: Client) -> No
     def read(name: str, **labels: str) -> float:
         return metric(server.metrics_url, name, model="ensemble", **labels)
 
+    time.sleep(0.2)  # what came before has been reported
     counters = ["adaptive_k_latency_seconds_count", "adaptive_k_requests_total"]
     before = [read(name, policy="top1") for name in counters]
     tokens = [read("adaptive_k_prompt_tokens_total"), read("adaptive_k_generation_tokens_total")]
