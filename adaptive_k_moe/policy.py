@@ -19,8 +19,9 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -134,6 +135,7 @@ class PolicySet(_Model):
         Raises:
             PolicyError: `full` is not the trained top-k, a layer does not exist, or a k exceeds the
                 number of experts or the operator's limit.
+
         Warns:
             UserWarning: a k above the trained top-k was capped (without `allow_above_top_k`).
         """
@@ -175,7 +177,8 @@ class PolicySet(_Model):
         return content
 
 
-class PolicyTables(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class PolicyTables:
     """Policies as the engine's inputs. P rows (policies), L MoE layers, C choices (at least 2).
 
     Attributes:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import REPOSITORY
 from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptive_k_moe.errors import PolicyError
 from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies, parse_policy_set, read_policy_file
+
+from checkpoints import REPOSITORY
 
 
 def policies(**named: Any) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class HfConfig:
         found = self._content.get("rope_parameters") or self._content.get("rope_scaling") or {}
         if not isinstance(found, dict):
             raise self.error("rope_parameters", found, "an object")
-        rope_type = found.get("rope_type", found.get("type", "default"))
+        rope_type: Any = found.get("rope_type", found.get("type", "default"))
         factor = self._content.get("partial_rotary_factor", found.get("partial_rotary_factor", 1.0))
         if factor != 1.0:
             raise self.error("partial_rotary_factor", factor, "1.0: nothing else is supported")
@@ -127,7 +127,7 @@ class HfConfig:
             if original is not None:
                 fields["original_max_position_embeddings"] = original
         required = {"linear": ["factor"], "llama3": ["factor", "low_freq_factor", "high_freq_factor"]}
-        for name in required.get(rope_type, []):
+        for name in required.get(str(rope_type), []):
             if name not in fields:
                 raise self.error(f"rope_parameters.{name}", None, f"a number, since rope_type is {rope_type!r}")
         if rope_type == "yarn" and "factor" not in fields:

@@ -47,7 +47,8 @@ class _Body:
 
     def const(self, value: Any, dtype: str = "float32") -> str:
         name = f"c{len(self.nodes)}"
-        self.nodes.append(helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(value, dtype))))
+        tensor = numpy_helper.from_array(np.array(value, dtype))
+        self.nodes.append(helper.make_node("Constant", [], [name], value=tensor))
         return name
 
     def op(self, op_type: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes: Any) -> str:
@@ -162,9 +163,7 @@ def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> o
 
     inputs = [*INPUTS, *(["correction_bias"] if correction_bias else [])]
     attributes = list(moe_attributes(moe, max_k=max_k, weight_format="float32"))
-    return helper.make_function(
-        DOMAIN, OP_TYPE, inputs, OUTPUTS, b.nodes, [helper.make_opsetid("", 24)], attributes
-    )
+    return helper.make_function(DOMAIN, OP_TYPE, inputs, OUTPUTS, b.nodes, [helper.make_opsetid("", 24)], attributes)
 
 
 def _mask_groups(b: _Body, ranked: str, moe: MoeConfig, lowest: str) -> str:

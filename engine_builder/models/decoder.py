@@ -99,12 +99,12 @@ class Decoder(ABC):
             g.weight(f"rope.{name}_table", "float32", table.shape, [table])
             g.node("Gather", [f"rope.{name}_table", "position_ids"], f"rope.{name}", axis=0)
 
-    def make_mask(self, key: str) -> str:
-        """What each new token may see: [B, 1, S, keys] bool, by absolute position."""
+    def make_mask(self) -> str:
+        """What each new token may see: [B, 1, S, keys] bool, by absolute position; one for all layers."""
         g = self.graph
         if "mask" in self._shared:
             return self._shared["mask"]
-        keys = g.node("Shape", [key], "mask.keys", start=2, end=3)
+        keys = g.node("Shape", ["present.0.key"], "mask.keys", start=2, end=3)
         count = g.node("Squeeze", [keys], "mask.count")
         positions = g.node("Range", [g.constant(0), count, g.constant(1)], "mask.positions")
         queries = g.node("Unsqueeze", ["position_ids", g.constant([1, 3])], "mask.queries")
@@ -140,13 +140,10 @@ class Decoder(ABC):
             states[kind] = g.node(
                 "RotaryEmbedding", [states[kind], "rope.cos", "rope.sin"], f"{name}.{kind}_rope", interleaved=0
             )
-        joined = {
-            kind: self.make_cache(layer, kind, past, states[short])
-            for kind, short, past in (("key", "k", "key"), ("value", "v", "value"))
-        }
+        joined = {kind: self.make_cache(layer, kind, states[kind[0]]) for kind in ("key", "value")}
         attended = g.node(
             "Attention",
-            [states["q"], joined["key"], joined["value"], self.make_mask(f"present.{layer}.key")],
+            [states["q"], joined["key"], joined["value"], self.make_mask()],
             f"{name}.attended",
             scale=m.head_dim**-0.5,
         )
@@ -162,15 +159,16 @@ class Decoder(ABC):
         split = g.node("Reshape", [flat, g.constant([0, 0, heads, m.head_dim])], f"{name}.split")
         return g.node("Transpose", [split], f"{name}.heads", perm=[0, 2, 1, 3])
 
-    def make_cache(self, layer: int, kind: str, label: str, new: str) -> str:
+    def make_cache(self, layer: int, kind: str, new: str) -> str:
         """Join the past keys or values with the new ones and repeat them for the query's heads.
 
         The join and the repetition are spelled out because OpenVINO's paged attention is matched on them.
         """
         g, m = self.graph, self.model
-        past = g.input(f"past_key_values.{layer}.{label}", "float32", ["batch", m.num_key_value_heads, "past", m.head_dim])
-        present = g.node("Concat", [past, new], f"present.{layer}.{label}", axis=2)
-        g.output(present, "float32", ["batch", m.num_key_value_heads, "total", m.head_dim])
+        heads, width = m.num_key_value_heads, m.head_dim
+        past = g.input(f"past_key_values.{layer}.{kind}", "float32", ["batch", heads, "past", width])
+        present = g.node("Concat", [past, new], f"present.{layer}.{kind}", axis=2)
+        g.output(present, "float32", ["batch", heads, "total", width])
         groups = m.num_attention_heads // m.num_key_value_heads
         if groups == 1:
             return present
@@ -222,7 +220,8 @@ class Decoder(ABC):
             weight = self.as_float(embedding, transposed=True)
             g.node("MatMul", [rows, weight], "logits")
         else:
-            self.linear(self.lm_head_name.removesuffix(".weight"), rows, m.hidden_size, m.vocab_size, output="logits")
+            head = self.lm_head_name.removesuffix(".weight")
+            self.linear(head, rows, m.hidden_size, m.vocab_size, output="logits")
         g.output("logits", "float32", ["num_logits", m.vocab_size])
         for output, dtype, columns in (("k", "int32", self._k), ("entropy", "float32", self._entropy)):
             spread = [g.node("Unsqueeze", [column, g.constant([1])], f"{column}.column") for column in columns]
@@ -236,17 +235,22 @@ class Decoder(ABC):
         return self.graph.node("Add", [left, right], name)
 
     def linear(
-        self, name: str, hidden: str, in_features: int, out_features: int, *, output: str | None = None, dtype: str | None = None
+        self,
+        name: str,
+        hidden: str,
+        in_features: int,
+        out_features: int,
+        *,
+        output: str | None = None,
+        dtype: str | None = None,
     ) -> str:
         """``hidden @ weight.T`` (and the bias, where the checkpoint has one), as `torch.nn.Linear`."""
-        g = self.graph
-        stored = self.stored(f"{name}.weight", (out_features, in_features), dtype=dtype)
-        product = output or f"{name}.out"
-        biased = f"{name}.bias" in self.tensors
-        raw = g.node("MatMul", [hidden, self.as_float(stored, transposed=True)], f"{name}.product" if biased else product)
-        if not biased:
-            return raw
-        return g.node("Add", [raw, self.stored(f"{name}.bias", (out_features,), dtype="float32")], product)
+        weight = self.as_float(self.stored(f"{name}.weight", (out_features, in_features), dtype=dtype), transposed=True)
+        output = output or f"{name}.out"
+        if f"{name}.bias" not in self.tensors:
+            return self.graph.node("MatMul", [hidden, weight], output)
+        product = self.graph.node("MatMul", [hidden, weight], f"{name}.product")
+        return self.add(output, product, self.stored(f"{name}.bias", (out_features,), dtype="float32"))
 
     def stored(self, name: str, shape: tuple[int, ...], *, dtype: str | None = None) -> str:
         """A checkpoint tensor as a weight of the graph, in the engine's dtype unless another is asked for."""
@@ -255,7 +259,6 @@ class Decoder(ABC):
 
     def as_float(self, value: str, *, transposed: bool = False) -> str:
         """A stored weight (or values gathered from one) as float32, transposed if asked: nodes that runtimes fold."""
-        g = self.graph
         if self._stored_dtypes.get(value, self.model.dtype) != "float32":
             value = self._once("Cast", value, f"{value}.float", to=1)
         return self._once("Transpose", value, f"{value}.T", perm=[1, 0]) if transposed else value
@@ -271,4 +274,3 @@ def expert_shapes(model: PretrainedConfig) -> tuple[tuple[int, int, int], tuple[
     moe = model.moe
     width = moe.intermediate_size * (2 if moe.activation in GATED_ACTIVATIONS else 1)
     return (moe.num_experts, width, model.hidden_size), (moe.num_experts, model.hidden_size, moe.intermediate_size)
-

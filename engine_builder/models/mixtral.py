@@ -66,8 +66,12 @@ class Mixtral(Decoder):
         name = f"model.layers.{layer}.moe"
         tokens = g.node("Reshape", [hidden, g.constant([-1, m.hidden_size])], f"{name}.tokens")
         # The router decides everything, so it stays float32 whatever the engine's dtype is.
-        gate = next(n for n in (f"model.layers.{layer}.mlp.gate", self._hub_name(layer, "gate")) if self._has(n, layer))
-        logits = self.linear(gate, tokens, m.hidden_size, m.num_experts, dtype="float32", output=f"{name}.router_logits")
+        gate = f"model.layers.{layer}.mlp.gate"
+        if f"{gate}.weight" not in self.tensors:
+            gate = self._hub_name(layer, "gate")
+        logits = self.linear(
+            gate, tokens, m.hidden_size, m.num_experts, dtype="float32", output=f"{name}.router_logits"
+        )
         up_shape, down_shape = expert_shapes(m)
         up = g.weight(f"{name}.gate_up", m.dtype, up_shape, self._gate_up(layer))
         down = g.weight(f"{name}.down", m.dtype, down_shape, self._down(layer))
@@ -94,10 +98,6 @@ class Mixtral(Decoder):
             return
         for expert in range(self.model.num_experts):
             yield self.tensors.read(self._hub_name(layer, f"experts.{expert}.w2.weight"), shape[1:])
-
-    def _has(self, name: str, layer: int) -> bool:
-        # The hub's spelling is the last resort, so that a missing tensor is named by it.
-        return f"{name}.weight" in self.tensors or name == self._hub_name(layer, "gate")
 
     @staticmethod
     def _hub_name(layer: int, rest: str) -> str:

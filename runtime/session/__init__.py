@@ -34,9 +34,7 @@ def create_session(
     if target == "openvino":
         from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
 
-        return OpenVinoSession(
-            engine_dir, config, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens
-        )
+        return OpenVinoSession(engine_dir, config, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens)
     raise EngineError(
         f"{engine_dir} was built for the target {target!r}, which has no runtime here: build with --target openvino."
     )

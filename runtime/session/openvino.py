@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.errors import DependencyError, EngineError
@@ -76,7 +77,7 @@ class OpenVinoSession:
         np.cumsum([len(table) for table in step.block_tables], out=begins[1:])
         blocks = np.fromiter((block for table in step.block_tables for block in table), np.int32, begins[-1])
         new = np.diff(step.subsequence_begins)
-        arrays = {
+        arrays: dict[str, npt.NDArray[Any]] = {
             "input_ids": step.input_ids,
             "position_ids": step.position_ids,
             "logits_indices": step.logits_indices,
@@ -134,7 +135,7 @@ class OpenVinoSession:
         per_sequence = -(-build.max_seq_len // self._block_size)
         if max_tokens is None:
             wanted = build.max_batch_size * per_sequence
-            self._num_blocks = max(per_sequence, min(wanted, _DEFAULT_CACHE_BYTES // block_bytes))
+            self._num_blocks: int = max(per_sequence, min(wanted, _DEFAULT_CACHE_BYTES // block_bytes))
         else:
             self._num_blocks = max(1, max_tokens // self._block_size)
         self._cache = {

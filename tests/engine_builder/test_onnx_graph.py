@@ -12,11 +12,12 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
-from checkpoints import SHAPES, Shape, make_mixtral
 
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_config import EngineConfig, read_engine_config
 from adaptive_k_moe.policy import PolicySet
+
+from checkpoints import SHAPES, Shape, make_mixtral
 
 
 def run_graph(
@@ -28,9 +29,7 @@ def run_graph(
     batch, length = ids.shape
     names = [output.name for output in session.get_outputs()]
     past: dict[str, Any] = {
-        f"past_key_values.{layer}.{kind}": np.zeros(
-            (batch, model.num_key_value_heads, 0, model.head_dim), np.float32
-        )
+        f"past_key_values.{layer}.{kind}": np.zeros((batch, model.num_key_value_heads, 0, model.head_dim), np.float32)
         for layer in range(model.num_hidden_layers)
         for kind in ("key", "value")
     }

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import SHAPES, Shape, make_mixtral
 
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.policy import PolicySet
 from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
+
+from checkpoints import SHAPES, Shape, make_mixtral
 
 NUM_TOKENS = 64
 
@@ -62,9 +63,7 @@ def test_a_fixed_row_below_the_trained_top_k(k: int, tmp_path: Path) -> None:
     policy = PolicySet.model_validate({"policies": {"lower": {"kind": "fixed", "k": k}}})
     build(checkpoint, tmp_path / "engine", policy=policy)
     prompt = np.random.default_rng(1).integers(3, 101, 11).tolist()
-    sampling = SamplingParams(
-        max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True, adaptive_k_policy="lower"
-    )
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True, adaptive_k_policy="lower")
     model = reference_model(checkpoint, num_experts_per_tok=k)
     with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
         output = llm.generate(prompt, sampling)
