@@ -27,9 +27,7 @@ class Detokenizer:
         skip_special_tokens: leave special tokens out of the text.
     """
 
-    def __init__(
-        self, tokenizer: TokenizerLike, context: Sequence[int], *, skip_special_tokens: bool = True
-    ) -> None:
+    def __init__(self, tokenizer: TokenizerLike, context: Sequence[int], *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         size = _CONTEXT_TOKENS
@@ -57,11 +55,10 @@ class Detokenizer:
             piece = text[len(self._given_text) :]
             if not piece:
                 return ""
-            if not self._given_text.endswith(_REPLACEMENT):
-                # What was given out before this piece has done its work as context.
-                del self._window[: self._num_given]
+            # What was given out before this piece has done its work as context.
+            del self._window[: self._num_given]
         else:
-            # The prompt ended within a character, and the answer has finished it.
+            # The prompt ended within a character, and the answer has finished it; both stay as context.
             pairs = enumerate(zip(self._given_text, text, strict=False))
             piece = text[next((i for i, (old, new) in pairs if old != new), len(text)) :]
         self._num_given = len(self._window)
@@ -157,9 +154,7 @@ class AnswerText:
         self.text = ""
         self._min_tokens = min_tokens
         self._detokenizer = (
-            None
-            if tokenizer is None
-            else Detokenizer(tokenizer, context, skip_special_tokens=skip_special_tokens)
+            None if tokenizer is None else Detokenizer(tokenizer, context, skip_special_tokens=skip_special_tokens)
         )
         self._stop_strings = StopStrings(stops, include=include_stop)
         self._ended = False

@@ -125,9 +125,7 @@ class Engine:
                 "engine with a larger KV cache."
             )
         if params.logprobs is not None and params.logprobs > session.vocab_size:
-            raise RequestError(
-                f"logprobs is {params.logprobs}, but the vocabulary has {session.vocab_size} tokens."
-            )
+            raise RequestError(f"logprobs is {params.logprobs}, but the vocabulary has {session.vocab_size} tokens.")
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need the tokenizer, and this engine was opened without one.")
         end_ids = self._end_ids(params)
@@ -179,9 +177,7 @@ class Engine:
             PolicyError: its policy vanished since it was prepared.
         """
         if request.request_id in self._requests:
-            raise RequestError(
-                f"a request with the id {request.request_id!r} is still running: give another id."
-            )
+            raise RequestError(f"a request with the id {request.request_id!r} is still running: give another id.")
         request.policy_index = self.policies.index(request.policy)
         self._requests[request.request_id] = request
         self._counters.requests_total += 1
@@ -223,14 +219,10 @@ class Engine:
         except Exception as error:
             logger.exception("the session failed on a step of %d sequences", len(chunks))
             requests = {chunk.sequence.request.request_id: chunk.sequence.request for chunk in chunks}
-            return [
-                self._end(request, "error", f"the engine failed: {error}") for request in requests.values()
-            ]
+            return [self._end(request, "error", f"the engine failed: {error}") for request in requests.values()]
         session_seconds = time.monotonic() - session_started
 
-        num_decode = sum(
-            1 for sequence, n in chunks if n == 1 and sequence.num_computed >= sequence.num_prompt_tokens
-        )
+        num_decode = sum(1 for sequence, n in chunks if n == 1 and sequence.num_computed >= sequence.num_prompt_tokens)
         ready, rows = self._record(chunks, step, wanted, result)
         outputs = self._choose(ready, rows)
 
@@ -324,9 +316,7 @@ class Engine:
             first_row = len(logits_indices)
             if sequence.context_logits is not None:
                 # After a preemption the first rows are known already.
-                missing = range(
-                    max(start, len(sequence.context_logits)), min(end, sequence.num_prompt_tokens)
-                )
+                missing = range(max(start, len(sequence.context_logits)), min(end, sequence.num_prompt_tokens))
                 logits_indices += [begin + position - start for position in missing]
             context = slice(first_row, len(logits_indices))
             last_row = None
@@ -405,9 +395,7 @@ class Engine:
             sequence.finish("stop", token_id if named else None)
         elif (stop := sequence.text.append(token_id, sequence.num_generated)) is not None:
             sequence.finish("stop", stop)
-        elif (
-            sequence.num_generated >= params.max_tokens or len(sequence.token_ids) >= self.limits.max_seq_len
-        ):
+        elif sequence.num_generated >= params.max_tokens or len(sequence.token_ids) >= self.limits.max_seq_len:
             sequence.finish("length")
         if sequence.finish_reason is not None:
             self._scheduler.remove(sequence)
@@ -437,9 +425,7 @@ class Engine:
     def _encode(self, prompt: str | SequenceOf[int], params: SamplingParams) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise RequestError(
-                    "a text prompt needs the tokenizer, and this engine was opened without one."
-                )
+                raise RequestError("a text prompt needs the tokenizer, and this engine was opened without one.")
             return prompt, self.tokenizer.encode(prompt, add_special_tokens=params.add_special_tokens)
         try:
             return None, [operator.index(token_id) for token_id in prompt]
@@ -478,9 +464,7 @@ class Engine:
                 and self.tokenizer.unk_token_id not in token_ids
             ]
             if not found:
-                raise RequestError(
-                    f"the bad word {string!r} has no tokens in this model's vocabulary: leave it out."
-                )
+                raise RequestError(f"the bad word {string!r} has no tokens in this model's vocabulary: leave it out.")
             words += found
         if words and max(max(word) for word in words) >= self._session.vocab_size:
             raise RequestError("a bad word has tokens outside the model's vocabulary: leave it out.")

@@ -94,9 +94,7 @@ class LLM:
             num_threads=num_threads,
             kv_cache_max_tokens=(kv_cache_config or KvCacheConfig()).max_tokens,
         )
-        self._open(
-            session, config, limits, loaded, config.policy_tables(), lambda: read_policy_tables(engine_dir)
-        )
+        self._open(session, config, limits, loaded, config.policy_tables(), lambda: read_policy_tables(engine_dir))
 
     @classmethod
     def from_session(
@@ -207,12 +205,9 @@ class LLM:
         else:
             params = list(sampling_params)
             if len(params) != len(prompts):
-                raise RequestError(
-                    f"{len(prompts)} prompts came with {len(params)} sampling_params: give as many."
-                )
+                raise RequestError(f"{len(prompts)} prompts came with {len(params)} sampling_params: give as many.")
         requests = [
-            self._engine.prepare(prompt, param, _new_id())
-            for prompt, param in zip(prompts, params, strict=True)
+            self._engine.prepare(prompt, param, _new_id()) for prompt, param in zip(prompts, params, strict=True)
         ]
         handles: list[GenerationHandle] = []
         try:

@@ -48,9 +48,7 @@ class PerplexityResult:
     tokens_per_second: float
 
 
-def measure_perplexity(
-    llm: LLM, token_ids: Sequence[int], policy: str | None, window: int
-) -> PerplexityResult:
+def measure_perplexity(llm: LLM, token_ids: Sequence[int], policy: str | None, window: int) -> PerplexityResult:
     """Perplexity of a text in windows that do not overlap, each read with no context before it.
 
     As many windows as the engine's batch holds run at a time, and one such batch before the clock starts.

@@ -71,9 +71,7 @@ class SamplingState:
         self.end_ids = np.array(sorted(end_ids), np.int64)
         self.bad_words = [tuple(word) for word in bad_words]
         spawn_key = (index,) if index else ()
-        self.generator = np.random.Generator(
-            np.random.PCG64(np.random.SeedSequence(params.seed, spawn_key=spawn_key))
-        )
+        self.generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(params.seed, spawn_key=spawn_key)))
         self._seen: npt.NDArray[np.bool_] | None = None
         if params.repetition_penalty != 1:
             self._seen = np.zeros(vocab_size, np.bool_)
@@ -109,9 +107,7 @@ class SamplingState:
         if self._seen is not None:
             seen = np.flatnonzero(self._seen)
             values = scores[seen]
-            scores[seen] = np.where(
-                values < 0, values * params.repetition_penalty, values / params.repetition_penalty
-            )
+            scores[seen] = np.where(values < 0, values * params.repetition_penalty, values / params.repetition_penalty)
         if self._counts is not None:
             used = np.flatnonzero(self._counts)
             scores[used] -= params.presence_penalty + params.frequency_penalty * self._counts[used]
@@ -204,10 +200,7 @@ def sample(logits: FloatArray, states: Sequence[SamplingState]) -> list[Sampled]
         N choices; one whose logits hold NaN, or allow no token, carries an error instead of a token.
     """
     best = logits.argmax(axis=1)  # the lowest index among equals; the first NaN where there is one
-    return [
-        _sample_one(row, state, int(token_id))
-        for row, state, token_id in zip(logits, states, best, strict=True)
-    ]
+    return [_sample_one(row, state, int(token_id)) for row, state, token_id in zip(logits, states, best, strict=True)]
 
 
 def _sample_one(logits: FloatArray, state: SamplingState, best: int) -> Sampled:

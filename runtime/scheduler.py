@@ -54,7 +54,6 @@ class Scheduler:
         """The next step: decode tokens of the running, then prefill of the running, then of the waiting."""
         chunks: list[Chunk] = []
         budget = self.max_num_tokens
-        preemptions_before = self.preemptions_total
 
         for sequence in [s for s in self.running if s.num_uncomputed == 1]:
             if budget == 0:
@@ -69,16 +68,15 @@ class Scheduler:
                 chunks.append(Chunk(sequence, num_tokens))
                 budget -= num_tokens
 
-        # Blocks that a preemption freed are for those who needed them, not for the preempted again.
-        if self.preemptions_total == preemptions_before:
-            while self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
-                sequence = self.waiting[0]
-                if not self.block_manager.grow(sequence.block_table, len(sequence.token_ids)):
-                    break
-                self.running.append(self.waiting.popleft())
-                num_tokens = min(budget, sequence.num_uncomputed)
-                chunks.append(Chunk(sequence, num_tokens))
-                budget -= num_tokens
+        # One preempted just now is first in this queue, and cannot come back: it lacks the block it gave up.
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
+            sequence = self.waiting[0]
+            if not self.block_manager.grow(sequence.block_table, len(sequence.token_ids)):
+                break
+            self.running.append(self.waiting.popleft())
+            num_tokens = min(budget, sequence.num_uncomputed)
+            chunks.append(Chunk(sequence, num_tokens))
+            budget -= num_tokens
         return chunks
 
     def _has_block(self, sequence: Sequence) -> bool:

@@ -43,9 +43,7 @@ class RowBuffer:
 
     def view(self, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Rows start to stop of those added so far, read-only."""
-        rows = self._rows[
-            min(start, self._length) : self._length if stop is None else min(stop, self._length)
-        ]
+        rows = self._rows[min(start, self._length) : self._length if stop is None else min(stop, self._length)]
         rows.flags.writeable = False
         return rows
 
@@ -153,9 +151,7 @@ class Sequence:
             else None
         )
         self.generation_logits = (
-            RowBuffer(vocab_size, np.float32, min(params.max_tokens, 64))
-            if params.return_generation_logits
-            else None
+            RowBuffer(vocab_size, np.float32, min(params.max_tokens, 64)) if params.return_generation_logits else None
         )
         self.sampling = sampling
         self.text = text
@@ -183,9 +179,8 @@ class Sequence:
         """Note that the next tokens were computed: their k and entropy, [t, L] each."""
         known = len(self.k) - self.num_computed
         self.num_computed += len(k)
-        if known < len(k):
-            self.k.append(k[known:])
-            self.entropy.append(entropy[known:])
+        self.k.append(k[known:])
+        self.entropy.append(entropy[known:])
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """End the answer; text that was held back comes out, and a stop string in it still counts."""

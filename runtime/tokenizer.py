@@ -71,9 +71,7 @@ class Tokenizer:
         except Exception as error:  # the package raises a bare Exception
             raise EngineError(f"{path} is not a tokenizer that this version can read: {error}.") from None
         config = _read_config(path.with_name("tokenizer_config.json"))
-        return cls(
-            tokenizer, eos_token=_token_text(config, "eos_token"), unk_token=_token_text(config, "unk_token")
-        )
+        return cls(tokenizer, eos_token=_token_text(config, "eos_token"), unk_token=_token_text(config, "unk_token"))
 
     @property
     def vocab_size(self) -> int:

@@ -16,16 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine_dir", required=True, help="directory written by `adaptive-k build`")
     parser.add_argument("--prompt", required=True, help="text to continue")
     parser.add_argument("--max_tokens", type=int, default=128, help="most tokens to generate (default: 128)")
-    parser.add_argument(
-        "--adaptive_k_policy", metavar="NAME", help="policy to follow (default: the engine's)"
-    )
+    parser.add_argument("--adaptive_k_policy", metavar="NAME", help="policy to follow (default: the engine's)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     parser.add_argument("--top_k", type=int, default=0, help="sample among the likeliest TOP_K tokens")
     parser.add_argument("--top_p", type=float, default=1.0, help="sample among the tokens that make up TOP_P")
     parser.add_argument("--min_p", type=float, default=0.0, help="drop tokens below MIN_P of the likeliest")
-    parser.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition"
-    )
+    parser.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1 discourages repetition")
     parser.add_argument("--seed", type=int, help="of the random choices (default: a new one each time)")
     parser.add_argument("--stop", nargs="+", metavar="STR", help="strings that end the answer")
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")

@@ -23,9 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="policies to measure (default: all of the engine)",
     )
-    parser.add_argument(
-        "--window", type=int, help="tokens in a window (default: 512, or what the engine takes)"
-    )
+    parser.add_argument("--window", type=int, help="tokens in a window (default: 512, or what the engine takes)")
     parser.add_argument("--max_tokens", type=int, help="measure on the text's first tokens alone")
     parser.add_argument(
         "--rounds",
@@ -62,9 +60,7 @@ def run(args: argparse.Namespace) -> int:
         results = measure_policies(llm, token_ids, policies, window, rounds=args.rounds)
     print(table(results))
     if args.output:
-        Path(args.output).write_text(
-            json.dumps(report(results, args.text), indent=2) + "\n", encoding="utf-8"
-        )
+        Path(args.output).write_text(json.dumps(report(results, args.text), indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -79,8 +75,8 @@ def table(results: Sequence[PerplexityResult]) -> str:
     ]
     lines += [
         f"{result.policy:<{width}}  {result.perplexity:>10.4f}  "
-        f"{result.perplexity / full.perplexity - 1:>+8.2%}  {result.avg_k:>6.3f}  {result.compute_saved_ratio:>13.1%}  "
-        f"{result.seconds:>8.3f}  "
+        f"{result.perplexity / full.perplexity - 1:>+8.2%}  {result.avg_k:>6.3f}  "
+        f"{result.compute_saved_ratio:>13.1%}  {result.seconds:>8.3f}  "
         f"{result.tokens_per_second:>9.1f}  {1 - result.seconds / full.seconds:>10.1%}"
         for result in results
     ]

@@ -80,9 +80,7 @@ def test_every_request_gets_what_it_gets_alone(data: st.DataObject) -> None:
     requests = data.draw(st.lists(asks(), min_size=1, max_size=7))
     num_blocks = data.draw(st.integers(9, 24))  # 9 blocks of 4 hold the longest request, and little more
     session = ToySession(num_blocks=num_blocks)
-    engine = make_engine(
-        session, batch=data.draw(st.integers(1, 8)), tokens=data.draw(st.sampled_from([1, 3, 8, 32]))
-    )
+    engine = make_engine(session, batch=data.draw(st.integers(1, 8)), tokens=data.draw(st.sampled_from([1, 3, 8, 32])))
     arrivals = data.draw(st.lists(st.integers(0, 12), min_size=len(requests), max_size=len(requests)))
     cancelled = data.draw(st.dictionaries(st.integers(0, len(requests) - 1), st.integers(0, 30), max_size=2))
     ends: dict[int, RequestOutput] = {}
@@ -121,9 +119,7 @@ def run_all(engine: Engine) -> dict[str, RequestOutput]:
 
 def test_preemption_happens_and_changes_nothing() -> None:
     engine = make_engine(ToySession(num_blocks=9))
-    requests = [
-        ([i + 1] * 8, SamplingParams(max_tokens=16, end_id=-1, seed=i, temperature=1)) for i in range(4)
-    ]
+    requests = [([i + 1] * 8, SamplingParams(max_tokens=16, end_id=-1, seed=i, temperature=1)) for i in range(4)]
     for index, ask in enumerate(requests):
         engine.add(engine.prepare(*ask, str(index)))
     ends = run_all(engine)
@@ -216,9 +212,7 @@ def test_generated_k_is_that_of_the_pass_that_produced_the_token() -> None:
     session = ToySession()
     engine = make_engine(session, tokens=4)
     prompt = [7, 8, 9, 10, 11]
-    engine.add(
-        engine.prepare(prompt, SamplingParams(max_tokens=4, end_id=-1, adaptive_k_policy="balanced"), "a")
-    )
+    engine.add(engine.prepare(prompt, SamplingParams(max_tokens=4, end_id=-1, adaptive_k_policy="balanced"), "a"))
     output = run_all(engine)["a"]
     answer = output.outputs[0]
     everything = np.concatenate([prompt, answer.token_ids])

@@ -24,17 +24,9 @@ from adaptive_k_moe.runtime import LLM, EngineStats, RequestOutput, SamplingPara
 FOREVER = SamplingParams(max_tokens=50, end_id=-1)
 
 
-def open_llm(
-    session: ToySession | None = None, *, policies: PolicyTables | None = None, **options: Any
-) -> LLM:
-    more = {
-        name: options.pop(name)
-        for name in ("tokenizer", "read_policies", "max_batch_size")
-        if name in options
-    }
-    return LLM.from_session(
-        session or ToySession(), toy_config(**options), policies or toy_policies(), **more
-    )
+def open_llm(session: ToySession | None = None, *, policies: PolicyTables | None = None, **options: Any) -> LLM:
+    more = {name: options.pop(name) for name in ("tokenizer", "read_policies", "max_batch_size") if name in options}
+    return LLM.from_session(session or ToySession(), toy_config(**options), policies or toy_policies(), **more)
 
 
 @pytest.fixture
@@ -58,9 +50,7 @@ def test_one_prompt_gives_one_output_and_a_list_gives_a_list(llm: LLM) -> None:
     one = llm.generate([1, 2, 3], SamplingParams(max_tokens=4, end_id=-1))
     assert isinstance(one, RequestOutput)
     assert one.prompt_token_ids == [1, 2, 3]
-    many = llm.generate(
-        [[1, 2, 3], [4]], [SamplingParams(max_tokens=4, end_id=-1), SamplingParams(max_tokens=2)]
-    )
+    many = llm.generate([[1, 2, 3], [4]], [SamplingParams(max_tokens=4, end_id=-1), SamplingParams(max_tokens=2)])
     assert [output.prompt_token_ids for output in many] == [[1, 2, 3], [4]]
     assert many[0].outputs[0].token_ids == one.outputs[0].token_ids
     assert not llm.generate([])
@@ -133,9 +123,7 @@ def test_a_callback_cannot_wait_for_itself(llm: LLM) -> None:
             except RequestError as error:
                 errors.append(error)
 
-    llm.generate_async([1], SamplingParams(max_tokens=2, end_id=-1), streaming=True, on_output=waits).result(
-        5
-    )
+    llm.generate_async([1], SamplingParams(max_tokens=2, end_id=-1), streaming=True, on_output=waits).result(5)
     assert "cannot wait" in str(errors[0])
 
 
@@ -228,9 +216,7 @@ def test_an_impossible_request_is_refused_at_once(
 
 def test_a_request_larger_than_the_whole_cache_is_refused() -> None:
     with open_llm(ToySession(num_blocks=4)) as llm:
-        assert llm.generate(
-            [1] * 8, SamplingParams(max_tokens=9, end_id=-1)
-        ).finished  # 16 tokens, the last not kept
+        assert llm.generate([1] * 8, SamplingParams(max_tokens=9, end_id=-1)).finished  # 16 tokens, the last not kept
         with pytest.raises(RequestError, match="KV cache, which holds 16"):
             llm.generate([1] * 8, SamplingParams(max_tokens=10))
 
@@ -244,6 +230,18 @@ def test_a_running_request_id_is_taken() -> None:
             llm.generate_async([1], request_id="a")
         handle.result(5)
         assert llm.generate_async([1], request_id="a").result(5).finished
+
+
+def test_a_late_abort_does_not_reach_the_next_request_of_that_id() -> None:
+    session = ToySession()
+    session.delay = 0.005
+    with open_llm(session) as llm:
+        first = llm.generate_async([1], SamplingParams(max_tokens=1), request_id="a")
+        late = first._abort
+        first.result(5)
+        second = llm.generate_async([1], FOREVER, request_id="a")
+        late()
+        assert len(second.result(5).outputs[0].token_ids) == 50
 
 
 def test_nothing_runs_when_one_prompt_of_many_is_bad(llm: LLM) -> None:

@@ -44,9 +44,7 @@ def test_perplexity_is_torchs_cross_entropy(length: int, window: int) -> None:
             params = SamplingParams(max_tokens=1, return_context_logits=True, adaptive_k_policy="balanced")
             output = llm.generate(tokens, params)
             logits = torch.tensor(np.array(output.context_logits[:-1]))
-            losses.append(
-                torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none")
-            )
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(tokens[1:]), reduction="none"))
             ks.append(output.prompt_k)
     assert result.perplexity == pytest.approx(math.exp(torch.cat(losses).mean()), rel=1e-5)
     assert result.avg_k == pytest.approx(np.concatenate(ks).mean())
@@ -87,10 +85,7 @@ def _toy_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_generate_command_streams_the_text_and_ends_with_figures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert (
-        run_command("generate", "--prompt", "the quick", "--max_tokens", "9", "--adaptive_k_policy", "one")
-        == 0
-    )
+    assert run_command("generate", "--prompt", "the quick", "--max_tokens", "9", "--adaptive_k_policy", "one") == 0
     out, err = capsys.readouterr()
     with open_llm() as llm:
         answer = llm.generate("the quick", SamplingParams(max_tokens=9, adaptive_k_policy="one")).outputs[0]
@@ -100,9 +95,7 @@ def test_the_generate_command_streams_the_text_and_ends_with_figures(
 
 
 def test_show_k_prints_a_line_a_token(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        run_command("generate", "--prompt", "the", "--max_tokens", "5", "--show_k", "--temperature", "1") == 0
-    )
+    assert run_command("generate", "--prompt", "the", "--max_tokens", "5", "--show_k", "--temperature", "1") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 6
     assert all(line.split()[-3:] == ["2", "2", "2"] for line in lines if line)

@@ -38,9 +38,7 @@ def hugging_face(logits: Any, token_ids: list[int], processors: list[Any]) -> An
     return scores[0].numpy()
 
 
-def state(
-    params: SamplingParams, token_ids: list[int], num_generated: int = 0, **options: Any
-) -> SamplingState:
+def state(params: SamplingParams, token_ids: list[int], num_generated: int = 0, **options: Any) -> SamplingState:
     prompt = token_ids[: len(token_ids) - num_generated]
     made = SamplingState(params, VOCAB, list(prompt), **options)
     for token_id in token_ids[len(prompt) :]:
@@ -78,9 +76,7 @@ def test_the_warped_distribution_is_hugging_faces(
 
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10_000), top_k=st.integers(1, 80), levels=st.sampled_from([3, 40, 100_000]))
-def test_top_k_of_a_large_vocabulary_is_hugging_faces_ties_and_all(
-    seed: int, top_k: int, levels: int
-) -> None:
+def test_top_k_of_a_large_vocabulary_is_hugging_faces_ties_and_all(seed: int, top_k: int, levels: int) -> None:
     logits = np.random.default_rng(seed).integers(0, levels, 7001).astype(np.float32) / levels
     expected = hugging_face(logits, [1], [TopKLogitsWarper(top_k)])
     token_ids, _ = candidates(logits, SamplingParams(temperature=1, top_k=top_k))

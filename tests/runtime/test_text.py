@@ -129,6 +129,13 @@ def test_no_more_text_is_held_back_than_may_become_a_stop_string() -> None:
     assert matcher.append("P after") == ("", "STOP")
 
 
+def test_a_stop_string_that_came_too_early_does_not_count_later() -> None:
+    matcher = StopStrings(["b", "abc"])
+    assert matcher.append("ab", armed=False) == ("", None)
+    assert matcher.append("x") == ("abx", None)
+    assert matcher.append("ab") == ("a", "b")
+
+
 def test_a_stop_string_counts_only_from_min_tokens_on() -> None:
     tokenizer = toy_tokenizers.byte_level()
     token_ids = tokenizer.encode("STOP x STOP y")
@@ -177,9 +184,7 @@ def say(kind: str, text: str, prompt: str = "the", **params: Any) -> list[Reques
     while engine.has_work:
         outputs += engine.step()
     for output in outputs:
-        assert output.outputs[0].text == "".join(
-            o.outputs[0].text_diff for o in outputs[: outputs.index(output) + 1]
-        )
+        assert output.outputs[0].text == "".join(o.outputs[0].text_diff for o in outputs[: outputs.index(output) + 1])
     return outputs
 
 
