@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// Stands in for the kernels where a test asks what the plugin hands them: it keeps what it was
+// given and answers as it was told.
+#include <stdexcept>
+
+#include "launcher.h"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+adaptive_k::MoeParams g_params;
+adaptive_k::cuda::MoeShape g_shape;
+adaptive_k::cuda::MoeArguments g_arguments;
+void* g_workspace;
+void* g_stream;
+int g_launches;
+
+const char* g_refusal;
+int g_status;
+int g_throw;  // 1: an exception, 2: something that is none
+
+void maybe_throw() {
+  if (g_throw == 1) throw std::runtime_error("the launcher threw");
+  if (g_throw == 2) throw 7;
+}
+
+}  // namespace
+
+EXPORT void recorder_answer(const char* refusal, int status, int throws) {
+  g_refusal = refusal;
+  g_status = status;
+  g_throw = throws;
+}
+
+EXPORT int recorder_launches() { return g_launches; }
+
+// In the order of plugin_harness.py's Recorded.
+EXPORT void recorder_read(int64_t* numbers, float* routed_scaling_factor, void** pointers) {
+  const auto& s = g_shape;
+  const auto& p = g_params;
+  const int64_t n[] = {s.tokens,
+                       s.hidden,
+                       s.intermediate,
+                       s.experts,
+                       s.policies,
+                       s.choices,
+                       static_cast<int64_t>(s.element),
+                       static_cast<int64_t>(s.weights),
+                       s.group_size,
+                       static_cast<int64_t>(p.activation),
+                       static_cast<int64_t>(p.scoring),
+                       p.norm_topk_prob,
+                       p.n_group,
+                       p.topk_group,
+                       p.max_k};
+  for (size_t i = 0; i < sizeof(n) / sizeof(n[0]); ++i) numbers[i] = n[i];
+  *routed_scaling_factor = p.routed_scaling_factor;
+  const auto& a = g_arguments;
+  const void* all[] = {a.hidden_states,
+                       a.router_logits,
+                       a.policy_index,
+                       a.policy_kind,
+                       a.thresholds,
+                       a.k_values,
+                       a.up,
+                       a.down,
+                       a.up_scales,
+                       a.down_scales,
+                       a.correction_bias,
+                       a.output,
+                       a.k,
+                       a.entropy,
+                       g_workspace,
+                       g_stream};
+  for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) pointers[i] = const_cast<void*>(all[i]);
+}
+
+namespace adaptive_k::cuda {
+
+const char* check(const MoeParams& params, const MoeShape& shape) {
+  maybe_throw();
+  g_params = params;
+  g_shape = shape;
+  return g_refusal;
+}
+
+size_t workspace_size(const MoeParams&, const MoeShape& shape) {
+  g_shape = shape;
+  return 1000 + static_cast<size_t>(shape.tokens);
+}
+
+cudaError_t launch(const MoeParams& params, const MoeShape& shape, const MoeArguments& arguments,
+                   void* workspace, cudaStream_t stream) {
+  maybe_throw();
+  ++g_launches;
+  g_params = params;
+  g_shape = shape;
+  g_arguments = arguments;
+  g_workspace = workspace;
+  g_stream = stream;
+  return static_cast<cudaError_t>(g_status);
+}
+
+}  // namespace adaptive_k::cuda
