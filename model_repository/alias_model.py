@@ -28,7 +28,8 @@ class AliasModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Nothing to load: the engine is the other model's, and is asked for with the first request."""
         del args
-        self._relay: RelayClient | None = None
+        # The last one takes new requests; one before it, whose model is being reloaded, has some to end.
+        self._relays: list[RelayClient] = []
         self._relay_found = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._pass_on, name="adaptive-k-alias", daemon=True)
@@ -45,34 +46,33 @@ class AliasModel:
                 sender.fail(str(error), "UNAVAILABLE")
 
     def finalize(self) -> None:
-        import sys, faulthandler; print("FIN", self._relay and (self._relay._senders, self._relay._closed), file=sys.stderr, flush=True); faulthandler.dump_traceback_later(2, file=sys.stderr)
         """Let running requests end, within limits."""
         deadline = time.monotonic() + _DRAIN_SECONDS
-        while self._relay is not None and self._relay.busy() and time.monotonic() < deadline:
+        while any(relay.busy() for relay in self._relays) and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         self._stopping = True
         self._relay_found.set()
         self._thread.join()
 
     def _begin(self, *request: Any) -> None:
-        if self._relay is not None:
+        if self._relays:
             try:
-                return self._relay.begin(*request)
+                return self._relays[-1].begin(*request)
             except ServerError:  # the other model was reloaded: it is there again, at a new socket
                 pass
-        self._relay = RelayClient()
+        relay = RelayClient()
+        self._relays.append(relay)
         self._relay_found.set()
-        return self._relay.begin(*request)
+        return relay.begin(*request)
 
     def _pass_on(self) -> None:
-        relay = None
         while not self._stopping:
-            if relay is None:
+            if not self._relays:
                 self._relay_found.wait()
                 self._relay_found.clear()
-                relay = self._relay
-            elif not self._step(relay):
-                relay = None
+            for relay in list(self._relays):
+                if not self._step(relay):
+                    self._relays.remove(relay)
 
     def _step(self, relay: RelayClient) -> bool:
         try:

@@ -58,6 +58,7 @@ class GenerationModel:
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
         self._calls: dict[int, Call] = {}
         self._calls_lock = threading.Lock()
+        self._closing = False
         self._stopping = threading.Event()
         self._reporter = threading.Thread(target=self._report, name="adaptive-k-reporter", daemon=True)
         self._reporter.start()
@@ -71,6 +72,7 @@ class GenerationModel:
 
     def finalize(self) -> None:
         """Let running requests end, within limits, and close the engine."""
+        self._closing = True
         self._relay.close()
         deadline = time.monotonic() + _DRAIN_SECONDS
         while self._calls and time.monotonic() < deadline:
@@ -83,6 +85,9 @@ class GenerationModel:
 
     def _begin(self, request_id: str, inputs: Inputs, parameters: dict[str, Any], sender: Sender) -> None:
         call = Call(request_id, sender, self._reports)
+        if self._closing:
+            call.fail("this model is being unloaded: ask again.", "UNAVAILABLE", "refused")
+            return
         try:
             if asks_to_stop(inputs):
                 self._stop(call)

@@ -43,6 +43,7 @@ class RelayServer:
 
     def __init__(self, begin: Begin) -> None:
         self._begin = begin
+        self._peers: list[_Peer] = []
         # Messages are pickled, so nobody but this user may speak: the directory admits no one else.
         self._directory = _directory()
         self._directory.mkdir(mode=0o700, exist_ok=True)
@@ -54,8 +55,10 @@ class RelayServer:
         threading.Thread(target=self._accept, name="adaptive-k-relay", daemon=True).start()
 
     def close(self) -> None:
-        """Take no more connections; requests that run go on."""
+        """Take no more requests, and tell the other models so; requests that run go on."""
         self._listener.close()
+        for peer in self._peers:
+            peer.put("close")
         with contextlib.suppress(OSError):  # a newer version of the model has its socket there
             self._directory.rmdir()
 
@@ -65,7 +68,7 @@ class RelayServer:
                 connection = self._listener.accept()
             except OSError:
                 return
-            _Peer(connection, self._begin)
+            self._peers.append(_Peer(connection, self._begin))
 
 
 class _Peer:
@@ -168,7 +171,7 @@ class RelayClient:
         """Pass on the responses that come within some time, then tell of clients that have gone.
 
         Returns:
-            Whether the connection stands; when it has broken, all its requests have failed.
+            Whether to go on; if not, the connection has ended, and its requests have ended or failed.
         """
         try:
             while self._connection.poll(seconds):
@@ -189,15 +192,18 @@ class RelayClient:
             for _, sender in senders:
                 sender.fail("the model that holds the engine has gone.", "UNAVAILABLE")
             return False
-        return True
+        return self.busy() or not self._closed
 
     def busy(self) -> bool:
         """Whether requests are running."""
         return bool(self._senders)
 
-    def _pass_on(self, kind: str, number: int, *content: Any) -> None:
+    def _pass_on(self, kind: str, number: int = -1, *content: Any) -> None:
         # `begin` registers a sender after its request is on the way: the lock makes the answer wait for it.
         with self._lock:
+            if kind == "close":
+                self._closed = True
+                return
             sender = self._senders[number] if kind == "send" else self._senders.pop(number)
         getattr(sender, kind)(*content)
 

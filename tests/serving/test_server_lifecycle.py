@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Starting and stopping a server: what is refused before it starts, what is left after it has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import adaptive_k_moe.model_repository
+from adaptive_k_moe import cli
+from adaptive_k_moe.client import Client
+from adaptive_k_moe.errors import ClientError, DependencyError, EngineError, ServerError
+from adaptive_k_moe.model_repository import TritonServer
+from adaptive_k_moe.model_repository.installation import find_tritonserver
+from triton_calls import eventually
+
+ANY_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+
+
+def _living(group: int) -> list[str]:
+    """Processes of a group, without those that have ended and only wait to be collected."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            name, fields = status.read_text().rpartition(")")[::2]
+            state, _, process_group = fields.split()[:3]
+            if int(process_group) == group and state != "Z":
+                found.append(name)
+    return found
+
+
+def _leftovers(pid: int) -> list[Path]:
+    return [*Path("/dev/shm").glob(f"adaptive_k_{pid}_*"), *Path("/tmp").glob(f"adaptive_k_{os.getuid()}_{pid}")]
+
+
+@contextlib.contextmanager
+def _serve(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, "-m", "adaptive_k_moe", "serve", "--http_port", "0", "--grpc_port", "0"]
+    with subprocess.Popen(
+        [*command, "--metrics_port", "0", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(30)
+
+
+def _child(process: subprocess.Popen[str]) -> int:
+    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+
+
+def test_an_engine_that_is_missing_or_truncated_is_one_sentence(engine_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="there is no engine directory"):
+        TritonServer(tmp_path / "nothing", **ANY_PORTS).start()
+    shutil.copytree(engine_dir, tmp_path / "engine")
+    os.truncate(tmp_path / "engine" / "rank0.bin", 1000)
+    with pytest.raises(EngineError, match="rank0.bin has 1000 bytes instead of"):
+        TritonServer(tmp_path / "engine", **ANY_PORTS).start()
+
+
+def test_an_engine_that_was_altered_is_one_sentence(engine_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(engine_dir, tmp_path / "engine")
+    with (tmp_path / "engine" / "rank0.bin").open("r+b") as weights:
+        weights.seek(1000)
+        byte = weights.read(1)[0]
+        weights.seek(1000)
+        weights.write(bytes([byte ^ 1]))
+    server = TritonServer(tmp_path / "engine", **ANY_PORTS, log_file=tmp_path / "log")
+    with pytest.raises(ServerError, match=r"rank0.bin was altered") as failed:
+        server.start()
+    assert "\n" not in str(failed.value)
+    assert str(failed.value).count("altered") == 1
+    assert server.pid is None
+
+
+@pytest.mark.parametrize(("option", "name"), [("http_port", "HTTP"), ("grpc_port", "gRPC"), ("metrics_port", "metrics")])
+def test_a_port_in_use_is_named(
+    engine_dir: Path, option: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ServerError, match=f"the {name} port {port} .* in use"):
+            TritonServer(engine_dir, **{**ANY_PORTS, option: port}).start()
+        ports = [word for key in ANY_PORTS if key != option for word in (f"--{key}", "0")]
+        assert cli.main(["serve", "--engine_dir", str(engine_dir), f"--{option}", str(port), *ports]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("adaptive-k: error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_server_program_that_is_none(engine_dir: Path) -> None:
+    with pytest.raises(DependencyError, match="/no/tritonserver is not a program"):
+        TritonServer(engine_dir, **ANY_PORTS, tritonserver="/no/tritonserver").start()
+
+
+def test_a_program_that_is_no_server(engine_dir: Path) -> None:
+    with pytest.raises(ServerError, match=r"did not start \(exit status 1\)"):
+        TritonServer(engine_dir, **ANY_PORTS, tritonserver="false").start()
+
+
+def test_sigterm_leaves_nothing_behind(engine_dir: Path, tmp_path: Path) -> None:
+    with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
+        line = process.stdout.readline()
+        url = line.partition("grpc ")[2].partition(",")[0]
+        server = _child(process)
+        assert _living(server)
+        with Client(url) as client:
+            stream = client.generate("import os", stream=True, max_tokens=400, end_id=-1)
+            next(stream)
+            process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(ClientError):  # it may have come to its end
+                list(stream)
+        assert process.wait(30) == 0
+        assert process.stderr.read() == ""
+    assert eventually(lambda: not _living(server), 2)
+    assert not _leftovers(process.pid)
+    assert not _leftovers(server)
+
+
+def test_sigint_while_it_starts(engine_dir: Path, tmp_path: Path) -> None:
+    with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
+        assert eventually(lambda: bool(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()))
+        server = _child(process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    assert eventually(lambda: not _living(server), 2)
+
+
+def test_a_server_that_dies_is_reported_to_both_sides(engine_dir: Path, tmp_path: Path) -> None:
+    with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
+        url = process.stdout.readline().partition("grpc ")[2].partition(",")[0]
+        server = _child(process)
+        with Client(url) as client:
+            streams = [client.generate("import os", stream=True, max_tokens=400, end_id=-1) for _ in range(32)]
+            next(streams[0])
+            os.kill(server, signal.SIGKILL)
+            with pytest.raises(ClientError, match="cannot be reached, or broke off"):
+                for stream in streams:
+                    list(stream)
+            assert not client.is_ready()
+        assert process.wait(30) == 1
+        error = process.stderr.read()
+        assert error == (
+            "adaptive-k: error: the Triton server stopped on its own: signal 9 (Killed) ended it.\n"
+        )
+    assert eventually(lambda: not _living(server), 2)
+    assert not _leftovers(process.pid)
+
+
+def test_the_repository_as_it_ships_serves_and_reloads_in_any_triton(engine_dir: Path, tmp_path: Path) -> None:
+    repository = Path(adaptive_k_moe.model_repository.__file__).parent
+    installation = find_tritonserver()
+    options, environment = installation.prepare(tmp_path)
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        http, grpc = one.getsockname()[1], other.getsockname()[1]
+    models = ["ensemble", "tensorrt_llm_bls"]
+    command = [
+        str(installation.program),
+        f"--model-repository={repository}",
+        "--model-control-mode=explicit",
+        *(f"--load-model={model}" for model in models),
+        f"--http-port={http}",
+        f"--grpc-port={grpc}",
+        "--allow-metrics=false",
+        *options,
+    ]
+    environment["ADAPTIVE_K_ENGINE_DIR"] = str(engine_dir)
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        clients = [Client(f"127.0.0.1:{grpc}", model_name=model, timeout=30) for model in models]
+        assert eventually(lambda: all(client.is_ready() for client in clients), 60)
+        before = [client.generate("import os", max_tokens=4, end_id=-1).text for client in clients]
+        assert before[0] == before[1]
+        # Triton's model control: the model is loaded anew, and the other one finds it.
+        url = f"http://127.0.0.1:{http}/v2/repository/models/ensemble/load"
+        body = b'{"parameters": {"config": "%s"}}' % _reloading_config(repository)
+        urllib.request.urlopen(urllib.request.Request(url, body), timeout=60).close()
+        time.sleep(1.0)  # the old one goes when its requests have ended
+        assert [client.generate("import os", max_tokens=4, end_id=-1).text for client in clients] == before
+        for client in clients:
+            client.close()
+    finally:
+        process.terminate()
+        try:
+            process.wait(45)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert not _leftovers(process.pid)
+
+
+def _reloading_config(repository: Path) -> bytes:
+    """The shipped configuration, changed where it matters to no one, as the JSON that a load request takes."""
+    import json
+
+    from google.protobuf import json_format, text_format
+    from tritonclient.grpc import model_config_pb2
+
+    config = text_format.Parse(
+        (repository / "ensemble" / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
+    )
+    config.metric_tags["generation"] = "2"
+    text = json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True))
+    return json.dumps(text)[1:-1].encode()
