@@ -376,7 +376,12 @@ class Engine:
             if choice.logprob is not None and choice.logprobs is not None:
                 sequence.cumulative_logprob += choice.logprob
                 sequence.logprobs.append(choice.logprobs)
-            self._end_if_done(sequence, choice.token_id)
+            try:
+                self._end_if_done(sequence, choice.token_id)
+            except Exception as error:
+                logger.exception("the text of request %s failed", request.request_id)
+                outputs.append(self._end(request, "error", f"the answer's text failed: {error}"))
+                continue
             changed[request.request_id] = request
         for request_id, request in changed.items():
             if request_id not in self._requests:

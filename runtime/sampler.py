@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
+from adaptive_k_moe.runtime.telemetry import logger
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -200,7 +201,16 @@ def sample(logits: FloatArray, states: Sequence[SamplingState]) -> list[Sampled]
         N choices; one whose logits hold NaN, or allow no token, carries an error instead of a token.
     """
     best = logits.argmax(axis=1)  # the lowest index among equals; the first NaN where there is one
-    return [_sample_one(row, state, int(token_id)) for row, state, token_id in zip(logits, states, best, strict=True)]
+    return [_sample_alone(row, state, int(token_id)) for row, state, token_id in zip(logits, states, best, strict=True)]
+
+
+def _sample_alone(logits: FloatArray, state: SamplingState, best: int) -> Sampled:
+    """One choice; its failure is not the batch's."""
+    try:
+        return _sample_one(logits, state, best)
+    except Exception as error:
+        logger.exception("sampling failed")
+        return Sampled(-1, error=f"sampling failed: {error}.")
 
 
 def _sample_one(logits: FloatArray, state: SamplingState, best: int) -> Sampled:

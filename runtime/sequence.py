@@ -184,7 +184,9 @@ class Sequence:
 
     def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
         """End the answer; text that was held back comes out, and a stop string in it still counts."""
-        matched = self.text.finish(self.num_generated)
+        matched = None
+        if reason != "error":  # text may be what the error is about
+            matched = self.text.finish(self.num_generated)
         if matched is not None and reason in ("length", "stop"):
             reason, stop_reason = "stop", matched
         self.finish_reason, self.stop_reason = reason, stop_reason

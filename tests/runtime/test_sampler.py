@@ -234,9 +234,24 @@ def test_minus_infinity_in_the_logits_is_a_token_that_never_comes() -> None:
     [
         {"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0},
         {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}, {"min_tokens": 33}, {"n": 0},
-        {"logprobs": -1}, {"seed": -1}, {"stop": [""]}, {"bad": ""},
+        {"logprobs": -1}, {"seed": -1}, {"max_tokens": "5"}, {"max_tokens": 2.5}, {"top_k": True}, {"top_p": "x"},
+        {"presence_penalty": np.float32("nan")}, {"stop": [1]}, {"stop": 1}, {"bad": [None]}, {"end_id": "0"},
+        {"stop_token_ids": "abc"}, {"stop_token_ids": [1.5]}, {"adaptive_k_policy": 3},
+        {"return_context_logits": "yes"}, {"stop": [""]}, {"bad": ""},
     ],
 )  # fmt: skip
 def test_a_parameter_out_of_range_is_named(params: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(params))):
         SamplingParams(**params)
+
+
+def test_numpys_numbers_are_numbers() -> None:
+    values: dict[str, Any] = {
+        "max_tokens": np.int32(4),
+        "temperature": np.float32(0.5),
+        "seed": np.uint64(7),
+        "stop_token_ids": np.array([1, 2]),
+    }
+    params = SamplingParams(**values)
+    assert params == SamplingParams(max_tokens=4, temperature=0.5, seed=7, stop_token_ids=(1, 2))
+    assert type(params.max_tokens) is int

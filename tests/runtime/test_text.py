@@ -261,6 +261,27 @@ def test_a_bad_word_without_tokens_is_refused() -> None:
     assert not run_all(engine)
 
 
+def test_a_text_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = toy_tokenizers.byte_level()
+    limits = EngineLimits(max_batch_size=4, max_num_tokens=32, max_seq_len=64)
+    engine = Engine(ToySession(vocab_size=400), toy_policies(), limits, tokenizer=tokenizer, eos_token_ids=[], full_k=2)
+    for name in ("a", "b"):
+        engine.add(engine.prepare([ord(name)], SamplingParams(max_tokens=4), name))
+    decode = tokenizer.decode
+
+    def broken(token_ids: Any, **options: Any) -> str:
+        if token_ids[0] == ord("a"):
+            raise ValueError("broken tokenizer")
+        return decode(token_ids, **options)
+
+    monkeypatch.setattr(tokenizer, "decode", broken)
+    ends = run_all(engine)
+    assert ends["a"].outputs[0].finish_reason == "error"
+    assert ends["a"].error == "the answer's text failed: broken tokenizer"
+    assert ends["b"].outputs[0].finish_reason == "length"
+    assert engine.stats().kv_blocks_used == 0
+
+
 def test_a_tokenizer_is_read_from_a_directory(tmp_path: Any) -> None:
     with pytest.raises(EngineError, match="skip_tokenizer_init"):
         Tokenizer.from_dir(tmp_path)
