@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := adaptive_k_moe engine_builder runtime model_repository client plugin/python/plugin
 CPP := $(shell find plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format engine-env test-env clean
+.PHONY: demo test lint format cuda engine-env test-env clean
 
 demo: engine-env
 	$(BIN)/python examples/demo.py
@@ -29,6 +29,21 @@ format: build/lint.stamp
 	build/lint/bin/ruff check --fix .
 	build/lint/bin/ruff format .
 	build/lint/bin/clang-format -i $(CPP)
+
+# The CUDA kernels for all architectures, and the tools with which tests look into the library.
+# CUDA_ARCHITECTURES=90a builds for one; ADAPTIVE_K_CUTLASS_DIR=... takes another CUTLASS.
+cuda: $(VENV)/cuda.stamp
+	cmake -S . -B build/cuda -G Ninja -DADAPTIVE_K_CUDA=ON -DADAPTIVE_K_OPENVINO=OFF \
+		-DADAPTIVE_K_PYTHON=OFF -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \
+		$(if $(CUDA_ARCHITECTURES),"-DADAPTIVE_K_CUDA_ARCHITECTURES=$(CUDA_ARCHITECTURES)") \
+		$(if $(ADAPTIVE_K_CUTLASS_DIR),-DADAPTIVE_K_CUTLASS_DIR=$(ADAPTIVE_K_CUTLASS_DIR)) \
+		$(if $(TENSORRT_ROOT),-DTENSORRT_ROOT=$(TENSORRT_ROOT))
+	cmake --build build/cuda
+
+$(VENV)/cuda.stamp:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --no-deps "ninja>=1.11" nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	touch $@
 
 # The environments: what serving needs, and the peers and oracles of the tests on top of it.
 engine-env: $(VENV)/engine.stamp

@@ -5,8 +5,8 @@
 // expert the four are the gates and the ups of two neurons, so that the activation needs no second
 // kernel.
 //
-// Where there are few weight rows, 2, 4 or all 8 warps of a block share them, each with every 2nd,
-// 4th or 8th piece of the row. Sums are formed in an order that depends on the shape alone: a
+// Where there are few weight rows, two or all four warps of a block share them, each with every
+// second or fourth piece of the row. Sums are formed in an order that depends on the shape alone: a
 // lane's pieces in rising order, the lanes by a fixed tree, the warps in rising order. So a token's
 // result does not depend on the other tokens.
 #include "activate.h"
@@ -17,7 +17,7 @@
 namespace adaptive_k::cuda {
 namespace {
 
-constexpr int kWarps = 8;
+constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * 32;
 constexpr int kWeightRows = 4;  // of a warp
 constexpr int kTokenRows = 4;   // at most, of a pass
@@ -26,6 +26,11 @@ constexpr int kTokenRows = 4;   // at most, of a pass
 // need more registers for each piece, and with many activation rows two pieces would not fit.
 constexpr int pieces_ahead(WeightStorage storage, int rows) {
   return storage != WeightStorage::kElement && rows > 2 ? 1 : 2;
+}
+
+// Blocks that a multiprocessor should hold at once: sets how many registers a thread may have.
+constexpr int resident_blocks(WeightStorage storage) {
+  return storage == WeightStorage::kElement ? 4 : 3;
 }
 
 struct DecodeShared {
@@ -152,7 +157,7 @@ __device__ __forceinline__ void multiply_rows(const DecodeArguments& a,
 }
 
 template <typename T, WeightStorage storage, bool kUp>
-__global__ void __launch_bounds__(kThreads, 2) decode_product(DecodeArguments a) {
+__global__ void __launch_bounds__(kThreads, resident_blocks(storage)) decode_product(DecodeArguments a) {
   auto& shared = shared_memory<DecodeShared>();
   const int slot = blockIdx.y;
   if (slot >= *a.rows.num_active) return;  // the whole block
@@ -234,11 +239,11 @@ cudaError_t launch_product(ElementType element, WeightStorage storage, DecodeArg
   const auto blocks = [&](int split) {
     return divide_up(a.neurons, static_cast<int64_t>(kWarps / split) * per_team);
   };
-  // The number of active experts is not known here, so one alone should fill the machine: two
+  // The number of active experts is not known here, so one alone should fill the machine: four
   // blocks for each multiprocessor, as long as every warp keeps a few pieces of its rows.
   const int64_t row_bytes = weight_bytes(element, storage, a.k);
   a.split = 1;
-  while (a.split < kWarps && blocks(a.split) < 2 * multiprocessors() &&
+  while (a.split < kWarps && blocks(a.split) < 4 * multiprocessors() &&
          row_bytes >= 2 * a.split * 2 * 512)
     a.split *= 2;
   const int64_t experts =

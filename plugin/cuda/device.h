@@ -105,8 +105,9 @@ __host__ __device__ __forceinline__ To bit_copy(From from) {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// kernel<<<grid, block, shared_size, stream>>>(arguments...). More shared memory than 48 KiB must
-// be allowed first, see allow_shared_memory().
+// ADAPTIVE_K_LAUNCH(kernel, grid, block, shared_size, stream, arguments...) returns an error code. A
+// kernel with commas in its name stands in parentheses. More shared memory than 48 KiB must be
+// allowed first.
 #if defined(ADAPTIVE_K_SIMT)
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
@@ -120,8 +121,12 @@ inline int multiprocessors() { return simt::multiprocessors(); }
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_size,
                           cudaStream_t stream, Arguments... arguments) {
-  kernel<<<grid, block, shared_size, stream> > >(arguments...);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_size;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 #define ADAPTIVE_K_LAUNCH(kernel, ...) ::adaptive_k::cuda::launch_kernel(kernel, __VA_ARGS__)
 
