@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Coroutine, Mapping
 from types import TracebackType
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
@@ -15,9 +15,7 @@ from adaptive_k_moe.client.options import GenerateOptions
 from adaptive_k_moe.client.protocol import decode_chunk, encode_request, explain, join
 from adaptive_k_moe.client.results import Chunk, Completion
 
-try:
-    from typing import Unpack
-except ImportError:  # Python 3.10
+if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
@@ -121,14 +119,17 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
             except StopAsyncIteration:
                 break
             except grpc.RpcError as error:
-                if self._closed:
-                    break
-                self.close()
-                raise explain(error, self._url, self._timeout) from None
+                raise self._failure(error) from None
             if (chunk := decode_chunk(response)) is not None:
                 return chunk
         self.close()
         raise StopAsyncIteration
+
+    def _failure(self, error: Any) -> Exception:
+        if self._closed:  # by another, while this one was waiting
+            return StopAsyncIteration()
+        self.close()
+        return explain(error, self._url, self._timeout)
 
     def close(self) -> None:
         """Cancel the request if it still runs; the server frees what it held."""

@@ -132,6 +132,7 @@ def explain(error: Any, url: str, timeout: float | None) -> ClientError:
         timeout: what the call was allowed, in seconds.
     """
     code, details = error.code(), " ".join((error.details() or "").split())
+    details = details.rpartition("last error: ")[2].removeprefix("UNKNOWN: ")  # gRPC's, under its own wrapping
     match code:
         case grpc.StatusCode.UNAVAILABLE if "handshake" in details.lower() or "ssl" in details.lower():
             return ClientError(f"no secure connection to {url}: {details}")
@@ -148,7 +149,9 @@ def explain(error: Any, url: str, timeout: float | None) -> ClientError:
 def _number(name: str, value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     # NumPy would let a number wrap around, or cut its fraction off.
     try:
-        exact = np.dtype(dtype).kind == "f" or (int(value) == value and np.can_cast(np.min_scalar_type(int(value)), dtype))
+        exact = np.dtype(dtype).kind == "f" or (
+            int(value) == value and np.can_cast(np.min_scalar_type(int(value)), dtype)
+        )
         if exact:
             return np.array([[value]], dtype)
     except (TypeError, ValueError, OverflowError):

@@ -128,9 +128,7 @@ def _render_tensors(field: str, tensors: Sequence[Tensor], optional: set[str]) -
     for tensor in tensors:
         dims = ", ".join(str(size) for size in tensor.dims)
         tail = " optional: true" if tensor.name in optional else ""
-        lines.append(
-            f'{field} [ {{ name: "{tensor.name}" data_type: {tensor.data_type} dims: [ {dims} ]{tail} }} ]'
-        )
+        lines.append(f'{field} [ {{ name: "{tensor.name}" data_type: {tensor.data_type} dims: [ {dims} ]{tail} }} ]')
     return lines
 
 

@@ -183,5 +183,5 @@ def _engine_dir(parameters: dict[str, str]) -> Path:
 def _open_engine(engine_dir: Path, parameters: dict[str, str]) -> LLM:
     from adaptive_k_moe.runtime import LLM
 
-    options = {name: int(parameters[name]) for name in ("num_threads",) if parameters.get(name)}
-    return LLM(engine_dir, **options)
+    num_threads = parameters.get("num_threads")
+    return LLM(engine_dir, num_threads=int(num_threads) if num_threads else None)

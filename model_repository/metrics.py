@@ -64,7 +64,7 @@ class Metrics:
         policy = ended.policy or NO_POLICY
         self._metric("adaptive_k_requests_total", policy=policy, outcome=ended.outcome).increment(1)
         if ended.seconds is not None:
-            latency = self._metric("adaptive_k_latency_seconds", buckets=LATENCY_BUCKETS, policy=policy)
+            latency = self._metric("adaptive_k_latency_seconds", policy=policy)
             latency.observe(ended.seconds)
         if ended.builder is not None and (weight := ended.builder.expert_choices):
             k, saved, weights = self._k_sums.get(policy, (0.0, 0.0, 0))
@@ -98,9 +98,9 @@ class Metrics:
             self._metric(name, **labels).set(value)
             self._values[key] = value
 
-    def _metric(self, name: str, *, buckets: list[float] | None = None, **labels: str) -> Any:
+    def _metric(self, name: str, **labels: str) -> Any:
         key = (name, *labels.values())
         if key not in self._metrics:
-            options = {} if buckets is None else {"buckets": buckets}
+            options = {"buckets": LATENCY_BUCKETS} if name == "adaptive_k_latency_seconds" else {}
             self._metrics[key] = self._families[name].Metric(labels={"model": self._model, **labels}, **options)
         return self._metrics[key]

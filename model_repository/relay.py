@@ -96,7 +96,8 @@ class _Peer:
                 kind, number, *content = self._connection.recv()
                 if kind == "infer":
                     sender = self._senders[number] = _RelaySender(self, number)
-                    self._begin(*content, sender)
+                    request_id, inputs, parameters = content
+                    self._begin(request_id, inputs, parameters, sender)
                 elif number in self._senders:
                     self._senders[number].cancel()
         except _GONE:

@@ -60,7 +60,8 @@ class ResponseBuilder:
             ending = completion.finish_reason is not None and not self._ended[completion.index]
             if len(completion.token_ids) > sent or completion.text_diff or ending:
                 fresh.append((completion, sent))
-                self._count(completion.k[sent:])
+                # The first token came from the last prompt token's pass, which has been counted.
+                self._count(completion.k[max(sent, 1) :])
                 self._tokens_sent[completion.index] = len(completion.token_ids)
                 self._ended[completion.index] = completion.finish_reason is not None
         return [self._tensors(output, completion, sent) for completion, sent in fresh]

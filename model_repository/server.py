@@ -188,10 +188,7 @@ class TritonServer:
             f"--model-repository={repository}",
             "--disable-auto-complete-config",  # they are complete; spares starting each model twice
             *(f"--{kind}-address={self.host}" for kind in ("http", "grpc", "metrics")),
-            *(
-                f"--{kind}-port={port}"
-                for kind, port in zip(("http", "grpc", "metrics"), self._ports, strict=True)
-            ),
+            *(f"--{kind}-port={port}" for kind, port in zip(("http", "grpc", "metrics"), self._ports, strict=True)),
             f"--exit-timeout-secs={_DRAIN_SECONDS}",
             f"--log-verbose={self._log_verbose}",
             "--pinned-memory-pool-byte-size=0",  # nothing of ours travels through it
@@ -202,7 +199,8 @@ class TritonServer:
         sink: IO[bytes] = sys.stderr.buffer
         if self._log_file is not None:
             try:
-                sink = self._resources.enter_context(Path(self._log_file).open("ab"))
+                log = Path(self._log_file).open("ab")  # noqa: SIM115  # closed when the server has stopped
+                sink = self._resources.enter_context(log)
             except OSError as error:
                 raise ServerError(f"cannot write the log {self._log_file}: {error.strerror}.") from None
         try:
@@ -252,7 +250,7 @@ class TritonServer:
 
     def _reason(self) -> str:
         """The log's own account of what went wrong, shortened to its sentences."""
-        found = []
+        found: list[str] = []
         for line in self._log_tail:
             # "E1124 05:53:00.435649 5760 file.cc:241] message", or "error: message" from the server itself.
             match = re.match(r"E\d{4} [\d:.]+ \d+ [\w.]+:\d+\] (.*)|error: (.*)", line)

@@ -54,14 +54,14 @@ def run(args: argparse.Namespace) -> int:
             with stream:
                 for last in stream:
                     tokens += last.num_output_tokens
-                    _print_piece(last.text, last.k)
+                    _print_piece(last.text, last.k if args.show_k else None)
             if not args.show_k:
                 print()
         else:
             last = client.generate(prompt, return_k=args.show_k, **options)
             tokens = last.num_output_tokens
             print(last.text)
-            if last.k is not None:
+            if args.show_k and last.k is not None:
                 _print_rows(last.k)
     seconds = time.perf_counter() - started
     if last is not None:

@@ -16,14 +16,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from triton_calls import eventually
 
 import adaptive_k_moe.model_repository
 from adaptive_k_moe import cli
-from adaptive_k_moe.client import Client
+from adaptive_k_moe.client import Client, CompletionStream
 from adaptive_k_moe.errors import ClientError, DependencyError, EngineError, ServerError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.model_repository.installation import find_tritonserver
-from triton_calls import eventually
 
 ANY_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 
@@ -61,6 +61,11 @@ def _serve(*arguments: object) -> Iterator[subprocess.Popen[str]]:
                 process.wait(30)
 
 
+def _drain(streams: list[CompletionStream]) -> None:
+    for stream in streams:
+        list(stream)
+
+
 def _child(process: subprocess.Popen[str]) -> int:
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
 
@@ -70,7 +75,7 @@ def test_an_engine_that_is_missing_or_truncated_is_one_sentence(engine_dir: Path
         TritonServer(tmp_path / "nothing", **ANY_PORTS).start()
     shutil.copytree(engine_dir, tmp_path / "engine")
     os.truncate(tmp_path / "engine" / "rank0.bin", 1000)
-    with pytest.raises(EngineError, match="rank0.bin has 1000 bytes instead of"):
+    with pytest.raises(EngineError, match=r"rank0.bin has 1000 bytes instead of"):
         TritonServer(tmp_path / "engine", **ANY_PORTS).start()
 
 
@@ -89,10 +94,10 @@ def test_an_engine_that_was_altered_is_one_sentence(engine_dir: Path, tmp_path: 
     assert server.pid is None
 
 
-@pytest.mark.parametrize(("option", "name"), [("http_port", "HTTP"), ("grpc_port", "gRPC"), ("metrics_port", "metrics")])
-def test_a_port_in_use_is_named(
-    engine_dir: Path, option: str, name: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize(
+    ("option", "name"), [("http_port", "HTTP"), ("grpc_port", "gRPC"), ("metrics_port", "metrics")]
+)
+def test_a_port_in_use_is_named(engine_dir: Path, option: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -153,14 +158,11 @@ def test_a_server_that_dies_is_reported_to_both_sides(engine_dir: Path, tmp_path
             next(streams[0])
             os.kill(server, signal.SIGKILL)
             with pytest.raises(ClientError, match="cannot be reached, or broke off"):
-                for stream in streams:
-                    list(stream)
+                _drain(streams)
             assert not client.is_ready()
         assert process.wait(30) == 1
         error = process.stderr.read()
-        assert error == (
-            "adaptive-k: error: the Triton server stopped on its own: signal 9 (Killed) ended it.\n"
-        )
+        assert error == ("adaptive-k: error: the Triton server stopped on its own: signal 9 (Killed) ended it.\n")
     assert eventually(lambda: not _living(server), 2)
     assert not _leftovers(process.pid)
 
@@ -219,9 +221,7 @@ def _reloading_config(repository: Path) -> bytes:
     from google.protobuf import json_format, text_format
     from tritonclient.grpc import model_config_pb2
 
-    config = text_format.Parse(
-        (repository / "ensemble" / "config.pbtxt").read_text(), model_config_pb2.ModelConfig()
-    )
+    config = text_format.Parse((repository / "ensemble" / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
     config.metric_tags["generation"] = "2"
     text = json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True))
     return json.dumps(text)[1:-1].encode()

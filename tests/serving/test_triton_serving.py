@@ -15,15 +15,24 @@ from typing import Any
 
 import numpy as np
 import pytest
+from triton_calls import eventually, infer, metric, tensors, text_of
 from tritonclient.utils import InferenceServerException
 
 from adaptive_k_moe import cli
 from adaptive_k_moe.client import Client
 from adaptive_k_moe.model_repository import TritonServer
-from triton_calls import eventually, infer, metric, tensors, text_of
 
 MODELS = ["ensemble", "tensorrt_llm_bls"]
-PROMPTS = ["import os", "def add(a, b):", "The router", "class", "x = [1, 2", "for key in", "return", "Once upon a time"]
+PROMPTS = [
+    "import os",
+    "def add(a, b):",
+    "The router",
+    "class",
+    "x = [1, 2",
+    "for key in",
+    "return",
+    "Once upon a time",
+]
 LONG = {"max_tokens": 400, "end_id": -1}
 
 
@@ -44,18 +53,16 @@ def _post(server: TritonServer, path: str, body: dict[str, Any]) -> tuple[int, s
 def test_sixteen_streaming_clients_get_what_each_prompt_gets_alone(
     server: TritonServer, client: Client, model: str, count: int
 ) -> None:
-    cases = [(prompt, policy, 4 + index) for index, prompt in enumerate(PROMPTS) for policy in ("full", "balanced", "top1")]
-    alone = {
-        case: client.generate(case[0], adaptive_k_policy=case[1], max_tokens=case[2], end_id=-1) for case in cases
-    }
+    cases = [
+        (prompt, policy, 4 + index) for index, prompt in enumerate(PROMPTS) for policy in ("full", "balanced", "top1")
+    ]
+    alone = {case: client.generate(case[0], adaptive_k_policy=case[1], max_tokens=case[2], end_id=-1) for case in cases}
     chosen = random.Random(7).choices(cases, k=count)
 
     def ask(case: tuple[str, str, int]) -> tuple[str, np.ndarray]:
         prompt, policy, max_tokens = case
         with Client(server.grpc_url, model_name=model, timeout=60) as own:
-            pieces = list(
-                own.generate(prompt, stream=True, adaptive_k_policy=policy, max_tokens=max_tokens, end_id=-1)
-            )
+            pieces = list(own.generate(prompt, stream=True, adaptive_k_policy=policy, max_tokens=max_tokens, end_id=-1))
         return "".join(piece.text for piece in pieces), np.concatenate([piece.k for piece in pieces])
 
     with ThreadPoolExecutor(16) as pool:
@@ -105,7 +112,7 @@ def test_requests_that_still_wait_are_cancelled_too(server: TritonServer) -> Non
 def test_a_whole_answer_given_up_by_its_deadline_is_cancelled(server: TritonServer, client: Client) -> None:
     from adaptive_k_moe.errors import ClientError
 
-    with pytest.raises(ClientError, match="did not finish its answer within 0.05 s"):
+    with pytest.raises(ClientError, match=r"did not finish its answer within 0.05 s"):
         client.generate("import os", timeout=0.05, **LONG)
     assert eventually(lambda: metric(server.metrics_url, "adaptive_k_queue_depth") == 0, 5)
 
@@ -151,7 +158,9 @@ def test_a_refusal_is_one_sentence_and_others_are_served(
 ) -> None:
     inputs, sentence = REFUSALS[case]
     with pytest.raises(InferenceServerException) as refused:
-        infer(server.grpc_url, {**tensors(["import os"], max_tokens=4), **tensors(["import os"], **inputs)}, model=model)
+        infer(
+            server.grpc_url, {**tensors(["import os"], max_tokens=4), **tensors(["import os"], **inputs)}, model=model
+        )
     message = str(refused.value)
     assert sentence in message
     assert "\n" not in message.strip()

@@ -1,0 +1,196 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tensors of a request -> what the runtime is asked for; outputs of the runtime -> tensors; the tables."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import text_format
+from triton_calls import tensors
+from tritonclient.grpc import model_config_pb2
+
+import adaptive_k_moe.model_repository as package
+from adaptive_k_moe.errors import RequestError
+from adaptive_k_moe.model_repository import contract
+from adaptive_k_moe.model_repository.policy_watch import PolicyWatch
+from adaptive_k_moe.model_repository.repository import write_model_repository
+from adaptive_k_moe.model_repository.requests import asks_to_stop, parse_request
+from adaptive_k_moe.model_repository.responses import ResponseBuilder
+from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput
+
+
+def _parsed(**inputs: Any) -> Any:
+    (request,) = parse_request(tensors(["hello"], **{"max_tokens": 8, **inputs}))
+    return request
+
+
+def _output(tokens: int, *, text: str, text_diff: str, finish: Any = None, n_prompt: int = 3) -> RequestOutput:
+    completion = CompletionOutput(
+        index=0,
+        text=text,
+        text_diff=text_diff,
+        token_ids=list(range(tokens)),
+        token_ids_diff=[],
+        k=np.arange(tokens * 2, dtype=np.int32).reshape(tokens, 2),
+        entropy=np.zeros((tokens, 2), np.float32),
+        finish_reason=finish,
+    )
+    return RequestOutput(
+        request_id="1",
+        prompt="hello",
+        prompt_token_ids=[1] * n_prompt,
+        outputs=[completion],
+        finished=finish is not None,
+        policy="full",
+        prompt_k=np.full((n_prompt, 2), 2, np.int32),
+        prompt_entropy=np.zeros((n_prompt, 2), np.float32),
+        metrics=RequestMetrics(arrival_time=1.0),
+        full_k=2,
+    )
+
+
+@pytest.mark.parametrize("model", [contract.ENSEMBLE, contract.BLS])
+def test_the_shipped_configuration_is_what_the_tables_say(model: str) -> None:
+    shipped = Path(package.__file__).parent / model / "config.pbtxt"
+    assert shipped.read_text() == contract.shipped_configs()[model], (
+        "write contract.shipped_configs() to the config.pbtxt files"
+    )
+    config = text_format.Parse(shipped.read_text(), model_config_pb2.ModelConfig())
+    assert config.model_transaction_policy.decoupled
+    assert [tensor.name for tensor in config.input if not tensor.optional] == ["text_input", "max_tokens"]
+    assert len({tensor.name for tensor in config.input}) == len(config.input)
+
+
+def test_any_engine_path_survives_the_configuration(tmp_path: Path) -> None:
+    engine_dir = tmp_path / 'an "odd" \\ päth'
+    write_model_repository(tmp_path / "models", engine_dir, num_threads=3)
+    text = (tmp_path / "models" / "ensemble" / "config.pbtxt").read_text()
+    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    assert config.parameters["engine_dir"].string_value == str(engine_dir)
+    assert config.parameters["num_threads"].string_value == "3"
+
+
+def test_what_is_left_out_is_tensorrt_llms_default() -> None:
+    request = _parsed()
+    params = request.sampling_params
+    assert params.greedy
+    assert (params.max_tokens, params.n, params.end_id, params.seed, params.logprobs) == (8, 1, None, None, None)
+    assert params.adaptive_k_policy is None
+    assert not request.streaming
+    assert request.repeat_prompt
+
+
+@pytest.mark.parametrize(
+    ("inputs", "greedy", "top_k", "top_p"),
+    [
+        ({"temperature": 0.7}, True, 1, 1.0),
+        ({"top_p": 0.0, "top_k": 0}, True, 1, 1.0),
+        ({"top_p": 0.9}, False, 0, pytest.approx(0.9)),
+        ({"top_k": 5}, False, 5, 1.0),
+        ({"top_k": 5, "temperature": 0.0}, True, 5, 1.0),
+    ],
+)
+def test_sampling_follows_tensorrt_llm(inputs: dict[str, Any], greedy: bool, top_k: int, top_p: float) -> None:
+    params = _parsed(**inputs).sampling_params
+    assert (params.greedy, params.top_k, params.top_p) == (greedy, top_k, top_p)
+
+
+def test_each_prompt_has_its_own_row() -> None:
+    inputs = tensors(["a", "b"], max_tokens=4)
+    inputs["max_tokens"] = np.array([[4], [9]], np.int32)
+    inputs["stop_words"] = np.array([["x", ""], ["", ""]], dtype=object)
+    inputs["adaptive_k_policy"] = np.array([["fast"], [""]], dtype=object)
+    first, second = parse_request(inputs)
+    assert (first.prompt, first.batch_index, first.sampling_params.max_tokens) == ("a", 0, 4)
+    assert (second.prompt, second.batch_index, second.sampling_params.max_tokens) == ("b", 1, 9)
+    assert (first.sampling_params.stop, second.sampling_params.stop) == (["x"], None)
+    assert (first.sampling_params.adaptive_k_policy, second.sampling_params.adaptive_k_policy) == ("fast", None)
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"decoder_text_input": ""},
+        {"embedding_bias_words": [""], "embedding_bias_weights": np.zeros((1, 0), np.float32)},
+        {"num_draft_tokens": np.array([[0]], np.int32), "use_draft_logits": False},
+        {"prompt_vocab_size": np.array([[0]], np.int32)},
+        {"beam_width": 1, "length_penalty": 1.0},
+        {"length_penalty": 0.0},
+    ],
+)
+def test_options_that_are_off_may_be_sent(inputs: dict[str, Any]) -> None:
+    _parsed(**inputs)
+
+
+@pytest.mark.parametrize("name", [tensor.name for tensor in contract.UNSUPPORTED_INPUTS])
+def test_every_unsupported_input_is_refused_by_name(name: str) -> None:
+    (tensor,) = [tensor for tensor in contract.UNSUPPORTED_INPUTS if tensor.name == name]
+    shape = [1, *(size if size > 0 else 1 for size in tensor.dims)]
+    value = np.full(shape, "x", object) if tensor.data_type == "TYPE_STRING" else np.ones(shape, np.float32)
+    with pytest.raises(RequestError, match=f"'{name}' is not supported"):
+        _parsed(**{name: value})
+
+
+def test_unknown_parameters_are_refused_and_tritons_own_are_not() -> None:
+    inputs = tensors(["hello"], max_tokens=8)
+    parse_request(inputs, {"triton_enable_empty_final_response": True})
+    with pytest.raises(RequestError, match="'temprature' is not an input"):
+        parse_request(inputs, {"temprature": 1.0})
+
+
+def test_stop_is_a_request_of_its_own() -> None:
+    assert asks_to_stop(tensors(["-"], stop=True))
+    assert not asks_to_stop(tensors(["-"], stop=False))
+    assert not asks_to_stop(tensors(["-"]))
+
+
+def test_a_stream_is_pieces_and_a_whole_answer_is_one() -> None:
+    stream = ResponseBuilder(_parsed(stream=True, return_adaptive_k=True, return_num_output_tokens=True))
+    (first,) = stream.build(_output(1, text="a", text_diff="a"))
+    assert not stream.build(_output(1, text="a", text_diff=""))  # nothing new
+    (held,) = stream.build(_output(2, text="a", text_diff=""))  # a token whose text is held back
+    (last,) = stream.build(_output(4, text="abc", text_diff="bc", finish="length"))
+    pieces = [first, held, last]
+    assert [piece["text_output"].item() for piece in pieces] == [b"a", b"", b"bc"]
+    assert [piece["num_output_tokens"].item() for piece in pieces] == [1, 1, 2]
+    joined = np.concatenate([piece["adaptive_k_k"] for piece in pieces], axis=1)
+    np.testing.assert_array_equal(joined, np.arange(8).reshape(1, 4, 2))
+
+    whole = ResponseBuilder(_parsed())
+    assert whole.build(_output(1, text="a", text_diff="a")) == []
+    (answer,) = whole.build(_output(4, text="abc", text_diff="bc", finish="length"))
+    assert answer["text_output"].item() == b"helloabc"
+    assert "adaptive_k_k" not in answer
+    final = _output(4, text="abc", text_diff="", finish="length")
+    for builder, tensors_of_it in ((stream, last), (whole, answer)):
+        assert builder.avg_k == pytest.approx(final.avg_k)
+        assert builder.compute_saved_ratio == pytest.approx(final.compute_saved_ratio)
+        assert tensors_of_it["adaptive_k_avg_k"].item() == pytest.approx(final.avg_k)
+
+
+def test_an_answer_that_ends_before_its_first_token_is_still_an_answer() -> None:
+    builder = ResponseBuilder(_parsed(stream=True, return_adaptive_k=True))
+    (only,) = builder.build(_output(0, text="", text_diff="", finish="cancelled"))
+    assert only["text_output"].item() == b""
+    assert only["adaptive_k_k"].shape == (1, 0, 2)
+
+
+def test_a_policy_change_is_seen_until_it_is_accepted(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text("1")
+    watch = PolicyWatch(tmp_path)
+    assert not watch.changed()
+    time.sleep(0.01)
+    config.write_text("2")
+    assert watch.changed()
+    assert watch.first_refusal()
+    assert watch.changed()
+    assert not watch.first_refusal()
+    watch.accept()
+    assert not watch.changed()
+    config.unlink()
+    assert not watch.changed()
