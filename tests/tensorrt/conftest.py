@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
 import plugin_harness as h
 import pytest
+
+# The operator's specification, which the tests of all its faces share.
+sys.path.insert(0, str(h.REPOSITORY / "tests" / "plugin"))
 
 
 def real_headers() -> h.Headers | str:
@@ -62,3 +66,23 @@ def library(request: pytest.FixtureRequest, recording_libraries: dict[str, h.Plu
 @pytest.fixture
 def recorder(library: h.PluginLibrary) -> h.Recorder:
     return h.Recorder(library)
+
+
+@pytest.fixture(scope="session")
+def computing_library() -> h.PluginLibrary:
+    """The plugin with the real launcher and kernels, run by the interpreter."""
+    cuda = h.PLUGIN / "cuda"
+    names = ("decode", "grouped_gemm_host", "launcher", "plan", "route", "rows")
+    sources = [h.PLUGIN / "testing" / "simt" / "simt.cpp", *(cuda / f"{name}.cu" for name in names)]
+    jobs = [
+        partial(h.build_plugin, "computing", h.own_headers(11), sources, ["-Wno-unknown-pragmas"]),
+        partial(h.build_harness, 11),
+    ]
+    plugin, harness = h.build_all(jobs)
+    return h.PluginLibrary(plugin, harness)
+
+
+@pytest.fixture
+def computing(computing_library: h.PluginLibrary) -> h.PluginLibrary:
+    computing_library.log()
+    return computing_library

@@ -349,15 +349,39 @@ def test_a_wrong_type_is_refused_by_name(
 
 WRONG_SHAPES: list[tuple[Layer, dict[str, Any], int, tuple[int, ...], str]] = [
     (Layer(), {}, 0, (2, 16, 1), "input hidden_states has shape [2, 16, 1] but must be [T, H]"),
-    (Layer(), {}, 1, (3, 4), "input router_logits has shape [3, 4] but must be [T, E], where T = 2 by input hidden_states"),
+    (
+        Layer(),
+        {},
+        1,
+        (3, 4),
+        "input router_logits has shape [3, 4] but must be [T, E], where T = 2 by input hidden_states",
+    ),
     (Layer(), {}, 2, (3,), "input policy_index has shape [3] but must be [T], where T = 2 by input hidden_states"),
     (Layer(), {}, 2, (), "input policy_index has shape [] but must be [T]"),
     (Layer(), {}, 4, (2, 3), "input thresholds has shape [2, 3] but must be [P, C-1], where C = 3 by input k_values"),
     (Layer(), {}, 5, (3, 3), "input k_values has shape [3, 3] but must be [P, C], where P = 2 by input policy_kind"),
-    (Layer(), {}, 6, (4, 15, 16), "input gate_up has shape [4, 15, 16] but must be [E, 2I, H], so dimension 1 must be even"),
-    (Layer(), {}, 6, (5, 16, 16), "input gate_up has shape [5, 16, 16] but must be [E, 2I, H], where E = 4 by input router_logits"),
+    (
+        Layer(),
+        {},
+        6,
+        (4, 15, 16),
+        "input gate_up has shape [4, 15, 16] but must be [E, 2I, H], so dimension 1 must be even",
+    ),
+    (
+        Layer(),
+        {},
+        6,
+        (5, 16, 16),
+        "input gate_up has shape [5, 16, 16] but must be [E, 2I, H], where E = 4 by input router_logits",
+    ),
     (Layer(), {}, 7, (4, 16, 9), "input down has shape [4, 16, 9] but must be [E, H, I], where I = 8 by input gate_up"),
-    (Layer(bias=True), {}, 8, (5,), "input correction_bias has shape [5] but must be [E], where E = 4 by input router_logits"),
+    (
+        Layer(bias=True),
+        {},
+        8,
+        (5,),
+        "input correction_bias has shape [5] but must be [E], where E = 4 by input router_logits",
+    ),
     (Layer(), {"n_group": 3, "topk_group": 1}, 0, (2, 16), "attribute n_group must divide the number of experts"),
     (
         Layer(weights="int8"),
@@ -396,7 +420,7 @@ WRONG_SHAPES: list[tuple[Layer, dict[str, Any], int, tuple[int, ...], str]] = [
         (4, 16, 7),
         "input gate_up has shape [4, 16, 14] but must be [E, 2I, H], where H = 16 by input hidden_states",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("layer", "attributes", "index", "wrong", "sentence"), WRONG_SHAPES)
