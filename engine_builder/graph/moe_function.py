@@ -51,10 +51,16 @@ class _Body:
         self.nodes.append(helper.make_node("Constant", [], [name], value=tensor))
         return name
 
-    def op(self, op_type: str, *inputs: str, name: str | None = None, outputs: int = 1, **attributes: Any) -> str:
-        names = [name or f"v{len(self.nodes)}"] + [f"v{len(self.nodes)}_{i}" for i in range(1, outputs)]
-        self.nodes.append(helper.make_node(op_type, list(inputs), names, **attributes))
-        return names[0]
+    def op(self, op_type: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
+        name = name or f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [name], **attributes))
+        return name
+
+    def pair(self, op_type: str, *inputs: str, **attributes: Any) -> tuple[str, str]:
+        """A node with two outputs."""
+        first, second = f"v{len(self.nodes)}", f"v{len(self.nodes)}_second"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [first, second], **attributes))
+        return first, second
 
 
 def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> onnx.FunctionProto:
@@ -87,14 +93,14 @@ def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> o
         choice = b.op("Add", scores, "correction_bias")
     elif moe.scoring == "softmax":
         choice = "router_logits"
-    lowest = b.const(-np.inf)
-    ranked = b.op("Where", b.op("IsNaN", choice), lowest, choice)  # NaN ranks last
+    # NaN ranks last among the selectable; experts of groups that are out rank behind it.
+    lowest = b.const(np.finfo(np.float32).min if choice != "router_logits" else -np.inf)
+    ranked = b.op("Where", b.op("IsNaN", choice), lowest, choice)
     num_experts = b.const([moe.num_experts], "int64")
     if moe.n_group > 1:
-        ranked = _mask_groups(b, ranked, moe, lowest)
+        ranked = _mask_groups(b, ranked, moe)
     # Every expert in the order of choice; equal ones by rising index.
-    order = f"v{len(b.nodes)}_1"
-    b.op("TopK", ranked, num_experts, outputs=2, axis=-1, largest=1, sorted=1)  # [T, E]
+    _, order = b.pair("TopK", ranked, num_experts, axis=-1, largest=1, sorted=1)  # [T, E]
     ordered = b.op("GatherElements", scores, order, axis=1)
 
     # The policy row of each token, and by its kind the number of experts.
@@ -166,7 +172,7 @@ def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> o
     return helper.make_function(DOMAIN, OP_TYPE, inputs, OUTPUTS, b.nodes, [helper.make_opsetid("", 24)], attributes)
 
 
-def _mask_groups(b: _Body, ranked: str, moe: MoeConfig, lowest: str) -> str:
+def _mask_groups(b: _Body, ranked: str, moe: MoeConfig) -> str:
     """Leave only the experts of the `topk_group` best groups selectable.
 
     A group's score is its best expert's (softmax) or the sum of its two best (sigmoid), as DeepSeek-V2
@@ -175,25 +181,25 @@ def _mask_groups(b: _Body, ranked: str, moe: MoeConfig, lowest: str) -> str:
     size = moe.num_experts // moe.n_group
     grouped = b.op("Reshape", ranked, b.const([-1, moe.n_group, size], "int64"))
     per_group = b.const([min(2, size) if moe.scoring == "sigmoid" else 1], "int64")
-    best = b.op("TopK", grouped, per_group, outputs=2, axis=-1)
+    best, _ = b.pair("TopK", grouped, per_group, axis=-1)
     group_scores = b.op("ReduceSum", best, b.const([-1], "int64"), keepdims=0)  # [T, n_group]
-    index = f"v{len(b.nodes)}_1"
-    b.op("TopK", group_scores, b.const([moe.topk_group], "int64"), outputs=2, axis=-1)
+    # A group whose score needs a NaN ranks last, whatever else is in it.
+    out = b.const(-np.inf)
+    group_scores = b.op("Where", b.op("Less", group_scores, b.const(-1e38)), out, group_scores)
+    _, index = b.pair("TopK", group_scores, b.const([moe.topk_group], "int64"), axis=-1)
     zero, one = b.const(0.0), b.const(1.0)
     zeros = b.op("Where", b.op("IsNaN", group_scores), zero, zero)
     ones = b.op("Where", b.op("Equal", index, index), one, one)
     keep = b.op("ScatterElements", zeros, index, ones, axis=1)
     keep = b.op("Equal", b.op("Unsqueeze", keep, b.const([2], "int64")), one)
-    masked = b.op("Where", keep, grouped, lowest)
+    masked = b.op("Where", keep, grouped, out)
     return b.op("Reshape", masked, b.const([-1, moe.num_experts], "int64"))
 
 
 def _activate(b: _Body, projected: str, activation: str) -> str:
     """The experts' activation over the last dimension; a gated one halves it."""
     if activation in GATED_ACTIVATIONS:
-        gate = f"v{len(b.nodes)}"
-        up = f"v{len(b.nodes)}_1"
-        b.op("Split", projected, outputs=2, axis=-1, num_outputs=2)
+        gate, up = b.pair("Split", projected, axis=-1, num_outputs=2)
         gated = b.op("Mul", gate, b.op("Sigmoid", gate)) if activation == "swiglu" else b.op("Gelu", gate)
         return b.op("Mul", gated, up)
     match activation:

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU operator against its specification: the ONNX function body run by a plain ONNX Runtime."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from adaptive_k_moe import plugin
+from adaptive_k_moe.engine_builder.graph.moe_function import (
+    DOMAIN,
+    GATED_ACTIVATIONS,
+    INPUTS,
+    OUTPUTS,
+    make_moe_function,
+    moe_attributes,
+)
+from adaptive_k_moe.engine_config import MoeConfig
+
+HIDDEN, INTERMEDIATE, MAX_K = 7, 3, 32
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One configuration of the operator's attributes."""
+
+    num_experts: int
+    activation: str = "swiglu"
+    scoring: str = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    correction_bias: bool = False
+
+    @property
+    def moe(self) -> MoeConfig:
+        return MoeConfig(
+            num_experts=self.num_experts,
+            num_experts_per_tok=1,
+            intermediate_size=INTERMEDIATE,
+            activation=self.activation,
+            scoring=self.scoring,  # type: ignore[arg-type]
+            norm_topk_prob=self.norm_topk_prob,
+            routed_scaling_factor=self.routed_scaling_factor,
+            n_group=self.n_group,
+            topk_group=self.topk_group,
+            layers=[0],
+        )
+
+
+RULES = [
+    Rule(1),
+    Rule(8),
+    Rule(5, activation="relu2", scoring="sigmoid", correction_bias=True, routed_scaling_factor=2.5),
+    Rule(8, norm_topk_prob=False, activation="geglu"),
+    Rule(12, scoring="sigmoid", n_group=4, topk_group=2, correction_bias=True, activation="silu"),
+    Rule(9, n_group=3, topk_group=1, activation="gelu"),
+    Rule(8, scoring="sigmoid", norm_topk_prob=False, activation="gelu_tanh"),
+    Rule(512, activation="relu"),
+]
+
+
+@functools.cache
+def function_session(rule: Rule) -> ort.InferenceSession:
+    """A model of one node, the operator, with its function body and nothing of ours installed."""
+    inputs = [*INPUTS, *(["correction_bias"] if rule.correction_bias else [])]
+    integer = {"policy_index", "policy_kind", "k_values", "k"}
+    ranks = {"policy_index": 1, "policy_kind": 1, "up": 3, "down": 3, "correction_bias": 1, "k": 1, "entropy": 1}
+
+    def value(name: str) -> onnx.ValueInfoProto:
+        dtype = TensorProto.INT32 if name in integer else TensorProto.FLOAT
+        return helper.make_tensor_value_info(name, dtype, [None] * ranks.get(name, 2))
+
+    node = helper.make_node(
+        "AdaptiveKMoe",
+        inputs,
+        OUTPUTS,
+        domain=DOMAIN,
+        **moe_attributes(rule.moe, max_k=MAX_K, weight_format="float32"),
+    )
+    graph = helper.make_graph([node], "operator", [value(n) for n in inputs], [value(n) for n in OUTPUTS])
+    function = make_moe_function(rule.moe, max_k=MAX_K, correction_bias=rule.correction_bias)
+    model = helper.make_model(
+        graph,
+        ir_version=11,
+        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid(DOMAIN, 1)],
+        functions=[function],
+    )
+    onnx.checker.check_model(model)
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def arguments(rule: Rule, logits: np.ndarray, kinds: np.ndarray, limits: np.ndarray, ks: np.ndarray, index: Any) -> Any:
+    rng = np.random.default_rng(len(logits) + rule.num_experts)
+    width = INTERMEDIATE * (2 if rule.activation in GATED_ACTIVATIONS else 1)
+    feed = {
+        "hidden_states": rng.standard_normal((len(logits), HIDDEN), np.float32),
+        "router_logits": logits,
+        "policy_index": np.asarray(index, np.int32),
+        "policy_kind": kinds,
+        "thresholds": limits,
+        "k_values": ks,
+        "up": rng.standard_normal((rule.num_experts, width, HIDDEN), np.float32),
+        "down": rng.standard_normal((rule.num_experts, HIDDEN, INTERMEDIATE), np.float32),
+    }
+    if rule.correction_bias:
+        # Multiples of a quarter, so that biased scores tie now and then.
+        feed["correction_bias"] = rng.integers(-2, 3, rule.num_experts).astype(np.float32) / 4
+    return feed
+
+
+def by_function(rule: Rule, feed: dict[str, np.ndarray]) -> Any:
+    return function_session(rule).run(OUTPUTS, feed)
+
+
+def by_plugin(rule: Rule, feed: dict[str, np.ndarray]) -> Any:
+    return plugin.moe(
+        *(feed[name] for name in INPUTS),
+        correction_bias=feed.get("correction_bias"),
+        activation=rule.activation,
+        scoring=rule.scoring,
+        norm_topk_prob=rule.norm_topk_prob,
+        routed_scaling_factor=rule.routed_scaling_factor,
+        n_group=rule.n_group,
+        topk_group=rule.topk_group,
+        max_k=MAX_K,
+    )
+
+
+def near_a_limit(rule: Rule, feed: dict[str, np.ndarray]) -> bool:
+    """Whether some token's entropy, mass or ratio is so near its row's limit that rounding decides."""
+    logits = feed["router_logits"].astype(np.float64)
+    with np.errstate(all="ignore"):
+        exps = np.exp(logits - logits.max(1, keepdims=True))
+        probs = exps / exps.sum(1, keepdims=True)
+        entropy = -np.where(probs > 0, probs * np.log(probs), 0).sum(1)
+        scores = probs if rule.scoring == "softmax" else 1 / (1 + np.exp(-logits))
+        keys = scores + feed.get("correction_bias", np.zeros(1))
+        ranked = np.take_along_axis(scores, np.argsort(-keys, 1, kind="stable"), 1)
+        mass = np.cumsum(ranked / ranked.sum(1, keepdims=True), 1)
+        ratio = scores / scores.max(1, keepdims=True)
+        limits = feed["thresholds"][np.clip(feed["policy_index"], 0, len(feed["policy_kind"]) - 1)]
+        close = np.abs(entropy[:, None] - limits) < 1e-4
+        first = limits[:, :1]
+        return bool(np.nanmax(close | (np.abs(mass - first).min(1) < 1e-4)[:, None]) or (np.abs(ratio - first) < 1e-4).any())
+
+
+FINITE = st.sampled_from([-3.0, -1.0, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0, 5.0])
+ANY = st.one_of(FINITE, st.sampled_from([float("nan"), float("inf"), float("-inf"), 90.0, -90.0]))
+
+
+@st.composite
+def layers(draw: st.DrawFn, rule: Rule) -> dict[str, np.ndarray]:
+    tokens, policies, choices = draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(2, 4))
+    value = draw(st.sampled_from([FINITE, ANY]))
+    if rule.num_experts <= 16:
+        rows = st.lists(value, min_size=rule.num_experts, max_size=rule.num_experts)
+        logits = np.array(draw(st.lists(rows, min_size=tokens, max_size=tokens)), np.float32)
+    else:
+        pool = np.array(draw(st.lists(value, min_size=1, max_size=6)), np.float32)
+        logits = np.random.default_rng(draw(st.integers(0, 99))).choice(pool, (tokens, rule.num_experts))
+    kinds = np.array(draw(st.lists(st.integers(0, 2), min_size=policies, max_size=policies)), np.int32)
+    limit = st.integers(13, 987).map(lambda thousandths: thousandths / 1000)
+    limits = np.array(
+        [sorted(draw(st.lists(limit, min_size=choices - 1, max_size=choices - 1))) for _ in range(policies)], np.float32
+    )
+    # Entropies reach log E; stretch the limits of the rows that decide by it.
+    limits[kinds == 0] *= max(np.log(rule.num_experts), 1.0)
+    ks = np.sort(
+        np.array(
+            [draw(st.lists(st.integers(1, 40), min_size=choices, max_size=choices)) for _ in range(policies)], np.int32
+        )
+    )
+    index = draw(st.lists(st.integers(-1, policies), min_size=tokens, max_size=tokens))
+    return arguments(rule, logits, kinds, limits, ks, index)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_random_layers(rule: Rule, data: st.DataObject) -> None:
+    feed = data.draw(layers(rule))
+    assume(not near_a_limit(rule, feed))
+    expected_output, expected_k, expected_entropy = by_function(rule, feed)
+    output, k, entropy = by_plugin(rule, feed)
+    np.testing.assert_array_equal(k, expected_k)
+    np.testing.assert_allclose(entropy, expected_entropy, atol=2e-6, rtol=2e-6)
+    np.testing.assert_allclose(output, expected_output, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("rule", RULES[:5], ids=str)
+def test_many_tokens_with_mixed_rows(rule: Rule) -> None:
+    rng = np.random.default_rng(5)
+    logits = rng.standard_normal((300, rule.num_experts), np.float32) * 3
+    kinds = np.array([0, 1, 2], np.int32)
+    limits = np.array([[0.5, 1.2], [0.7, np.inf], [0.3, np.inf]], np.float32)
+    ks = np.array([[1, 2, 4], [1, 3, 3], [1, 3, 3]], np.int32)
+    feed = arguments(rule, logits, kinds, limits, ks, rng.integers(0, 3, 300))
+    expected_output, expected_k, _ = by_function(rule, feed)
+    output, k, _ = by_plugin(rule, feed)
+    agree = k == expected_k  # a token at a limit may fall to either side by rounding
+    assert agree.mean() > 0.99
+    np.testing.assert_allclose(output[agree], expected_output[agree], atol=1e-4, rtol=1e-4)
