@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
@@ -19,7 +20,7 @@ from triton_calls import eventually, infer, metric, tensors, text_of
 from tritonclient.utils import InferenceServerException
 
 from adaptive_k_moe import cli
-from adaptive_k_moe.client import Client
+from adaptive_k_moe.client import AsyncClient, Chunk, Client
 from adaptive_k_moe.model_repository import TritonServer
 
 MODELS = ["ensemble", "tensorrt_llm_bls"]
@@ -147,7 +148,6 @@ REFUSALS = {
     "shape": (dict(top_k=np.array([[5, 6]], np.int32)), "top_k"),
     "batch": (dict(top_k=np.array([[5], [6]], np.int32)), "batch size"),
     "not UTF-8": (dict(text_input=np.array([[b"\xff\xfe"]], dtype=object)), "text_input is not UTF-8"),
-    "empty prompt": (dict(text_input=np.array([[""]], dtype=object)), "prompt"),
 }
 
 
@@ -169,8 +169,8 @@ def test_a_refusal_is_one_sentence_and_others_are_served(
 
 
 def test_a_refused_prompt_refuses_its_whole_request(server: TritonServer) -> None:
-    inputs = tensors(["import os", ""], **LONG)
-    with pytest.raises(InferenceServerException, match="prompt"):
+    inputs = tensors(["import os", "word and " * 2000], **LONG)
+    with pytest.raises(InferenceServerException, match="max_seq_len"):
         infer(server.grpc_url, inputs)
     assert eventually(lambda: metric(server.metrics_url, "adaptive_k_queue_depth") == 0, 5)
 
@@ -358,3 +358,20 @@ def test_threads_share_one_client(client: Client) -> None:
     for thread in threads:
         thread.join()
     assert answers == [expected] * 8
+
+
+def test_the_async_client_streams_the_same(server: TritonServer, client: Client) -> None:
+    expected = [client.generate(prompt, max_tokens=8, end_id=-1) for prompt in PROMPTS]
+
+    async def ask(asking: AsyncClient, prompt: str) -> list[Chunk]:
+        return [chunk async for chunk in asking.generate(prompt, stream=True, max_tokens=8, end_id=-1)]
+
+    async def ask_all() -> list[list[Chunk]]:
+        async with AsyncClient(server.grpc_url, timeout=60) as asking:
+            assert await asking.is_ready()
+            return await asyncio.gather(*(ask(asking, prompt) for prompt in PROMPTS))
+
+    for pieces, whole in zip(asyncio.run(ask_all()), expected, strict=True):
+        assert "".join(piece.text for piece in pieces) == whole.text
+        np.testing.assert_array_equal(np.concatenate([piece.k for piece in pieces]), whole.k)
+        assert pieces[-1].avg_k == pytest.approx(whole.avg_k)
