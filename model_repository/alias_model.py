@@ -76,7 +76,7 @@ class AliasModel:
 
     def _step(self, relay: RelayClient) -> bool:
         try:
-            return relay.step(_POLL_SECONDS)
+            return relay.step()
         except Exception as error:  # this thread serves all requests: it goes on
             pb_utils.Logger.log_error(f"a response could not be passed on: {error}")
             return True

@@ -9,6 +9,7 @@ responses, asks which clients have gone, and sets metrics; so no two threads eve
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -23,6 +24,7 @@ import triton_python_backend_utils as pb_utils  # exists inside Triton only
 from adaptive_k_moe.errors import AdaptiveKError, EngineError
 from adaptive_k_moe.model_repository.calls import Call, Report, Sender
 from adaptive_k_moe.model_repository.metrics import Metrics
+from adaptive_k_moe.model_repository.pace import Pace
 from adaptive_k_moe.model_repository.policy_watch import PolicyWatch
 from adaptive_k_moe.model_repository.relay import RelayServer
 from adaptive_k_moe.model_repository.requests import Inputs, asks_to_stop, parse_request
@@ -129,15 +131,13 @@ class GenerationModel:
 
     def _report(self) -> None:
         """The reporter's loop: reports as they come, and every so often a look at clients and metrics."""
-        next_look = time.monotonic()
+        pace = Pace(_POLL_SECONDS)
         while not (self._stopping.is_set() and self._reports.empty()):
-            try:
-                self._handle(self._reports.get(timeout=max(0.0, next_look - time.monotonic())))
-            except queue.Empty:
-                pass
-            if time.monotonic() >= next_look:
-                self._look_around()
-                next_look = time.monotonic() + _POLL_SECONDS
+            with contextlib.suppress(queue.Empty):
+                self._handle(self._reports.get(timeout=pace.seconds_left()))
+            if not pace.seconds_left():
+                with pace.look():
+                    self._look_around()
 
     def _handle(self, report: Report) -> None:
         try:

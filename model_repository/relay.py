@@ -24,6 +24,7 @@ from typing import Any
 
 from adaptive_k_moe.errors import ServerError
 from adaptive_k_moe.model_repository.calls import Sender
+from adaptive_k_moe.model_repository.pace import Pace
 from adaptive_k_moe.model_repository.requests import Inputs
 from adaptive_k_moe.model_repository.responses import Outputs
 
@@ -31,6 +32,7 @@ Begin = Callable[[str, Inputs, dict[str, Any], Sender], None]
 """Starts a request: its id, tensors, parameters, and where its responses go."""
 
 _GONE = (EOFError, OSError)
+_POLL_SECONDS = 0.05
 
 
 def _directory() -> Path:
@@ -151,6 +153,7 @@ class RelayClient:
         self._numbers = itertools.count()
         self._senders: dict[int, Sender] = {}
         self._closed = False
+        self._pace = Pace(_POLL_SECONDS)
 
     def begin(self, request_id: str, inputs: Inputs, parameters: dict[str, Any], sender: Sender) -> None:
         """Hand a request over.
@@ -168,29 +171,25 @@ class RelayClient:
                 raise ServerError("the model that holds the engine has gone.") from None
             self._senders[number] = sender
 
-    def step(self, seconds: float) -> bool:
-        """Pass on the responses that come within some time, then tell of clients that have gone.
+    def step(self) -> bool:
+        """Wait a moment for responses and pass them on; now and then, tell of clients that have gone.
 
         Returns:
             Whether to go on; if not, the connection has ended, and its requests have ended or failed.
         """
         try:
-            while self._connection.poll(seconds):
+            if self._connection.poll(self._pace.seconds_left()):
                 self._pass_on(*self._connection.recv())
-                seconds = 0.0
-            with self._lock:
-                senders = list(self._senders.items())
-            for number, sender in senders:
-                if sender.cancelled():
-                    with self._lock:
-                        self._connection.send(("cancel", number))
+            if not self._pace.seconds_left():
+                with self._pace.look():
+                    self._cancel_abandoned()
         except _GONE:
             with self._lock:
                 self._closed = True
-                senders = list(self._senders.items())
+                senders = list(self._senders.values())
                 self._senders.clear()
             self._connection.close()
-            for _, sender in senders:
+            for sender in senders:
                 sender.fail("the model that holds the engine has gone.", "UNAVAILABLE")
             return False
         return self.busy() or not self._closed
@@ -198,6 +197,14 @@ class RelayClient:
     def busy(self) -> bool:
         """Whether requests are running."""
         return bool(self._senders)
+
+    def _cancel_abandoned(self) -> None:
+        with self._lock:
+            senders = list(self._senders.items())
+        for number, sender in senders:
+            if sender.cancelled():
+                with self._lock:
+                    self._connection.send(("cancel", number))
 
     def _pass_on(self, kind: str, number: int = -1, *content: Any) -> None:
         # `begin` registers a sender after its request is on the way: the lock makes the answer wait for it.
