@@ -14,7 +14,6 @@ import itertools
 import os
 import queue
 import stat
-import tempfile
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Client as connect
@@ -27,17 +26,13 @@ from adaptive_k_moe.model_repository.calls import Sender
 from adaptive_k_moe.model_repository.pace import Pace
 from adaptive_k_moe.model_repository.requests import Inputs
 from adaptive_k_moe.model_repository.responses import Outputs
+from adaptive_k_moe.model_repository.socket_directory import socket_directory
 
 Begin = Callable[[str, Inputs, dict[str, Any], Sender], None]
 """Starts a request: its id, tensors, parameters, and where its responses go."""
 
 _GONE = (EOFError, OSError)
 _POLL_SECONDS = 0.05
-
-
-def _directory() -> Path:
-    """Where the sockets of this server are: all its models are children of one process."""
-    return Path(tempfile.gettempdir(), f"adaptive_k_{os.getuid()}_{os.getppid()}")
 
 
 class RelayServer:
@@ -47,7 +42,7 @@ class RelayServer:
         self._begin = begin
         self._peers: list[_Peer] = []
         # Messages are pickled, so nobody but this user may speak: the directory admits no one else.
-        self._directory = _directory()
+        self._directory = socket_directory(os.getppid())
         self._directory.mkdir(mode=0o700, exist_ok=True)
         _check_private(self._directory)
         # While Triton reloads the model, the old process and the new one each have a socket.
@@ -222,7 +217,7 @@ def _connect() -> Connection[Any, Any]:
     Raises:
         ServerError: there is none.
     """
-    directory = _directory()
+    directory = socket_directory(os.getppid())
     with contextlib.suppress(OSError):
         _check_private(directory)
         for path in sorted(directory.glob("*.sock"), key=lambda path: path.stat().st_mtime, reverse=True):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from adaptive_k_moe.errors import ServerError
 from adaptive_k_moe.model_repository.contract import BLS, ENSEMBLE
 from adaptive_k_moe.model_repository.installation import find_tritonserver
 from adaptive_k_moe.model_repository.repository import write_model_repository
+from adaptive_k_moe.model_repository.socket_directory import socket_directory
 
 _POLL_SECONDS = 0.1
 _DRAIN_SECONDS = 5
@@ -151,7 +153,8 @@ class TritonServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            # A server that was killed also leaves its shared memory.
+            # A server that was killed also leaves its shared memory and its sockets.
+            shutil.rmtree(socket_directory(process.pid), ignore_errors=True)
             for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
                 region.unlink(missing_ok=True)
         self._resources.close()

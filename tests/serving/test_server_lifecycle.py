@@ -24,6 +24,7 @@ from adaptive_k_moe.client import Client, CompletionStream
 from adaptive_k_moe.errors import ClientError, DependencyError, EngineError, ServerError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.model_repository.installation import find_tritonserver
+from adaptive_k_moe.model_repository.socket_directory import socket_directory
 
 ANY_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 
@@ -41,7 +42,7 @@ def _living(group: int) -> list[str]:
 
 
 def _leftovers(pid: int) -> list[Path]:
-    return [*Path("/dev/shm").glob(f"adaptive_k_{pid}_*"), *Path("/tmp").glob(f"adaptive_k_{os.getuid()}_{pid}")]
+    return [*Path("/dev/shm").glob(f"adaptive_k_{pid}_*"), *filter(Path.exists, [socket_directory(pid)])]
 
 
 @contextlib.contextmanager
@@ -165,6 +166,7 @@ def test_a_server_that_dies_is_reported_to_both_sides(engine_dir: Path, tmp_path
         assert error == ("adaptive-k: error: the Triton server stopped on its own: signal 9 (Killed) ended it.\n")
     assert eventually(lambda: not _living(server), 2)
     assert not _leftovers(process.pid)
+    assert not _leftovers(server)
 
 
 def test_the_repository_as_it_ships_serves_and_reloads_in_any_triton(engine_dir: Path, tmp_path: Path) -> None:
