@@ -50,6 +50,40 @@ class RopeConfig(_Model):
     truncate: bool = True
 
 
+class AttentionConfig(_Model):
+    """What an attention layer does besides grouped-query attention with rotary embedding.
+
+    Attributes:
+        qkv_bias: the projections to queries, keys and values have a bias.
+        output_bias: the projection back to the hidden size has one.
+        qk_norm: RMS norm of queries and keys before the rotary embedding: over each head, or over the
+            whole projection (all heads together).
+        clip_qkv: queries, keys and values are cut off beyond this absolute value, after the norm.
+    """
+
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Literal["head", "projection"] | None = None
+    clip_qkv: float | None = Field(default=None, gt=0)
+
+
+class MlpConfig(_Model):
+    """A dense MLP; the activation is named as the operator's, so a gated one says "swiglu"."""
+
+    intermediate_size: int = Field(ge=1)
+    activation: str
+
+
+class SharedExpertConfig(MlpConfig):
+    """An MLP that runs for every token beside the chosen experts, whatever k is.
+
+    Attributes:
+        gated: its output is scaled by the sigmoid of a projection of its own.
+    """
+
+    gated: bool = False
+
+
 class MoeConfig(_Model):
     """The mixture-of-experts layers: their sizes and the router's rule (the operator's attributes)."""
 
@@ -62,6 +96,7 @@ class MoeConfig(_Model):
     routed_scaling_factor: float = 1.0
     n_group: int = 1
     topk_group: int = 1
+    shared_expert: SharedExpertConfig | None = None
     layers: list[int]
     """Indices of the decoder layers that have experts, in order; MoE layer 0 is the first of them."""
 
@@ -82,6 +117,9 @@ class PretrainedConfig(_Model):
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
     rope: RopeConfig
+    attention: AttentionConfig = AttentionConfig()
+    dense_mlp: MlpConfig | None = None
+    """The layers that are not among the MoE layers; None where there are none."""
     moe: MoeConfig
     bos_token_id: int | None = None
     eos_token_ids: list[int] = Field(default_factory=list)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints for tests: random Mixtrals of odd shapes, written by `transformers`, and the bundled model."""
+"""Checkpoints for tests: random models of odd shapes, written by `transformers`, and the bundled model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ MIXTRAL_SMALL = REPOSITORY / "examples" / "models" / "mixtral-small"
 _BASE: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 48,
-    "intermediate_size": 56,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "num_local_experts": 5,
     "num_experts_per_tok": 3,
     "max_position_embeddings": 256,
-    "sliding_window": None,
     # Wide enough that logits differ and greedy choices are not near ties.
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
@@ -29,16 +26,27 @@ _BASE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+_QWEN = {"num_experts": 7, "moe_intermediate_size": 28, "intermediate_size": 72}
+
+# The family's name in `transformers`, and what it has besides the base.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "intermediate_size": 56, "sliding_window": None}),
+    "qwen2_moe": ("Qwen2Moe", {**_QWEN, "shared_expert_intermediate_size": 40}),
+    "qwen3_moe": ("Qwen3Moe", {**_QWEN, "head_dim": 20}),
+    "olmoe": ("Olmoe", {"num_experts": 9, "intermediate_size": 28, "pad_token_id": 0}),
+}
+
 
 @dataclass(frozen=True)
 class Shape:
-    """A named variation of the base configuration."""
+    """A named variation of a family's base configuration."""
 
     name: str
     changes: dict[str, Any] = field(default_factory=dict)
+    family: str = "mixtral"
 
     def __str__(self) -> str:
-        return self.name
+        return f"{self.family}: {self.name}"
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -55,6 +63,11 @@ ROPES: dict[str, dict[str, Any]] = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0},
 }
 
+
+def _shapes(family: str, **named: dict[str, Any]) -> list[Shape]:
+    return [Shape(name.replace("_", " "), changes, family) for name, changes in named.items()]
+
+
 SHAPES = [
     Shape("five experts top-3"),
     Shape("one KV head, head_dim 24, tied", {"num_key_value_heads": 1, "head_dim": 24, "tie_word_embeddings": True}),
@@ -65,20 +78,73 @@ SHAPES = [
     Shape("gelu", {"hidden_act": "gelu"}),
     # transformers 5.23 needs head_dim spelled out for some rope types.
     *(Shape(f"{name} rope", {"rope_parameters": rope, "head_dim": 12}) for name, rope in ROPES.items()),
+    *_shapes(
+        "qwen2_moe",
+        plain={},
+        renormalised={"norm_topk_prob": True},
+        no_bias_one_KV_head_tied={"qkv_bias": False, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        every_second_layer_sparse={"decoder_sparse_step": 2, "num_hidden_layers": 4},
+        dense_layers_named={"mlp_only_layers": [0, 2], "num_hidden_layers": 4, "decoder_sparse_step": 1},
+        only_layer_3_sparse={"mlp_only_layers": [1], "num_hidden_layers": 4, "decoder_sparse_step": 2},
+        head_dim_16_and_gelu={"head_dim": 16, "hidden_act": "gelu", "mlp_only_layers": [1]},
+    ),
+    *_shapes(
+        "qwen3_moe",
+        plain={},
+        renormalised={"norm_topk_prob": True},
+        bias_one_KV_head_tied={"attention_bias": True, "num_key_value_heads": 1, "tie_word_embeddings": True},
+        every_second_layer_sparse={"decoder_sparse_step": 2, "num_hidden_layers": 4},
+        dense_layers_named={"mlp_only_layers": [0, 2], "num_hidden_layers": 3},
+        no_GQA_35_experts_top_8={"num_key_value_heads": 4, "num_experts": 35, "num_experts_per_tok": 8},
+        yarn={"rope_parameters": ROPES["yarn"], "norm_topk_prob": True},
+    ),
+    *_shapes(
+        "olmoe",
+        plain={},
+        renormalised={"norm_topk_prob": True},
+        # Cuts off a good part of the states: their size is about 1.
+        clipped={"clip_qkv": 0.7},
+        clipped_bias_one_KV_head_tied={
+            "clip_qkv": 0.9,
+            "attention_bias": True,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+        },
+        no_GQA_3_heads_one_layer={"num_key_value_heads": 3, "num_attention_heads": 3, "num_hidden_layers": 1},
+        top_1={"num_experts_per_tok": 1},
+    ),
 ]
 
+PLAIN = [Shape("plain", {}, family) for family in FAMILIES]
+"""One shape a family."""
 
-def make_mixtral(directory: Path, **changes: Any) -> Path:
-    """Write a randomly initialised Mixtral; the seed is fixed, so equal changes give equal weights."""
+
+def make_checkpoint(directory: Path, shape: Shape, *, fused: bool = False, **options: Any) -> Path:
+    """Write a randomly initialised model; the seed is fixed, so equal shapes give equal weights.
+
+    Args:
+        directory: where to.
+        shape: the family and what differs from its base configuration.
+        fused: in transformers 5's own layout (all experts in one tensor) instead of the hub's.
+        options: for `save_pretrained`.
+    """
     import torch
     import transformers
 
     torch.manual_seed(0)
-    config = transformers.MixtralConfig(**{**_BASE, **changes})
-    model = transformers.MixtralForCausalLM(config)
+    name, base = FAMILIES[shape.family]
+    config = getattr(transformers, f"{name}Config")(**{**_BASE, **base, **shape.changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "norm" in name:
+        for parameter, weight in model.named_parameters():
+            if "norm" in parameter:
                 weight.uniform_(0.5, 1.5)  # a norm weight of ones would hide a norm that forgets it
-    model.save_pretrained(directory)
+            elif parameter.endswith("bias"):
+                weight.normal_(0.0, 0.5)  # as would a bias of zeros
+    model.save_pretrained(directory, save_original_format=not fused, **options)
     return directory
+
+
+def make_mixtral(directory: Path, **changes: Any) -> Path:
+    """Write a randomly initialised Mixtral; see `make_checkpoint`."""
+    return make_checkpoint(directory, Shape("changed", changes))

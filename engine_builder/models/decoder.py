@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every decoder with experts shares: the graph of a pre-norm transformer, written layer by layer.
+"""What every decoder with experts shares: its config, and the graph of a pre-norm transformer, layer by layer.
 
 Shapes in comments: B batch, S new tokens, T = B * S, H hidden size, D head dim, E experts, L MoE
 layers, N logits rows, P policies, C choices, V vocabulary.
@@ -7,8 +7,7 @@ layers, N logits rows, P policies, C choices, V vocabulary.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import numpy.typing as npt
@@ -17,18 +16,53 @@ from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
 from adaptive_k_moe.engine_builder.graph import DOMAIN, GraphBuilder, make_moe_function
 from adaptive_k_moe.engine_builder.graph.moe_function import GATED_ACTIVATIONS, OP_TYPE, moe_attributes
 from adaptive_k_moe.engine_builder.models.rope import rope_tables
-from adaptive_k_moe.engine_config import BuildConfig, Dtype, PretrainedConfig
+from adaptive_k_moe.engine_config import (
+    AttentionConfig,
+    BuildConfig,
+    Dtype,
+    MlpConfig,
+    MoeConfig,
+    PretrainedConfig,
+    SharedExpertConfig,
+)
 from adaptive_k_moe.policy import MAX_K
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
 
 
-class Decoder(ABC):
+# Hugging Face's activation of a gated MLP's gate, to the operator's activation of the pair.
+_GATED_ACTIVATIONS = {"silu": "swiglu", "gelu": "geglu"}
+
+# Fields by which some architectures change the numbers, with the value that changes nothing. One that an
+# architecture does not understand must be absent, null or that value.
+_NEUTRAL: dict[str, Any] = {
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "clip_qkv": None,
+    "decoder_sparse_step": 1,
+    "final_logit_softcapping": None,
+    "first_k_dense_replace": 0,
+    "mlp_bias": False,
+    "mlp_only_layers": [],
+    "n_group": 1,
+    "n_shared_experts": 0,
+    "norm_topk_prob": True,
+    "qkv_bias": False,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "shared_expert_intermediate_size": 0,
+    "sliding_window": None,
+    "topk_group": 1,
+    "use_sliding_window": False,
+}
+
+
+class Decoder:
     """A decoder-only model whose MLPs are mixtures of experts.
 
-    A subclass reads its architecture's config in `read_config` and overrides the ``make_`` methods in
-    which it differs; names of weights in the graph are those of the checkpoint.
+    A subclass says how its architecture differs: data in the class variables, rules in the ``read_`` and
+    ``make_`` methods. Names of weights in the graph are those of the checkpoint.
 
     Args:
         model: the model's sizes and rules.
@@ -36,6 +70,21 @@ class Decoder(ABC):
         tensors: the checkpoint's weights.
         graph: where nodes and weights go.
     """
+
+    defaults: ClassVar[Mapping[str, Any]]
+    """What the architecture's config class in `transformers` assumes where ``config.json`` is silent."""
+
+    understands: ClassVar[frozenset[str]] = frozenset()
+    """The fields of `_NEUTRAL` that the architecture has."""
+
+    expert_size_field: ClassVar[str] = "intermediate_size"
+    """The field with an expert's intermediate size."""
+
+    hub_moe: ClassVar[str] = "mlp"
+    """The MoE block's name in the hub's checkpoints; transformers 5 calls every one "mlp" in its own."""
+
+    hub_expert: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
+    """An expert's gate, up and down projections in the hub's checkpoints, which keep a tensor for each."""
 
     embedding_name: ClassVar[str] = "model.embed_tokens.weight"
     norm_name: ClassVar[str] = "model.norm.weight"
@@ -53,14 +102,126 @@ class Decoder(ABC):
         self._k: list[str] = []
         self._entropy: list[str] = []
 
+    # The config. ---------------------------------------------------------------------------------
+
     @classmethod
-    @abstractmethod
     def read_config(cls, config: HfConfig, dtype: Dtype) -> PretrainedConfig:
         """The model's sizes and rules from its ``config.json``.
 
         Raises:
             CheckpointError: a field is missing, of a wrong type, or says something unsupported.
         """
+        cls._refuse_unknown(config)
+        hidden_act = config.get("hidden_act", str, "silu")
+        if hidden_act not in _GATED_ACTIVATIONS:
+            raise config.error("hidden_act", hidden_act, f"one of {sorted(_GATED_ACTIVATIONS)}")
+        activation = _GATED_ACTIVATIONS[hidden_act]
+        heads, hidden_size = cls._positive(config, "num_attention_heads"), cls._positive(config, "hidden_size")
+        kv_heads = config.positive("num_key_value_heads", cls.defaults["num_key_value_heads"] or heads)
+        if heads % kv_heads:
+            raise config.error("num_key_value_heads", kv_heads, f"a divisor of num_attention_heads ({heads})")
+        head_dim = config.positive("head_dim", cls.defaults.get("head_dim") or hidden_size // heads)
+        if head_dim % 2:
+            raise config.error("head_dim", head_dim, "an even number: rotary embedding turns pairs")
+        num_layers = cls._positive(config, "num_hidden_layers")
+        moe = cls.read_moe(config, num_layers, activation)
+        dense = len(moe.layers) < num_layers
+        positions = cls._positive(config, "max_position_embeddings")
+        return PretrainedConfig(
+            architecture=config.architecture,
+            dtype=dtype,
+            vocab_size=cls._positive(config, "vocab_size"),
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            max_position_embeddings=positions,
+            rms_norm_eps=config.get("rms_norm_eps", float, cls.defaults["rms_norm_eps"]),
+            tie_word_embeddings=config.get("tie_word_embeddings", bool, False),
+            sliding_window=cls._checked_sliding_window(config),
+            rope=config.rope(default_theta=cls.defaults["rope_theta"], max_position_embeddings=positions),
+            attention=cls.read_attention(config),
+            dense_mlp=MlpConfig(intermediate_size=cls._positive(config, "intermediate_size"), activation=activation)
+            if dense
+            else None,
+            moe=moe,
+            bos_token_id=config.token_id("bos_token_id"),
+            eos_token_ids=config.token_ids("eos_token_id"),
+            pad_token_id=config.token_id("pad_token_id"),
+        )
+
+    @classmethod
+    def read_attention(cls, config: HfConfig) -> AttentionConfig:
+        """What attention does besides the ordinary; here nothing."""
+        del config
+        return AttentionConfig()
+
+    @classmethod
+    def read_sliding_window(cls, config: HfConfig) -> int | None:
+        """How many tokens every layer's attention sees; here all."""
+        del config
+        return None
+
+    @classmethod
+    def read_moe(cls, config: HfConfig, num_layers: int, activation: str) -> MoeConfig:
+        """Sizes and rules of the MoE layers."""
+        # transformers 5 saves some architectures' "num_experts" under the other name.
+        field = "num_experts" if config.optional("num_local_experts", int) is None else "num_local_experts"
+        num_experts = config.positive(field, cls.defaults["num_experts"])
+        top_k = cls._positive(config, "num_experts_per_tok")
+        if top_k > min(num_experts, MAX_K):
+            limit = f"{field} ({num_experts})" if num_experts <= MAX_K else f"{MAX_K}, the operator's limit"
+            raise config.error("num_experts_per_tok", top_k, f"at most {limit}")
+        return MoeConfig(
+            num_experts=num_experts,
+            num_experts_per_tok=top_k,
+            intermediate_size=cls._positive(config, cls.expert_size_field),
+            activation=activation,
+            norm_topk_prob=config.get("norm_topk_prob", bool, cls.defaults["norm_topk_prob"]),
+            shared_expert=cls.read_shared_expert(config, activation),
+            layers=cls._moe_layers(config, num_layers),
+        )
+
+    @classmethod
+    def read_shared_expert(cls, config: HfConfig, activation: str) -> SharedExpertConfig | None:
+        """The expert that runs for every token; here none."""
+        del config, activation
+        return None
+
+    @classmethod
+    def _positive(cls, config: HfConfig, name: str) -> int:
+        return config.positive(name, cls.defaults[name])
+
+    @classmethod
+    def _refuse_unknown(cls, config: HfConfig) -> None:
+        for name, neutral in _NEUTRAL.items():
+            value = config.optional(name, object)
+            if name not in cls.understands and value is not None and value != neutral:
+                raise config.error(name, value, f"{neutral!r}: {cls.__name__} knows nothing else")
+
+    @classmethod
+    def _checked_sliding_window(cls, config: HfConfig) -> int | None:
+        window = cls.read_sliding_window(config)
+        known = ["full_attention"] if window is None else ["full_attention", "sliding_attention"]
+        for kind in config.optional("layer_types", list) or []:
+            if kind not in known:
+                raise config.error("layer_types", kind, f"one of {known}")
+        return window
+
+    @classmethod
+    def _moe_layers(cls, config: HfConfig, num_layers: int) -> list[int]:
+        """Indices of the layers with experts: every ``decoder_sparse_step``-th but for ``mlp_only_layers``."""
+        step = config.positive("decoder_sparse_step", 1)
+        dense = config.optional("mlp_only_layers", list) or []
+        layers = [layer for layer in range(num_layers) if (layer + 1) % step == 0 and layer not in dense]
+        if not layers:
+            name = "mlp_only_layers" if step <= num_layers else "decoder_sparse_step"
+            value = dense if step <= num_layers else step
+            raise config.error(name, value, f"a value that leaves experts in some of the {num_layers} layers")
+        return layers
+
+    # The graph. ----------------------------------------------------------------------------------
 
     @property
     def max_k(self) -> int:
@@ -116,16 +277,17 @@ class Decoder(ABC):
         return mask
 
     def make_layer(self, layer: int, hidden: str) -> str:
-        """One decoder layer: attention, then experts, each behind a norm and a residual sum."""
+        """One decoder layer: attention, then experts or a dense MLP, each behind a norm and a residual sum."""
         prefix = f"model.layers.{layer}"
         normed = self.make_norm(f"{prefix}.input_layernorm", hidden)
         hidden = self.add(f"{prefix}.attention_sum", hidden, self.make_attention(layer, normed))
         normed = self.make_norm(f"{prefix}.post_attention_layernorm", hidden)
-        return self.add(f"{prefix}.sum", hidden, self.make_moe(layer, normed))
+        mlp = self.make_moe if layer in self.model.moe.layers else self.make_dense_mlp
+        return self.add(f"{prefix}.sum", hidden, mlp(layer, normed))
 
-    def make_norm(self, name: str, hidden: str) -> str:
-        """RMS norm over the last dimension."""
-        weight = self.stored(f"{name}.weight", (self.model.hidden_size,), dtype="float32")
+    def make_norm(self, name: str, hidden: str, size: int | None = None) -> str:
+        """RMS norm over the last dimension, which is the hidden size unless another is given."""
+        weight = self.stored(f"{name}.weight", (size or self.model.hidden_size,), dtype="float32")
         return self.graph.node(
             "RMSNormalization", [hidden, weight], f"{name}.out", axis=-1, epsilon=self.model.rms_norm_eps
         )
@@ -135,7 +297,7 @@ class Decoder(ABC):
         g, m = self.graph, self.model
         name = f"model.layers.{layer}.self_attn"
         heads = {"q": m.num_attention_heads, "k": m.num_key_value_heads, "v": m.num_key_value_heads}
-        states = {kind: self.make_projection(f"{name}.{kind}_proj", hidden, count) for kind, count in heads.items()}
+        states = {kind: self.make_projection(name, kind, hidden, count) for kind, count in heads.items()}
         for kind in ("q", "k"):
             states[kind] = g.node(
                 "RotaryEmbedding", [states[kind], "rope.cos", "rope.sin"], f"{name}.{kind}_rope", interleaved=0
@@ -150,14 +312,23 @@ class Decoder(ABC):
         merged = g.node("Transpose", [attended], f"{name}.by_token", perm=[0, 2, 1, 3])
         width = m.num_attention_heads * m.head_dim
         merged = g.node("Reshape", [merged, g.constant([0, 0, width])], f"{name}.merged")
-        return self.linear(f"{name}.o_proj", merged, width, m.hidden_size)
+        return self.linear(f"{name}.o_proj", merged, width, m.hidden_size, bias=m.attention.output_bias)
 
-    def make_projection(self, name: str, hidden: str, heads: int) -> str:
-        """Project and split into heads: [B, heads, S, D]."""
+    def make_projection(self, name: str, kind: str, hidden: str, heads: int) -> str:
+        """The queries (kind "q"), keys or values, normed and clipped where the model does: [B, heads, S, D]."""
         g, m = self.graph, self.model
-        flat = self.linear(name, hidden, m.hidden_size, heads * m.head_dim)
-        split = g.node("Reshape", [flat, g.constant([0, 0, heads, m.head_dim])], f"{name}.split")
-        return g.node("Transpose", [split], f"{name}.heads", perm=[0, 2, 1, 3])
+        proj, norm = f"{name}.{kind}_proj", f"{name}.{kind}_norm"
+        qk_norm, clip = None if kind == "v" else m.attention.qk_norm, m.attention.clip_qkv
+        states = self.linear(proj, hidden, m.hidden_size, heads * m.head_dim, bias=m.attention.qkv_bias)
+        if qk_norm == "projection":
+            states = self.make_norm(norm, states, heads * m.head_dim)
+        states = g.node("Reshape", [states, g.constant([0, 0, heads, m.head_dim])], f"{proj}.split")
+        if qk_norm == "head":
+            states = self.make_norm(norm, states, m.head_dim)
+        if clip is not None:
+            limits = [g.constant(-clip, "float32"), g.constant(clip, "float32")]
+            states = g.node("Clip", [states, *limits], f"{proj}.clipped")
+        return g.node("Transpose", [states], f"{proj}.heads", perm=[0, 2, 1, 3])
 
     def make_cache(self, layer: int, kind: str, new: str) -> str:
         """Join the past keys or values with the new ones and repeat them for the query's heads.
@@ -176,9 +347,26 @@ class Decoder(ABC):
         spread = g.node("Expand", [spread, g.constant([1, 1, groups, 1, 1])], f"{present}.repeated")
         return g.node("Reshape", [spread, g.constant([0, m.num_attention_heads, -1, m.head_dim])], f"{present}.heads")
 
-    @abstractmethod
     def make_moe(self, layer: int, hidden: str) -> str:
-        """The layer's experts: [B, S, H]."""
+        """The layer's router and experts, the shared one included: [B, S, H]."""
+        g, m = self.graph, self.model
+        name = f"model.layers.{layer}.moe"
+        tokens = g.node("Reshape", [hidden, g.constant([-1, m.hidden_size])], f"{name}.tokens")
+        # The router decides everything, so it stays float32 whatever the engine's dtype is.
+        router = self._moe_tensor(layer, "gate.weight").removesuffix(".weight")
+        logits = self.linear(
+            router, tokens, m.hidden_size, m.num_experts, dtype="float32", output=f"{name}.router_logits"
+        )
+        up_shape, down_shape = expert_shapes(m)
+        up = g.weight(f"{name}.gate_up", m.dtype, up_shape, self._gate_up(layer))
+        down = g.weight(f"{name}.down", m.dtype, down_shape, self._down(layer))
+        output = self.make_experts(layer, tokens, logits, up, down)
+        if m.moe.shared_expert is not None:
+            output = self.add(
+                f"{name}.with_shared", output, self.make_shared_expert(layer, tokens, m.moe.shared_expert)
+            )
+        shape = g.node("Shape", [hidden], f"{name}.shape")
+        return g.node("Reshape", [output, shape], f"{name}.out")
 
     def make_experts(self, layer: int, hidden: str, router_logits: str, up: str, down: str) -> str:
         """The operator over packed tokens, with its row of the policy tables.
@@ -208,6 +396,36 @@ class Decoder(ABC):
         self._k.append(k)
         self._entropy.append(entropy)
         return output
+
+    def make_shared_expert(self, layer: int, tokens: str, shared: SharedExpertConfig) -> str:
+        """The expert that every token runs, in standard ops: [T, H]."""
+        g, name = self.graph, f"model.layers.{layer}.mlp.shared_expert"
+        output = self.make_mlp(name, tokens, shared)
+        if not shared.gated:
+            return output
+        gate = self.linear(f"{name}_gate", tokens, self.model.hidden_size, 1)
+        gate = g.node("Sigmoid", [gate], f"{name}_gate.sigmoid")
+        return g.node("Mul", [output, gate], f"{name}.gated")
+
+    def make_dense_mlp(self, layer: int, hidden: str) -> str:
+        """The MLP of a layer without experts: [B, S, H]."""
+        assert self.model.dense_mlp is not None  # set when the config was read, if any layer is dense
+        return self.make_mlp(f"model.layers.{layer}.mlp", hidden, self.model.dense_mlp)
+
+    def make_mlp(self, name: str, hidden: str, mlp: MlpConfig) -> str:
+        """``down(act(gate(x)) * up(x))`` over the last dimension."""
+        g, size = self.graph, self.model.hidden_size
+        gate = self.linear(f"{name}.gate_proj", hidden, size, mlp.intermediate_size)
+        up = self.linear(f"{name}.up_proj", hidden, size, mlp.intermediate_size)
+        match mlp.activation:
+            case "swiglu":
+                active = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.act")
+            case "geglu":
+                active = g.node("Gelu", [gate], f"{name}.act")
+            case _:
+                raise AssertionError(f"activation {mlp.activation}")
+        product = g.node("Mul", [active, up], f"{name}.product")
+        return self.linear(f"{name}.down_proj", product, mlp.intermediate_size, size)
 
     def make_head(self, hidden: str, embedding: str) -> None:
         """Final norm and logits for the rows asked for, and the k and entropy of every token and layer."""
@@ -241,13 +459,14 @@ class Decoder(ABC):
         in_features: int,
         out_features: int,
         *,
+        bias: bool = False,
         output: str | None = None,
         dtype: str | None = None,
     ) -> str:
-        """``hidden @ weight.T`` (and the bias, where the checkpoint has one), as `torch.nn.Linear`."""
+        """``hidden @ weight.T + bias``, as `torch.nn.Linear`."""
         weight = self.as_float(self.stored(f"{name}.weight", (out_features, in_features), dtype=dtype), transposed=True)
         output = output or f"{name}.out"
-        if f"{name}.bias" not in self.tensors:
+        if not bias:
             return self.graph.node("MatMul", [hidden, weight], output)
         product = self.graph.node("MatMul", [hidden, weight], f"{name}.product")
         return self.add(output, product, self.stored(f"{name}.bias", (out_features,), dtype="float32"))
@@ -262,6 +481,34 @@ class Decoder(ABC):
         if self._stored_dtypes.get(value, self.model.dtype) != "float32":
             value = self._once("Cast", value, f"{value}.float", to=1)
         return self._once("Transpose", value, f"{value}.T", perm=[1, 0]) if transposed else value
+
+    def _moe_tensor(self, layer: int, rest: str) -> str:
+        """Name of a tensor of a MoE block in whichever layout the checkpoint has; the hub's if in neither."""
+        own = f"model.layers.{layer}.mlp.{rest}"
+        return own if own in self.tensors else f"model.layers.{layer}.{self.hub_moe}.{rest}"
+
+    def _gate_up(self, layer: int) -> Iterator[Array]:
+        """Pieces of the fused gate and up weight, in order: from one fused tensor, or one an expert."""
+        shape, _ = expert_shapes(self.model)
+        fused = self._moe_tensor(layer, "experts.gate_up_proj")
+        if fused in self.tensors:
+            yield from self.tensors.rows(fused, shape)
+            return
+        half = (self.model.moe.intermediate_size, self.model.hidden_size)
+        for expert in range(self.model.num_experts):
+            for projection in self.hub_expert[:2]:
+                yield self.tensors.read(self._moe_tensor(layer, f"experts.{expert}.{projection}.weight"), half)
+
+    def _down(self, layer: int) -> Iterator[Array]:
+        """Pieces of the down weight, in order."""
+        _, shape = expert_shapes(self.model)
+        fused = self._moe_tensor(layer, "experts.down_proj")
+        if fused in self.tensors:
+            yield from self.tensors.rows(fused, shape)
+            return
+        for expert in range(self.model.num_experts):
+            name = self._moe_tensor(layer, f"experts.{expert}.{self.hub_expert[2]}.weight")
+            yield self.tensors.read(name, shape[1:])
 
     def _once(self, op_type: str, value: str, output: str, **attributes: Any) -> str:
         if output not in self._shared:

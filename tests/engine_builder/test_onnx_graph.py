@@ -12,12 +12,14 @@ import onnxruntime as ort
 import pytest
 import torch
 import transformers
+from onnx import numpy_helper
 
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_config import EngineConfig, read_engine_config
+from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.policy import PolicySet
 
-from checkpoints import SHAPES, Shape, make_mixtral
+from checkpoints import PLAIN, SHAPES, Shape, make_checkpoint, make_mixtral
 
 
 def run_graph(
@@ -61,7 +63,7 @@ def run_graph(
 
 
 def reference_logits(checkpoint: Path, ids: np.ndarray, **changes: Any) -> np.ndarray:
-    model = transformers.MixtralForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **changes)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **changes)
     with torch.no_grad():
         return model.eval()(torch.tensor(ids)).logits.numpy()
 
@@ -72,7 +74,7 @@ def assert_close(logits: np.ndarray, reference: np.ndarray) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_logits_equal_transformers(shape: Shape, tmp_path: Path) -> None:
-    checkpoint = make_mixtral(tmp_path / "checkpoint", **shape.changes)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", shape)
     config = build(checkpoint, tmp_path / "engine", target="onnx")
     onnx.checker.check_model(tmp_path / "engine" / "model.onnx", full_check=False)
     ids = np.random.default_rng(0).integers(0, config.pretrained_config.vocab_size, (2, 70))
@@ -82,8 +84,9 @@ def test_logits_equal_transformers(shape: Shape, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_lower_fixed_k_equals_transformers_with_a_lower_top_k(k: int, tmp_path: Path) -> None:
-    checkpoint = make_mixtral(tmp_path / "checkpoint")
+@pytest.mark.parametrize("shape", PLAIN, ids=str)
+def test_a_lower_fixed_k_equals_transformers_with_a_lower_top_k(shape: Shape, k: int, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", shape)
     policy = PolicySet.model_validate({"policies": {"lower": {"kind": "fixed", "k": k}}})
     config = build(checkpoint, tmp_path / "engine", target="onnx", policy=policy)
     ids = np.random.default_rng(1).integers(0, 101, (2, 20))
@@ -92,12 +95,45 @@ def test_a_lower_fixed_k_equals_transformers_with_a_lower_top_k(k: int, tmp_path
     assert (outputs["k"] == k).all()
 
 
-def test_a_sliding_window_masks_as_transformers_does(tmp_path: Path) -> None:
-    checkpoint = make_mixtral(tmp_path / "checkpoint", sliding_window=9)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape("window", {"sliding_window": 9}),
+        Shape("window", {"sliding_window": 9, "use_sliding_window": True}, "qwen3_moe"),
+    ],
+    ids=str,
+)
+def test_a_sliding_window_masks_as_transformers_does(shape: Shape, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", shape)
     config = build(checkpoint, tmp_path / "engine", target="onnx")
+    assert config.pretrained_config.sliding_window == 9
     ids = np.random.default_rng(2).integers(0, 101, (2, 40))
     outputs = run_graph(tmp_path / "engine", config, ids, split=17)
     assert_close(outputs["logits"], reference_logits(checkpoint, ids))
+
+
+def test_a_window_of_some_layers_is_ignored_up_to_its_length(tmp_path: Path) -> None:
+    changes = {"sliding_window": 9, "use_sliding_window": True, "num_hidden_layers": 3}
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape("window", changes, "qwen2_moe"))
+    with pytest.raises(BuildError, match=r"use_sliding_window.*--max_seq_len 9 or less\."):
+        build(checkpoint, tmp_path / "engine", target="onnx")
+    config = build(checkpoint, tmp_path / "engine", target="onnx", max_seq_len=9)
+    ids = np.random.default_rng(2).integers(0, 101, (2, 9))
+    assert_close(run_graph(tmp_path / "engine", config, ids)["logits"], reference_logits(checkpoint, ids))
+
+
+@pytest.mark.parametrize("shape", PLAIN, ids=str)
+def test_both_layouts_give_the_same_weights(shape: Shape, tmp_path: Path) -> None:
+    found = []
+    for fused in (False, True):
+        checkpoint = make_checkpoint(tmp_path / f"checkpoint-{fused}", shape, fused=fused)
+        build(checkpoint, tmp_path / f"engine-{fused}", target="onnx")
+        graph = onnx.load(tmp_path / f"engine-{fused}" / "model.onnx").graph
+        # Only Mixtral's router has another name in the two.
+        found.append({t.name.replace("block_sparse_moe", "mlp"): numpy_helper.to_array(t) for t in graph.initializer})
+    assert set(found[0]) == set(found[1])
+    for name, array in found[0].items():
+        np.testing.assert_array_equal(array, found[1][name])
 
 
 def test_bfloat16_weights_are_the_checkpoints_bits(tmp_path: Path) -> None:

@@ -15,13 +15,13 @@ from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.policy import PolicySet
 from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
 
-from checkpoints import SHAPES, Shape, make_mixtral
+from checkpoints import PLAIN, SHAPES, Shape, make_checkpoint
 
 NUM_TOKENS = 64
 
 
 def reference_model(checkpoint: Path, **changes: Any) -> Any:
-    model = transformers.MixtralForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **changes)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **changes)
     return model.eval()
 
 
@@ -42,7 +42,7 @@ def assert_context_logits(output: Any, model: Any, prompt: list[int]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_logits_and_greedy_tokens_of_a_ragged_batch(shape: Shape, tmp_path: Path) -> None:
-    checkpoint = make_mixtral(tmp_path / "checkpoint", **shape.changes)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", shape)
     # A step of 24 tokens: longer prompts go through in chunks beside the others' decode.
     config = build(checkpoint, tmp_path / "engine", max_num_tokens=24, max_batch_size=3)
     rng = np.random.default_rng(0)
@@ -58,8 +58,9 @@ def test_logits_and_greedy_tokens_of_a_ragged_batch(shape: Shape, tmp_path: Path
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_fixed_row_below_the_trained_top_k(k: int, tmp_path: Path) -> None:
-    checkpoint = make_mixtral(tmp_path / "checkpoint")
+@pytest.mark.parametrize("shape", PLAIN, ids=str)
+def test_a_fixed_row_below_the_trained_top_k(shape: Shape, k: int, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", shape)
     policy = PolicySet.model_validate({"policies": {"lower": {"kind": "fixed", "k": k}}})
     build(checkpoint, tmp_path / "engine", policy=policy)
     prompt = np.random.default_rng(1).integers(3, 101, 11).tolist()
