@@ -75,7 +75,7 @@ def computing_library() -> h.PluginLibrary:
     names = ("decode", "grouped_gemm_host", "launcher", "plan", "route", "rows")
     sources = [h.PLUGIN / "testing" / "simt" / "simt.cpp", *(cuda / f"{name}.cu" for name in names)]
     jobs = [
-        partial(h.build_plugin, "computing", h.own_headers(11), sources, ["-Wno-unknown-pragmas"]),
+        partial(h.build_plugin, "computing", h.own_headers(11), sources, ["-O1", "-Wno-unknown-pragmas"]),
         partial(h.build_harness, 11),
     ]
     plugin, harness = h.build_all(jobs)

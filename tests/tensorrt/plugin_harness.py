@@ -69,8 +69,9 @@ def cuda_include() -> Path | None:
 
 def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared: bool = True) -> Path:
     """Compile once per content: the sources, everything in the include folders, and the flags."""
-    digest = hashlib.sha256(repr(flags).encode())
-    headers = [p for d in (*INCLUDES, PLUGIN / "testing") for p in d.rglob("*") if p.is_file()]
+    compiler = os.environ.get("CXX", "g++")
+    digest = hashlib.sha256(repr((compiler, flags)).encode())
+    headers = [path for folder in (*INCLUDES, PLUGIN / "testing") for path in folder.rglob("*.h")]
     for path in sorted({*sources, *headers}):
         digest.update(path.read_bytes())
     result = BUILD / f"{name}-{digest.hexdigest()[:16]}"
@@ -79,7 +80,7 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared
     if not result.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         partial = result.with_name(f"{result.name}.{os.getpid()}")
-        command = [os.environ.get("CXX", "g++"), "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden"]
+        command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden"]
         command += ["-shared", "-fPIC"] if shared else []
         # nvcc's sources are C++ for the interpreter.
         command += [*flags, "-x", "c++", *map(str, sources), "-o", str(partial), "-ldl", "-lpthread"]
@@ -91,7 +92,7 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared
 
 def build_plugin(name: str, headers: Headers, launcher: Sequence[Path], extra: Sequence[str] = ()) -> Path:
     """The plugin's library with some launcher in place of the kernels."""
-    flags = ["-O1", *headers.flags(), *(f"-I{d}" for d in INCLUDES), *extra]
+    flags = ["-O0", *headers.flags(), *(f"-I{d}" for d in INCLUDES), *extra]
     return compiled(f"libadaptive_k_tensorrt_{name}_{headers.name}", [*PLUGIN_SOURCES, *launcher], flags)
 
 
