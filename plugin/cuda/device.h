@@ -35,9 +35,6 @@ enum Fault : int {
   kFaultActivation,          // gate and up exchanged
   kFaultGroupedOffset,       // an expert's rows begin one late
   kFaultCombineOrder,        // a token's last expert left out of the sum
-  kFaultMixedScale,          // the first group's scale taken for all
-  kFaultMixedWait,           // a tile used before its copy has arrived
-  kFaultMixedBarrier,        // no barrier before a tile is overwritten
   kFaultUpActivation,        // gate and up exchanged where decode and mixed products fuse them
 };
 

@@ -288,6 +288,7 @@ class Machine {
   cudaError_t status_ = cudaSuccess;
   int fault_ = 0;
   int multiprocessors_ = 4;
+  int garbage_ = 0xC5;
 
  private:
   static uint64_t greatest_common_divisor(uint64_t a, uint64_t b) {
@@ -324,13 +325,15 @@ class Machine {
     // is read that was not written.
     shared_.reset(static_cast<char*>(
         std::aligned_alloc(128, (shared_size_ + 127) / 128 * 128 + (shared_size_ == 0 ? 128 : 0))));
-    std::memset(shared_.get(), 0xC5, shared_size_);
+    std::memset(shared_.get(), garbage_, shared_size_);
 #if defined(SIMT_ASAN)
     const size_t room = (shared_size_ + 127) / 128 * 128 + (shared_size_ == 0 ? 128 : 0);
     __asan_poison_memory_region(shared_.get() + (shared_size_ + 7) / 8 * 8,
                                 room - (shared_size_ + 7) / 8 * 8);
 #endif
-    ready_.clear();
+    for (std::vector<unsigned>& warp : ready_) warp.clear();
+    num_ready_ = 0;
+    draw_priorities();
     for (unsigned i = 0; i < size_; ++i) {
       Thread& thread = threads_[i];
       thread.index = dim3(i % block.x, i / block.x % block.y, i / block.x / block.y);
@@ -338,12 +341,12 @@ class Machine {
       thread.copy_groups.clear();
       thread.open_copies.clear();
       thread.fiber->prepare(&Machine::thread_main);
-      ready_.push_back(i);
+      make_ready(i);
     }
     unsigned finished = 0, at_barrier = 0;
     block_error_.clear();
     while (finished < size_) {
-      if (ready_.empty()) {
+      if (num_ready_ == 0) {
         if (at_barrier == size_) {
           const Thread& first = threads_[0];
           for (unsigned i = 0; i < size_; ++i) {
@@ -353,18 +356,15 @@ class Machine {
               return report(i, "divergent barriers: waits at " + barrier_of(thread) +
                                    " while thread 0 waits at " + barrier_of(first));
             thread.state = State::kReady;
-            ready_.push_back(i);
+            make_ready(i);
           }
           at_barrier = 0;
+          draw_priorities();
           continue;
         }
         return report_deadlock();
       }
-      const unsigned slot = random_.below(static_cast<unsigned>(ready_.size()));
-      const unsigned index = ready_[slot];
-      ready_[slot] = ready_.back();
-      ready_.pop_back();
-
+      const unsigned index = take_ready();
       running_index_ = index;
       running_ = &threads_[index];
       current.thread = running_->index;
@@ -374,7 +374,7 @@ class Machine {
 
       switch (threads_[index].state) {
         case State::kReady:
-          ready_.push_back(index);
+          make_ready(index);
           break;
         case State::kAtBarrier:
           ++at_barrier;
@@ -390,6 +390,38 @@ class Machine {
       }
     }
     return true;
+  }
+
+  // From here to the next barrier either all warps get turns, or some run as far as they can before
+  // others begin: a warp that has hurried on meets a missing barrier that even progress would hide.
+  void draw_priorities() {
+    by_priority_ = random_.below(2) == 0;
+    for (uint64_t& priority : priorities_) priority = random_.next();
+  }
+
+  void make_ready(unsigned index) {
+    ready_[index / kWarp].push_back(index);
+    ++num_ready_;
+  }
+
+  // Takes out the thread that runs next.
+  unsigned take_ready() {
+    const unsigned warps = (size_ + kWarp - 1) / kWarp;
+    unsigned warp = random_.below(warps);
+    if (by_priority_) {
+      for (unsigned w = 0; w < warps; ++w)
+        if (ready_[warp].empty() || (!ready_[w].empty() && priorities_[w] > priorities_[warp]))
+          warp = w;
+    } else {
+      while (ready_[warp].empty()) warp = warp + 1 == warps ? 0 : warp + 1;
+    }
+    std::vector<unsigned>& ready = ready_[warp];
+    const unsigned slot = random_.below(static_cast<unsigned>(ready.size()));
+    const unsigned index = ready[slot];
+    ready[slot] = ready.back();
+    ready.pop_back();
+    --num_ready_;
+    return index;
   }
 
   bool report_deadlock() {
@@ -428,18 +460,13 @@ class Machine {
     for (unsigned lane = 0; lane < kWarp; ++lane) {
       if (payloads[lane] == nullptr) continue;
       threads_[first + lane].state = State::kReady;
-      ready_.push_back(first + lane);
+      make_ready(first + lane);
     }
     return true;
   }
 
   struct Free {
-    void operator()(char* memory) const {
-#if defined(SIMT_ASAN)
-      // The poison at the end goes with the allocation.
-#endif
-      std::free(memory);
-    }
+    void operator()(char* memory) const { std::free(memory); }
   };
 
   const char* kernel_ = nullptr;
@@ -448,7 +475,10 @@ class Machine {
   size_t shared_size_ = 0;
   std::unique_ptr<char, Free> shared_;
   std::vector<Thread> threads_;
-  std::vector<unsigned> ready_;
+  std::vector<unsigned> ready_[1024 / kWarp];  // of each warp
+  unsigned num_ready_ = 0;
+  bool by_priority_ = false;
+  uint64_t priorities_[1024 / kWarp] = {};
   Thread* running_ = nullptr;
   unsigned running_index_ = 0;
   std::string block_error_;
@@ -551,6 +581,10 @@ __attribute__((visibility("default"))) void simt_set_fault(int fault) {
 }
 __attribute__((visibility("default"))) void simt_set_multiprocessors(int count) {
   simt::machine().multiprocessors_ = count;
+}
+// The byte that shared memory is filled with before a block starts.
+__attribute__((visibility("default"))) void simt_set_garbage(int byte) {
+  simt::machine().garbage_ = byte;
 }
 // The sentence about the last failed launch; empty after none.
 __attribute__((visibility("default"))) const char* simt_last_error() {

@@ -181,18 +181,24 @@ class Interpreter(Library):
         seed: int = 0,
         fault: int = 0,
         multiprocessors: int = 4,
+        garbage: int = 0xC5,
     ) -> Result:
-        """Runs one launch. Raises RuntimeError with the interpreter's sentence when a kernel fails."""
+        """Runs one launch, with workspace and shared memory full of that byte before.
+
+        Raises:
+            RuntimeError: A kernel failed; the message is the interpreter's sentence.
+        """
         self.lib.simt_clear_error()
         self.lib.simt_set_seed(seed)
         self.lib.simt_set_fault(fault)
         self.lib.simt_set_multiprocessors(multiprocessors)
+        self.lib.simt_set_garbage(garbage)
         output = np.full((layer.tokens, layer.hidden), 77, DTYPES[layer.element])
         k = np.full(layer.tokens, -1, np.int32)
         entropy = np.full(layer.tokens, -1, np.float32)
-        # Garbage, with room to align; exactly as large as promised beyond that.
+        # As large as promised, with room to align it.
         size = self.workspace_size(layer)
-        memory = np.full(size + 256, 0xC5, np.uint8)
+        memory = np.full(size + 256, garbage, np.uint8)
         skip = -memory.ctypes.data % 256
         guard = memory[skip + size :].copy()
         arrays = {**inputs, "output": output, "k": k, "entropy": entropy}

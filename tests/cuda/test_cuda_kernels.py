@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launcher's whole sequence (route, plan, products, combine) in the interpreter, against the NumPy oracle
+and the CPU face."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_cases import check_all, check_routing, expected, make_inputs
+from cuda_launcher import ACTIVATIONS, Interpreter, Layer
+
+
+def run_and_check(interpreter: Interpreter, layer: Layer, seed: int, logits: str = "plain", **options: Any) -> None:
+    inputs, exact = make_inputs(layer, seed, logits=logits, **options)
+    assert interpreter.check(layer) is None
+    for schedule in (seed, seed + 1000):
+        check_all(layer, exact, interpreter.run(layer, inputs, seed=schedule))
+
+
+@pytest.mark.parametrize("logits", ["plain", "ties", "special"])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("experts", [1, 2, 3, 8, 31, 64, 128, 129, 200, 512])
+def test_routing_follows_the_oracle(interpreter: Interpreter, experts: int, scoring: str, logits: str) -> None:
+    """One warp a token up to 128 experts, a block above; every kind of policy row in each case."""
+    layer = Layer(tokens=14, hidden=8, intermediate=8, experts=experts, element="float32", scoring=scoring)
+    run_and_check(interpreter, layer, experts, logits, most=8, bias=scoring == "sigmoid")
+
+
+@pytest.mark.parametrize(("experts", "n_group", "topk_group"), [(8, 2, 1), (64, 8, 4), (60, 4, 2), (128, 128, 9), (256, 8, 4), (512, 512, 40), (6, 2, 2)])  # fmt: skip
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_routing_within_groups(
+    interpreter: Interpreter, experts: int, n_group: int, topk_group: int, scoring: str
+) -> None:
+    layer = Layer(9, 8, 8, experts, element="float32", scoring=scoring, n_group=n_group, topk_group=topk_group)
+    for logits in ("plain", "ties", "special"):
+        run_and_check(interpreter, layer, experts, logits, bias=True)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_weights_follow_the_attributes(interpreter: Interpreter, scoring: str, bias: bool, norm: bool) -> None:
+    layer = Layer(
+        7, 8, 8, 16, element="float32", scoring=scoring, norm_topk_prob=norm, routed_scaling_factor=2.5, max_k=6
+    )
+    run_and_check(interpreter, layer, 3, "ties", bias=bias, most=16)
+
+
+def test_up_to_32_experts_a_token(interpreter: Interpreter) -> None:
+    for experts in (32, 96, 300):
+        run_and_check(interpreter, Layer(6, 8, 8, experts, element="float32"), 5, most=32)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 127, 128, 129, 300])
+@pytest.mark.parametrize("experts", [1, 5, 130])
+def test_plan_is_the_stable_sort_by_expert(interpreter: Interpreter, tokens: int, experts: int) -> None:
+    """Within one chunk of tokens, at its edge, and over several."""
+    run_and_check(interpreter, Layer(tokens, 8, 8, experts, element="float32", path="prefill", max_k=4), tokens)
+
+
+@pytest.mark.parametrize("path", ["decode", "prefill"])
+@pytest.mark.parametrize("element", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_every_activation(interpreter: Interpreter, activation: str, element: str, path: str) -> None:
+    run_and_check(interpreter, Layer(3, 40, 24, 4, element=element, activation=activation, path=path), 11)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 23])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(8, 8), (264, 40), (40, 1032)])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_decode_shapes(interpreter: Interpreter, tokens: int, hidden: int, intermediate: int, activation: str) -> None:
+    """Rows shorter and longer than a warp's step, ragged ends, one to many tokens for an expert."""
+    layer = Layer(tokens, hidden, intermediate, 3, element="float32", path="decode", activation=activation, max_k=2)
+    run_and_check(interpreter, layer, tokens)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 8, 200])
+def test_decode_split_over_warps(interpreter: Interpreter, multiprocessors: int) -> None:
+    """More multiprocessors make more warps share a weight row; the result is the same to rounding."""
+    layer = Layer(5, 520, 1544, 2, element="float32", path="decode", max_k=2)
+    inputs, exact = make_inputs(layer, 1)
+    check_all(layer, exact, interpreter.run(layer, inputs, multiprocessors=multiprocessors))
+
+
+@pytest.mark.parametrize("element", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize(("weights", "group_size"), [("int8", 16), ("int8", 64), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 0)])  # fmt: skip
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_quantised_weights_decode(
+    interpreter: Interpreter, tokens: int, weights: str, group_size: int, element: str
+) -> None:
+    layer = Layer(
+        tokens, 64, 192, 4, element=element, weights=weights, group_size=group_size, path="decode", max_k=3
+    )
+    run_and_check(interpreter, layer, tokens)
+    run_and_check(interpreter, replace(layer, activation="relu2"), tokens + 1)
+
+
+def test_tokens_beyond_decode_take_the_prefill_path(interpreter: Interpreter) -> None:
+    layer = Layer(1, 16, 16, 8, max_k=2)
+    paths = [interpreter.path(replace(layer, tokens=tokens)) for tokens in (1, 8, 16, 17, 200)]
+    assert paths == ["decode", "decode", "decode", "prefill", "prefill"]
+    assert interpreter.path(replace(layer, experts=128, max_k=6, tokens=80)) == "decode"
+
+
+def test_results_do_not_depend_on_the_schedule(interpreter: Interpreter) -> None:
+    """Bit for bit, whatever order blocks and threads run in."""
+    for path in ("decode", "prefill"):
+        layer = Layer(140, 16, 16, 6, path=path, max_k=3)
+        inputs, _ = make_inputs(layer, 2, logits="ties")
+        first = interpreter.run(layer, inputs, seed=1)
+        for seed in (2, 3):
+            again = interpreter.run(layer, inputs, seed=seed)
+            for name in ("output", "k", "entropy", "weights", "row_token"):
+                assert getattr(first, name).tobytes() == getattr(again, name).tobytes(), name
+
+
+def test_a_token_does_not_depend_on_the_others(interpreter: Interpreter) -> None:
+    """To the bit, on one path: alone, and among tokens that share its experts."""
+    layer = Layer(11, 64, 48, 3, path="decode", max_k=2)
+    inputs, _ = make_inputs(layer, 4)
+    together = interpreter.run(layer, inputs)
+    for t in (0, 4, 10):
+        alone = {**inputs, **{name: inputs[name][t : t + 1] for name in ("hidden_states", "router_logits", "policy_index")}}
+        result = interpreter.run(replace(layer, tokens=1), alone)
+        assert result.output.tobytes() == together.output[t : t + 1].tobytes()
+        assert result.entropy.tobytes() == together.entropy[t : t + 1].tobytes()
+
+
+@pytest.mark.parametrize("path", ["decode", "prefill"])
+def test_equals_the_cpu_face(interpreter: Interpreter, path: str) -> None:
+    """The same float32 layer through the CPU operator: routing to the bit, outputs to rounding."""
+    cpu = pytest.importorskip("adaptive_k_moe.plugin")
+    for seed, (experts, scoring, groups) in enumerate([(8, "softmax", (1, 1)), (128, "sigmoid", (8, 4)), (512, "softmax", (1, 1))]):
+        layer = Layer(
+            20, 32, 24, experts, element="float32", path=path, scoring=scoring, max_k=6,
+            n_group=groups[0], topk_group=groups[1], activation="relu2" if scoring == "sigmoid" else "swiglu",
+        )  # fmt: skip
+        inputs, _ = make_inputs(layer, seed, logits=("plain", "ties", "special")[seed], bias=scoring == "sigmoid")
+        result = interpreter.run(layer, inputs, seed=seed)
+        common = [inputs[name] for name in ("router_logits", "policy_index", "policy_kind", "thresholds", "k_values")]
+        routing = {
+            "correction_bias": inputs["correction_bias"],
+            "scoring": scoring,
+            "n_group": groups[0],
+            "topk_group": groups[1],
+            "max_k": 6,
+        }
+        route = cpu.route(*common, **routing)
+        np.testing.assert_array_equal(result.k, route.k)
+        np.testing.assert_allclose(result.entropy, route.entropy, rtol=1e-6, atol=1e-7)
+        np.testing.assert_array_equal(result.experts, route.experts)
+        np.testing.assert_allclose(result.weights, route.weights, rtol=1e-6)
+        output, k, _ = cpu.moe(
+            inputs["hidden_states"], *common, inputs["up"], inputs["down"], activation=layer.activation, **routing
+        )
+        np.testing.assert_array_equal(result.k, k)
+        largest = np.nanmax(np.abs(output))
+        np.testing.assert_allclose(result.output, output, atol=1e-5 * largest)
+
+
+def test_one_expert_costs_one_row(interpreter: Interpreter) -> None:
+    """A token with k = 1 puts one row into the products, whatever others need."""
+    layer = Layer(4, 8, 8, 8, element="float32", max_k=6, path="prefill")
+    inputs, exact = make_inputs(layer, 0)
+    inputs["policy_kind"] = np.zeros(2, np.int32)
+    inputs["thresholds"] = np.full((2, 1), np.inf, np.float32)
+    inputs["k_values"] = np.array([[1, 1], [6, 6]], np.int32)
+    inputs["policy_index"] = np.array([0, 1, 0, 0], np.int32)
+    layer.policies, layer.choices = 2, 2
+    result = interpreter.run(layer, inputs)
+    assert result.k.tolist() == [1, 6, 1, 1]
+    assert result.offsets[-1] == 9
+    check_routing(layer, {**exact, **inputs}, result)
+
+
+def test_a_single_choice_needs_no_thresholds(interpreter: Interpreter) -> None:
+    layer = Layer(5, 8, 8, 8, element="float32", policies=1, choices=1)
+    inputs, exact = make_inputs(layer, 0)
+    layer.policies, layer.choices = 1, 1
+    change = {
+        "policy_kind": np.zeros(1, np.int32),
+        "k_values": np.array([[3]], np.int32),
+        "thresholds": np.zeros((1, 0), np.float32),
+    }
+    result = interpreter.run(layer, {**inputs, **change, "thresholds": None})
+    output, k, _ = expected(layer, {**exact, **change})
+    np.testing.assert_array_equal(result.k, k)
+    np.testing.assert_allclose(result.output, output, atol=1e-5)
