@@ -17,7 +17,7 @@
 
 namespace adaptive_k::cpu {
 
-constexpr int kPart = 2048;
+constexpr int kPart = 1024;
 
 // Weight rows are processed in panels of this many: 16 neurons of a gated expert (16 gate rows,
 // then 16 up rows) or 32 neurons of a plain one.

@@ -41,11 +41,12 @@ inline V load_tail(const W* w, int count) {
   return Simd::load(padded);
 }
 
-// M token rows times R weight rows, over `length` elements: c = or c += the sums. Meanwhile that
-// much of `next`, a row that will be needed soon, comes into the second-level cache.
-template <int M, int R, typename W>
-void multiply_tile(const float* x, const W* const* rows, int64_t offset, int length, const W* next,
-                   bool add, float* c, int64_t c_stride) {
+// M token rows times R weight rows, over `length` elements: c = or c += the sums. The elements of a
+// row are kStep vectors apart (1 where weights are read in place). Meanwhile a piece of the weights
+// needed next, 4 length >> next_shift bytes, comes into the second-level cache.
+template <int M, int R, int kStep, typename W>
+void multiply_tile(const float* x, const W* const* rows, int length, const char* next,
+                   int next_shift, bool add, float* c, int64_t c_stride) {
   V acc[M][R];
   ADAPTIVE_K_UNROLL
   for (int i = 0; i < M; ++i) {
@@ -54,17 +55,17 @@ void multiply_tile(const float* x, const W* const* rows, int64_t offset, int len
   }
   const W* w[R];
   ADAPTIVE_K_UNROLL
-  for (int r = 0; r < R; ++r) w[r] = rows[r] + offset;
+  for (int r = 0; r < R; ++r) w[r] = rows[r];
   int k = 0;
   for (; k + kLanes <= length; k += kLanes) {
-    __builtin_prefetch(next + k, 0, 2);
+    __builtin_prefetch(next + (4 * k >> next_shift), 0, 2);
     V xv[M];
     ADAPTIVE_K_UNROLL
     for (int i = 0; i < M; ++i) xv[i] = Simd::load(x + i * kLanes);
     x += M * kLanes;
     ADAPTIVE_K_UNROLL
     for (int r = 0; r < R; ++r) {
-      const V wv = Simd::load(w[r] + k);
+      const V wv = Simd::load(w[r] + k * kStep);
       ADAPTIVE_K_UNROLL
       for (int i = 0; i < M; ++i) acc[i][r] = Simd::fma(xv[i], wv, acc[i][r]);
     }
@@ -90,18 +91,50 @@ void multiply_tile(const float* x, const W* const* rows, int64_t offset, int len
 }
 
 template <typename W>
-using MultiplyTile = void (*)(const float*, const W* const*, int64_t, int, const W*, bool, float*,
+using MultiplyTile = void (*)(const float*, const W* const*, int, const char*, int, bool, float*,
                               int64_t);
 
 template <typename W>
-constexpr MultiplyTile<W> kMultiplyTile[] = {
-    multiply_tile<1, group_for(1), W>, multiply_tile<2, group_for(2), W>,
-    multiply_tile<3, group_for(3), W>,
+constexpr MultiplyTile<W> kMultiplyInPlace[] = {
+    multiply_tile<1, group_for(1), 1, W>, multiply_tile<2, group_for(2), 1, W>,
+    multiply_tile<3, group_for(3), 1, W>,
 #if ADAPTIVE_K_TILE_ROWS == 6
-    multiply_tile<4, group_for(4), W>, multiply_tile<5, group_for(5), W>,
-    multiply_tile<6, group_for(6), W>,
+    multiply_tile<4, group_for(4), 1, W>, multiply_tile<5, group_for(5), 1, W>,
+    multiply_tile<6, group_for(6), 1, W>,
 #endif
 };
+constexpr MultiplyTile<float> kMultiplyPacked[] = {
+    multiply_tile<1, kGroup, kGroup, float>, multiply_tile<2, kGroup, kGroup, float>,
+    multiply_tile<3, kGroup, kGroup, float>,
+#if ADAPTIVE_K_TILE_ROWS == 6
+    multiply_tile<4, kGroup, kGroup, float>, multiply_tile<5, kGroup, kGroup, float>,
+    multiply_tile<6, kGroup, kGroup, float>,
+#endif
+};
+// From this many tiles on, a group's weights are first packed: aligned, converted once, and without
+// the cache conflicts of rows that lie a power of two apart.
+constexpr int kTilesToPack = 4;
+
+// Packs kGroup rows as [vector][row][lane], with zeros to the end of the last vector.
+template <typename W>
+void pack_weights(const W* const* rows, int length, float* packed) {
+  int k = 0;
+  for (; k + kLanes <= length; k += kLanes)
+    for (int r = 0; r < kGroup; ++r)
+      Simd::store(packed + k * kGroup + r * kLanes, Simd::load(rows[r] + k));
+  if (k < length)
+    for (int r = 0; r < kGroup; ++r)
+      Simd::store(packed + k * kGroup + r * kLanes, load_tail(rows[r] + k, length - k));
+}
+
+float* packed_group() {
+  // On the heap, not in static thread-local storage: a library opened late may get little of that.
+  // Lives as long as the thread pool.
+  static thread_local float* packed = nullptr;
+  if (packed == nullptr)
+    packed = static_cast<float*>(std::aligned_alloc(64, sizeof(float) * kWideGroup * kPart));
+  return packed;
+}
 
 // One part of K of all tiles, for one group of weight rows. next_rows[i] + next_offset is where the
 // following call of this function begins to read.
@@ -109,15 +142,43 @@ template <typename W>
 void multiply_group(const Tile* tiles, int num_tiles, const W* const* rows, int64_t offset,
                     int length, const W* const* next_rows, int64_t next_offset, float* c,
                     int64_t c_stride) {
+  const bool pack = num_tiles >= kTilesToPack;
+  const W* in_place[kWideGroup];
+  const float* packed[kWideGroup];
+  for (int r = 0; r < kWideGroup; ++r) in_place[r] = rows[r] + offset;
+  if (pack) {
+    for (int g = 0; g < kWideGroup; g += kGroup) {
+      float* to = packed_group() + g * kPart;
+      pack_weights(in_place + g, length, to);
+      for (int r = 0; r < kGroup; ++r) packed[g + r] = to + r * kLanes;
+    }
+  }
+  const int padded_length = (length + kLanes - 1) / kLanes * kLanes;
+
+  // The rows that come next are fetched meanwhile, a little with each call: all at once, they would
+  // crowd out the loads of this group.
+  const auto group_of = [pack](int m) { return pack ? kGroup : group_for(m); };
+  int calls = 0;
+  for (int t = 0; t < num_tiles; ++t) calls += kWideGroup / group_of(tiles[t].rows);
+  int shift = 0;
+  while ((kWideGroup << (shift + 1)) <= calls) ++shift;
+  constexpr int kFormatShift = sizeof(W) == sizeof(float) ? 0 : 1;
   int call = 0;
   for (int t = 0; t < num_tiles; ++t) {
     const int m = tiles[t].rows;
-    const int group = group_for(m);
+    const float* x = tiles[t].x + offset * m;
+    const int group = group_of(m);
     for (int g = 0; g < kWideGroup; g += group, ++call) {
-      // A row of what comes next is fetched with each call; memory is never waited for long.
-      const W* next = next_rows[call % kWideGroup] + next_offset;
-      kMultiplyTile<W>[m - 1](tiles[t].x + offset* m, rows + g, offset, length, next, offset > 0,
-                              c + g, c_stride);
+      const int row = (call >> shift) % kWideGroup;
+      const int piece = call & ((1 << shift) - 1);
+      const char* next =
+          reinterpret_cast<const char*>(next_rows[row] + next_offset + piece * (length >> shift));
+      if (pack)
+        kMultiplyPacked[m - 1](x, packed + g, padded_length, next, shift + kFormatShift, offset > 0,
+                               c + g, c_stride);
+      else
+        kMultiplyInPlace<W>[m - 1](x, in_place + g, length, next, shift + kFormatShift, offset > 0,
+                                   c + g, c_stride);
     }
     c += m * c_stride;
   }

@@ -131,6 +131,31 @@ __device__ __forceinline__ void multiply(const DecodeArguments& a,
   }
 }
 
+// Adds up each of kCount values (a power of two) over the warp's lanes. A lane ends with the sum of
+// one of them in v[0] and gets its index back. In each step a lane gives half of its values away and
+// takes its partner's part of the others, so that kCount values need about kCount shuffles. The tree
+// of additions is the same for every kCount.
+template <int kCount>
+__device__ __forceinline__ int sum_over_lanes(float (&v)[kCount], int lane) {
+  int index = 0;
+#pragma unroll
+  for (int bits = 16, left = kCount / 2; bits > 0; bits /= 2, left /= 2) {
+    if (left > 0) {
+      const bool upper = (lane & bits) != 0;
+#pragma unroll
+      for (int i = 0; i < left; ++i) {
+        const float given = upper ? v[i] : v[i + left];
+        const float kept = upper ? v[i + left] : v[i];
+        v[i] = kept + __shfl_xor_sync(kAllLanes, given, bits);
+      }
+      index += upper ? left : 0;
+    } else {
+      v[0] += __shfl_xor_sync(kAllLanes, v[0], bits);
+    }
+  }
+  return index;
+}
+
 // The sums of kRows activation rows over all lanes, left in shared.partial.
 template <typename T, WeightStorage storage, int kRows>
 __device__ __forceinline__ void multiply_rows(const DecodeArguments& a,
@@ -144,16 +169,12 @@ __device__ __forceinline__ void multiply_rows(const DecodeArguments& a,
   for (int m = 0; m < kRows; ++m) rows[m] = x[m];
   float acc[kTokenRows][kWeightRows] = {};
   multiply<T, storage, kRows>(a, w, scales, rows, part * 32 + lane, a.split * 32, acc);
+  float sums[kRows * kWeightRows];
 #pragma unroll
-  for (int m = 0; m < kRows; ++m) {
-#pragma unroll
-    for (int r = 0; r < kWeightRows; ++r) {
-#pragma unroll
-      for (int bits = 16; bits > 0; bits /= 2)
-        acc[m][r] += __shfl_xor_sync(kAllLanes, acc[m][r], bits);
-      if (lane == 0) shared.partial[warp][m][r] = acc[m][r];
-    }
-  }
+  for (int i = 0; i < kRows * kWeightRows; ++i) sums[i] = acc[i / kWeightRows][i % kWeightRows];
+  const int index = sum_over_lanes(sums, lane);
+  if (lane % (32 / (kRows * kWeightRows)) == 0)
+    shared.partial[warp][index / kWeightRows][index % kWeightRows] = sums[0];
 }
 
 template <typename T, WeightStorage storage, bool kUp>

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "kernels.h"
+#include "mamba_bindings.h"
 #include "moe.h"
 #include "shapes.h"
 
@@ -132,6 +133,8 @@ void require_room(bool fits) {
 
 NB_MODULE(_plugin, m) {
   m.doc() = "The CPU operator. Use it through the package, which checks types.";
+
+  bind_mamba(m);
 
   nb::class_<ak::MoeParams>(m, "MoeParams");
   m.def("parse_params", &parse_params, nb::kw_only(), nb::arg("activation"), nb::arg("scoring"),

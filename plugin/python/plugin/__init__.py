@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Routing", "instruction_set", "moe", "openvino_extension_path", "route"]
+__all__ = ["Routing", "instruction_set", "mamba2", "moe", "openvino_extension_path", "route"]
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +36,7 @@ def _load_tbb() -> None:
 _load_tbb()
 
 from adaptive_k_moe.plugin import _plugin  # noqa: E402
+from adaptive_k_moe.plugin.mamba import mamba2  # noqa: E402
 
 
 class Routing(NamedTuple):
