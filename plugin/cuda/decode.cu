@@ -132,9 +132,9 @@ __device__ __forceinline__ void multiply(const DecodeArguments& a,
 }
 
 // Adds up each of kCount values (a power of two) over the warp's lanes. A lane ends with the sum of
-// one of them in v[0] and gets its index back. In each step a lane gives half of its values away and
-// takes its partner's part of the others, so that kCount values need about kCount shuffles. The tree
-// of additions is the same for every kCount.
+// one of them in v[0] and gets its index back. In each step a lane gives half of its values away
+// and takes its partner's part of the others, so that kCount values need about kCount shuffles. The
+// tree of additions is the same for every kCount.
 template <int kCount>
 __device__ __forceinline__ int sum_over_lanes(float (&v)[kCount], int lane) {
   int index = 0;
@@ -178,7 +178,8 @@ __device__ __forceinline__ void multiply_rows(const DecodeArguments& a,
 }
 
 template <typename T, WeightStorage storage, bool kUp>
-__global__ void __launch_bounds__(kThreads, resident_blocks(storage)) decode_product(DecodeArguments a) {
+__global__ void __launch_bounds__(kThreads, resident_blocks(storage))
+    decode_product(DecodeArguments a) {
   auto& shared = shared_memory<DecodeShared>();
   const int slot = blockIdx.y;
   if (slot >= *a.rows.num_active) return;  // the whole block

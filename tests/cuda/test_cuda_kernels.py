@@ -68,8 +68,8 @@ def test_every_activation(interpreter: Interpreter, activation: str, element: st
     run_and_check(interpreter, Layer(3, 40, 24, 4, element=element, activation=activation, path=path), 11)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 23])
-@pytest.mark.parametrize(("hidden", "intermediate"), [(8, 8), (264, 40), (40, 1032)])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 17])
+@pytest.mark.parametrize(("hidden", "intermediate"), [(8, 8), (264, 40), (24, 1032)])
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 def test_decode_shapes(interpreter: Interpreter, tokens: int, hidden: int, intermediate: int, activation: str) -> None:
     """Rows shorter and longer than a warp's step, ragged ends, one to many tokens for an expert."""
@@ -92,10 +92,10 @@ def test_quantised_weights_decode(
     interpreter: Interpreter, tokens: int, weights: str, group_size: int, element: str
 ) -> None:
     layer = Layer(
-        tokens, 64, 192, 4, element=element, weights=weights, group_size=group_size, path="decode", max_k=3
-    )
+        tokens, 64, 64, 4, element=element, weights=weights, group_size=group_size, path="decode", max_k=3,
+        activation="relu2" if tokens == 1 else "swiglu",
+    )  # fmt: skip
     run_and_check(interpreter, layer, tokens)
-    run_and_check(interpreter, replace(layer, activation="relu2"), tokens + 1)
 
 
 def test_tokens_beyond_decode_take_the_prefill_path(interpreter: Interpreter) -> None:
