@@ -30,16 +30,16 @@ Dtype = Literal["float32", "bfloat16"]
 
 
 class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RopeConfig(_Model):
     """Rotary embedding as Hugging Face's ``rope_parameters`` has it."""
 
     rope_type: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
-    rope_theta: float
-    factor: float = 1.0
-    original_max_position_embeddings: int | None = None
+    rope_theta: float = Field(gt=0)
+    factor: float = Field(default=1.0, gt=0)
+    original_max_position_embeddings: int | None = Field(default=None, gt=0)
     low_freq_factor: float | None = None
     high_freq_factor: float | None = None
     attention_factor: float | None = None
@@ -54,6 +54,7 @@ class AttentionConfig(_Model):
     """What an attention layer does besides grouped-query attention with rotary embedding.
 
     Attributes:
+        layers: indices of the decoder layers that have attention; None is every layer.
         qkv_bias: the projections to queries, keys and values have a bias.
         output_bias: the projection back to the hidden size has one.
         qk_norm: RMS norm of queries and keys before the rotary embedding: over each head, or over the
@@ -61,6 +62,7 @@ class AttentionConfig(_Model):
         clip_qkv: queries, keys and values are cut off beyond this absolute value, after the norm.
     """
 
+    layers: list[int] | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     qk_norm: Literal["head", "projection"] | None = None
@@ -84,8 +86,57 @@ class SharedExpertConfig(MlpConfig):
     gated: bool = False
 
 
+class MambaConfig(_Model):
+    """The Mamba-2 layers (the attributes and sizes of the operator ``Mamba2``).
+
+    Attributes:
+        num_heads, head_dim, state_size: each head's state is [state_size, head_dim].
+        n_groups: groups of heads that share B and C, and of channels that the gated norm norms together.
+        conv_kernel: taps of the causal convolution.
+        conv_bias: it has a bias.
+        projection_bias: the projections in and out have one.
+        dt_min: lower limit of the step sizes behind softplus.
+        layers: indices of the decoder layers that are of this kind.
+    """
+
+    num_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=1)
+    state_size: int = Field(ge=1)
+    n_groups: int = Field(ge=1)
+    conv_kernel: int = Field(ge=2)
+    conv_bias: bool = True
+    projection_bias: bool = False
+    dt_min: float = Field(default=0.0, ge=0)
+    layers: list[int]
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of all heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: x, B and C side by side."""
+        return self.intermediate_size + 2 * self.n_groups * self.state_size
+
+    @property
+    def conv_state_shape(self) -> tuple[int, int]:
+        """A sequence's last inputs of the convolution: [conv_kernel - 1, conv_dim]."""
+        return self.conv_kernel - 1, self.conv_dim
+
+    @property
+    def ssm_state_shape(self) -> tuple[int, int, int]:
+        """A sequence's state of the scan: [num_heads, state_size, head_dim]."""
+        return self.num_heads, self.state_size, self.head_dim
+
+
 class MoeConfig(_Model):
-    """The mixture-of-experts layers: their sizes and the router's rule (the operator's attributes)."""
+    """The mixture-of-experts layers: their sizes and the router's rule (the operator's attributes).
+
+    Attributes:
+        correction_bias: the operator has its ninth input.
+        latent_size: width of the experts' inputs and outputs where it is not the hidden size.
+    """
 
     num_experts: int = Field(ge=1)
     num_experts_per_tok: int = Field(ge=1)
@@ -96,6 +147,8 @@ class MoeConfig(_Model):
     routed_scaling_factor: float = 1.0
     n_group: int = 1
     topk_group: int = 1
+    correction_bias: bool = False
+    latent_size: int | None = Field(default=None, ge=1)
     shared_expert: SharedExpertConfig | None = None
     layers: list[int]
     """Indices of the decoder layers that have experts, in order; MoE layer 0 is the first of them."""
@@ -116,14 +169,21 @@ class PretrainedConfig(_Model):
     rms_norm_eps: float
     tie_word_embeddings: bool = False
     sliding_window: int | None = None
-    rope: RopeConfig
+    rope: RopeConfig | None = None
+    """None: attention without rotary embedding."""
     attention: AttentionConfig = AttentionConfig()
+    mamba: MambaConfig | None = None
     dense_mlp: MlpConfig | None = None
-    """The layers that are not among the MoE layers; None where there are none."""
+    """The layers with an MLP and no experts; None where there are none."""
     moe: MoeConfig
     bos_token_id: int | None = None
     eos_token_ids: list[int] = Field(default_factory=list)
     pad_token_id: int | None = None
+
+    @property
+    def attention_layers(self) -> list[int]:
+        """Indices of the layers that have attention, and so keys and values to cache."""
+        return list(range(self.num_hidden_layers)) if self.attention.layers is None else self.attention.layers
 
     @property
     def num_experts(self) -> int:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,3 +150,62 @@ def make_checkpoint(directory: Path, shape: Shape, *, fused: bool = False, **opt
 def make_mixtral(directory: Path, **changes: Any) -> Path:
     """Write a randomly initialised Mixtral; see `make_checkpoint`."""
     return make_checkpoint(directory, Shape("changed", changes))
+
+
+CONFIGS = REPOSITORY / "tests" / "configs"
+"""Configs of published models, as their repositories on the hub have them; ``_name_or_path`` names each."""
+
+
+def hub_tensors(config_path: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors in the hub's layout, by `transformers`, which allocates nothing."""
+    import torch
+    import transformers
+    from transformers.core_model_loading import revert_weight_conversion
+
+    config = transformers.AutoConfig.from_pretrained(config_path)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    tensors = revert_weight_conversion(model, model.state_dict())
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def make_sparse_checkpoint(
+    directory: Path, config_path: Path, *, changes: dict[str, Any] | None = None, shard_size: int = 5 * 10**9
+) -> dict[str, tuple[int, ...]]:
+    """Write a published model's checkpoint in bfloat16 with zeros for weights, which take no room on the disk.
+
+    Args:
+        directory: where to.
+        config_path: one of `CONFIGS`.
+        changes: fields to set otherwise, to make it smaller.
+        shard_size: bytes after which another shard begins.
+
+    Returns:
+        Names and shapes of its tensors.
+    """
+    directory.mkdir(parents=True)
+    content = json.loads(config_path.read_text()) | (changes or {})
+    (directory / "config.json").write_text(json.dumps(content))
+    tensors = hub_tensors(directory / "config.json")
+    shards: list[dict[str, Any]] = [{}]
+    sizes = [0]
+    for name, shape in tensors.items():
+        size = 2 * math.prod(shape)
+        if sizes[-1] and sizes[-1] + size > shard_size:
+            shards.append({})
+            sizes.append(0)
+        offsets = [sizes[-1], sizes[-1] + size]
+        shards[-1][name] = {"dtype": "BF16", "shape": shape, "data_offsets": offsets}
+        sizes[-1] += size
+    weight_map = {}
+    for index, (shard, size) in enumerate(zip(shards, sizes, strict=True)):
+        file_name = f"model-{index + 1:05}-of-{len(shards):05}.safetensors"
+        header = json.dumps(shard).encode()
+        header += b" " * (-len(header) % 8)
+        with (directory / file_name).open("wb") as stream:
+            stream.write(len(header).to_bytes(8, "little") + header)
+            stream.truncate(stream.tell() + size)
+        weight_map |= dict.fromkeys(shard, file_name)
+    index_content = {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index_content))
+    return tensors

@@ -23,6 +23,7 @@ from adaptive_k_moe.engine_config import (
     MlpConfig,
     MoeConfig,
     PretrainedConfig,
+    RopeConfig,
     SharedExpertConfig,
 )
 from adaptive_k_moe.policy import MAX_K
@@ -86,6 +87,9 @@ class Decoder:
     hub_expert: ClassVar[tuple[str, str, str]] = ("gate_proj", "up_proj", "down_proj")
     """An expert's gate, up and down projections in the hub's checkpoints, which keep a tensor for each."""
 
+    ignored_tensors: ClassVar[tuple[str, ...]] = (r".*rotary_emb\.inv_freq",)
+    """Patterns of tensors that checkpoints may hold and `transformers` does not use either."""
+
     embedding_name: ClassVar[str] = "model.embed_tokens.weight"
     norm_name: ClassVar[str] = "model.norm.weight"
     lm_head_name: ClassVar[str] = "lm_head.weight"
@@ -127,6 +131,9 @@ class Decoder:
         moe = cls.read_moe(config, num_layers, activation)
         dense = len(moe.layers) < num_layers
         positions = cls._positive(config, "max_position_embeddings")
+        eps = config.get("rms_norm_eps", float, cls.defaults["rms_norm_eps"])
+        if not 0 <= eps < 1:
+            raise config.error("rms_norm_eps", eps, "a small number")
         return PretrainedConfig(
             architecture=config.architecture,
             dtype=dtype,
@@ -137,7 +144,7 @@ class Decoder:
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=positions,
-            rms_norm_eps=config.get("rms_norm_eps", float, cls.defaults["rms_norm_eps"]),
+            rms_norm_eps=eps,
             tie_word_embeddings=config.get("tie_word_embeddings", bool, False),
             sliding_window=cls._checked_sliding_window(config),
             rope=config.rope(default_theta=cls.defaults["rope_theta"], max_position_embeddings=positions),
@@ -238,8 +245,9 @@ class Decoder:
         g.input("policy_kind", "int32", ["num_policies"])
         g.input("thresholds", "float32", [m.num_moe_layers, "num_policies", "num_limits"])
         g.input("k_values", "int32", [m.num_moe_layers, "num_policies", "num_choices"])
-        g.function(make_moe_function(m.moe, max_k=self.max_k, correction_bias=False))
-        self.make_rope()
+        g.function(make_moe_function(m.moe, max_k=self.max_k, correction_bias=m.moe.correction_bias))
+        if m.rope is not None:
+            self.make_rope(m.rope)
 
         embedding = self.stored(self.embedding_name, (m.vocab_size, m.hidden_size))
         hidden = self.as_float(g.node("Gather", [embedding, input_ids], "embeddings", axis=0))
@@ -252,10 +260,10 @@ class Decoder:
 
     # Parts of the graph, in order. ---------------------------------------------------------------
 
-    def make_rope(self) -> None:
+    def make_rope(self, rope: RopeConfig) -> None:
         """Cosines and sines of the step's positions, shared by all layers: [B, S, D / 2]."""
         g, m = self.graph, self.model
-        tables = rope_tables(m.rope, m.head_dim, self.build_config.max_seq_len, m.max_position_embeddings)
+        tables = rope_tables(rope, m.head_dim, self.build_config.max_seq_len, m.max_position_embeddings)
         for name, table in zip(("cos", "sin"), tables, strict=True):
             g.weight(f"rope.{name}_table", "float32", table.shape, [table])
             g.node("Gather", [f"rope.{name}_table", "position_ids"], f"rope.{name}", axis=0)
@@ -265,7 +273,7 @@ class Decoder:
         g = self.graph
         if "mask" in self._shared:
             return self._shared["mask"]
-        keys = g.node("Shape", ["present.0.key"], "mask.keys", start=2, end=3)
+        keys = g.node("Shape", [f"present.{self.model.attention_layers[0]}.key"], "mask.keys", start=2, end=3)
         count = g.node("Squeeze", [keys], "mask.count")
         positions = g.node("Range", [g.constant(0), count, g.constant(1)], "mask.positions")
         queries = g.node("Unsqueeze", ["position_ids", g.constant([1, 3])], "mask.queries")
@@ -293,12 +301,12 @@ class Decoder:
         )
 
     def make_attention(self, layer: int, hidden: str) -> str:
-        """Grouped-query attention with rotary embedding over cached and new keys: [B, S, H]."""
+        """Grouped-query attention over cached and new keys, with rotary embedding if the model has one: [B, S, H]."""
         g, m = self.graph, self.model
-        name = f"model.layers.{layer}.self_attn"
+        name = self.attention_name(layer)
         heads = {"q": m.num_attention_heads, "k": m.num_key_value_heads, "v": m.num_key_value_heads}
         states = {kind: self.make_projection(name, kind, hidden, count) for kind, count in heads.items()}
-        for kind in ("q", "k"):
+        for kind in ("q", "k") if m.rope is not None else ():
             states[kind] = g.node(
                 "RotaryEmbedding", [states[kind], "rope.cos", "rope.sin"], f"{name}.{kind}_rope", interleaved=0
             )
@@ -313,6 +321,10 @@ class Decoder:
         width = m.num_attention_heads * m.head_dim
         merged = g.node("Reshape", [merged, g.constant([0, 0, width])], f"{name}.merged")
         return self.linear(f"{name}.o_proj", merged, width, m.hidden_size, bias=m.attention.output_bias)
+
+    def attention_name(self, layer: int) -> str:
+        """What an attention layer's tensors begin with."""
+        return f"model.layers.{layer}.self_attn"
 
     def make_projection(self, name: str, kind: str, hidden: str, heads: int) -> str:
         """The queries (kind "q"), keys or values, normed and clipped where the model does: [B, heads, S, D]."""
@@ -368,18 +380,18 @@ class Decoder:
         shape = g.node("Shape", [hidden], f"{name}.shape")
         return g.node("Reshape", [output, shape], f"{name}.out")
 
-    def make_experts(self, layer: int, hidden: str, router_logits: str, up: str, down: str) -> str:
+    def make_experts(self, layer: int, hidden: str, router_logits: str, *weights: str) -> str:
         """The operator over packed tokens, with its row of the policy tables.
 
         Args:
             layer: index of the decoder layer.
-            hidden: [T, H].
+            hidden: [T, H], or of the latent size.
             router_logits: [T, E] float32.
-            up: name of the up (or fused gate and up) weight.
-            down: name of the down weight.
+            weights: names of the up (or fused gate and up) weight, the down weight and, if the router has one,
+                its correction bias.
 
         Returns:
-            [T, H].
+            [T, H], or of the latent size.
         """
         g, m = self.graph, self.model
         name, moe_layer = f"model.layers.{layer}.moe", m.moe.layers.index(layer)
@@ -388,7 +400,7 @@ class Decoder:
         k_values = g.node("Gather", ["k_values", index], f"{name}.k_values", axis=0)
         output, k, entropy = g.nodes(
             OP_TYPE,
-            [hidden, router_logits, "policy_index", "policy_kind", thresholds, k_values, up, down],
+            [hidden, router_logits, "policy_index", "policy_kind", thresholds, k_values, *weights],
             [f"{name}.output", f"{name}.k", f"{name}.entropy"],
             domain=DOMAIN,
             **moe_attributes(m.moe, max_k=self.max_k, weight_format=m.dtype),
@@ -474,7 +486,11 @@ class Decoder:
     def stored(self, name: str, shape: tuple[int, ...], *, dtype: str | None = None) -> str:
         """A checkpoint tensor as a weight of the graph, in the engine's dtype unless another is asked for."""
         self._stored_dtypes[name] = dtype or self.model.dtype
-        return self.graph.weight(name, self._stored_dtypes[name], shape, [self.tensors.read(name, shape)])
+        return self.graph.weight(name, self._stored_dtypes[name], shape, [self.tensors.read(self.in_checkpoint(name), shape)])
+
+    def in_checkpoint(self, name: str) -> str:
+        """The checkpoint's name for a weight of the graph; here the same."""
+        return name
 
     def as_float(self, value: str, *, transposed: bool = False) -> str:
         """A stored weight (or values gathered from one) as float32, transposed if asked: nodes that runtimes fold."""
@@ -520,4 +536,5 @@ def expert_shapes(model: PretrainedConfig) -> tuple[tuple[int, int, int], tuple[
     """Shapes of the operator's weights: up (or fused gate and up) [E, U, H] and down [E, H, I]."""
     moe = model.moe
     width = moe.intermediate_size * (2 if moe.activation in GATED_ACTIVATIONS else 1)
-    return (moe.num_experts, width, model.hidden_size), (moe.num_experts, model.hidden_size, moe.intermediate_size)
+    size = moe.latent_size or model.hidden_size
+    return (moe.num_experts, width, size), (moe.num_experts, size, moe.intermediate_size)

@@ -31,6 +31,6 @@ class Olmoe(Decoder):
     def read_attention(cls, config: HfConfig) -> AttentionConfig:
         """See `Decoder.read_attention`."""
         bias, clip = config.get("attention_bias", bool, False), config.optional("clip_qkv", float)
-        if clip is not None and clip <= 0:
+        if clip is not None and not clip > 0:
             raise config.error("clip_qkv", clip, "above 0")
         return AttentionConfig(qkv_bias=bias, output_bias=bias, qk_norm="projection", clip_qkv=clip)
