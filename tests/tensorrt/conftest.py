@@ -71,9 +71,10 @@ def recorder(library: h.PluginLibrary) -> h.Recorder:
 @pytest.fixture(scope="session")
 def computing_library() -> h.PluginLibrary:
     """The plugin with the real launcher and kernels, run by the interpreter."""
-    cuda = h.PLUGIN / "cuda"
-    names = ("decode", "grouped_gemm_host", "launcher", "plan", "route", "rows")
-    sources = [h.PLUGIN / "testing" / "simt" / "simt.cpp", *(cuda / f"{name}.cu" for name in names)]
+    simt = h.PLUGIN / "testing" / "simt"
+    listed = re.search(r"set\(kernels\s+(.*?)\)", (simt / "CMakeLists.txt").read_text(), re.DOTALL)
+    assert listed, "the interpreter's build names the kernels that it runs"
+    sources = [simt / "simt.cpp", *(h.PLUGIN / "cuda" / name for name in listed[1].split())]
     jobs = [
         partial(h.build_plugin, "computing", h.own_headers(11), sources, ["-O1", "-Wno-unknown-pragmas"]),
         partial(h.build_harness, 11),

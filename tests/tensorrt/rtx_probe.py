@@ -11,9 +11,8 @@ import sys
 from typing import Any
 
 import numpy as np
-import onnx
 import tensorrt_rtx as trt
-from onnx import TensorProto, helper, numpy_helper
+from onnx_layer import layer_model
 
 NUM_EXPERTS, INTERMEDIATE, HIDDEN = 4, 32, 16
 
@@ -63,45 +62,6 @@ def create(registry: Any, namespace: str, attributes: dict[str, Any]) -> None:
         tell("build", [build.num_outputs, build.timing_cache_id, build.metadata_string])
 
 
-def model(attributes: dict[str, Any], *, with_function: bool) -> bytes:
-    def value(name: str, element: int, *shape: int | str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, element, shape)
-
-    half, single, integer = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.INT32
-    inputs = [
-        value("hidden_states", half, "T", HIDDEN),
-        value("router_logits", single, "T", NUM_EXPERTS),
-        value("policy_index", integer, "T"),
-        value("policy_kind", integer, "P"),
-        value("thresholds", single, "P", 1),
-        value("k_values", integer, "P", 2),
-    ]
-    weights = [
-        numpy_helper.from_array(np.zeros((NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN), np.float16), "up"),
-        numpy_helper.from_array(np.zeros((NUM_EXPERTS, HIDDEN, INTERMEDIATE), np.float16), "down"),
-    ]
-    outputs = [value("output", half, "T", HIDDEN), value("k", integer, "T"), value("entropy", single, "T")]
-    names = [*(v.name for v in inputs), "up", "down"]
-    node = helper.make_node(
-        "AdaptiveKMoe", names, [o.name for o in outputs], "layers.0.moe", domain="adaptive_k", **attributes
-    )
-    graph = helper.make_graph([node], "graph", inputs, outputs, weights)
-    opsets = [helper.make_opsetid("", 24), helper.make_opsetid("adaptive_k", 1)]
-    made = helper.make_model(graph, opset_imports=opsets, ir_version=11)
-    if with_function:
-        body = [
-            helper.make_node("Identity", ["hidden_states"], ["output"]),
-            helper.make_node("Identity", ["policy_index"], ["k"]),
-            helper.make_node("ReduceMax", ["router_logits", "axis"], ["entropy"], keepdims=0),
-        ]
-        axis = helper.make_node("Constant", [], ["axis"], value=numpy_helper.from_array(np.array([1])))
-        function = helper.make_function(
-            "adaptive_k", "AdaptiveKMoe", names, [o.name for o in outputs], [axis, *body], opsets[:1], []
-        )
-        made.functions.append(function)
-    return bytes(made.SerializeToString())
-
-
 def parse(logger: Any, builder: Any, graph: bytes) -> None:
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -120,7 +80,12 @@ def main() -> None:
     if "create" in task:
         create(registry, task["namespace"], task["create"])
     if "node" in task:
-        parse(logger, builder, model(task["node"], with_function=task.get("function", False)))
+        up = np.zeros((NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN), np.float16)
+        down = np.zeros((NUM_EXPERTS, HIDDEN, INTERMEDIATE), np.float16)
+        graph = layer_model(
+            task["node"], {"up": up, "down": down}, policies=("P", 2), function=task.get("function", False)
+        )
+        parse(logger, builder, graph)
 
 
 if __name__ == "__main__":
