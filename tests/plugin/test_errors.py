@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs that do not fit are refused in one sentence that names them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from cases import fixed, tokens, weights
+
+from adaptive_k_moe.plugin import moe, route
+
+
+def arguments() -> dict[str, Any]:
+    x, logits = tokens(3, 16, 4)
+    up, down = weights(4, 16, 8, "swiglu")
+    index, kind, thresholds, ks = fixed(3, 2)
+    return dict(
+        hidden_states=x,
+        router_logits=logits,
+        policy_index=index,
+        policy_kind=kind,
+        thresholds=thresholds,
+        k_values=ks,
+        gate_up=up,
+        down=down,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"hidden_states": np.zeros((3, 16))}, "input hidden_states is float64 but must be float32"),
+        ({"hidden_states": np.zeros(3, np.float32)}, r"input hidden_states has shape \[3\] but must be \[T, H\]"),
+        (
+            {"router_logits": np.zeros((2, 4), np.float32)},
+            r"input router_logits has shape \[2, 4\] but must be \[T, E\], where T = 3 by input hidden_states",
+        ),
+        ({"policy_index": np.zeros(3, np.int64)}, "input policy_index is int64 but must be int32"),
+        ({"policy_index": np.zeros(4, np.int32)}, r"input policy_index has shape \[4\] but must be \[T\]"),
+        (
+            {"policy_kind": np.zeros(2, np.int32)},
+            r"input k_values has shape \[1, 1\] but must be \[P, C\], where P = 2",
+        ),
+        (
+            {"thresholds": np.zeros((1, 1), np.float32)},
+            r"input thresholds has shape \[1, 1\] but must be \[P, C-1\], where C = 1 by input k_values",
+        ),
+        ({"k_values": np.zeros((1, 0), np.int32)}, "must be"),
+        (
+            {"gate_up": np.zeros((4, 15, 16), np.float32)},
+            r"input gate_up has shape \[4, 15, 16\] but must be \[E, 2I, H\], so dimension 1 must be even",
+        ),
+        ({"gate_up": np.zeros((4, 16, 17), np.float32)}, "input gate_up has shape"),
+        ({"gate_up": np.zeros((4, 16, 16))}, "input gate_up is float64 but must be float32, or bfloat16"),
+        ({"gate_up": np.zeros((4, 16, 32), np.float32)[..., ::2]}, "input gate_up must be a C-contiguous NumPy array"),
+        ({"down": np.zeros((4, 16, 8), np.uint16)}, "input down is bfloat16 but gate_up is float32"),
+        (
+            {"down": np.zeros((5, 16, 8), np.float32)},
+            r"input down has shape \[5, 16, 8\] but must be \[E, H, I\], where E = 4 by input router_logits",
+        ),
+        ({"correction_bias": np.zeros(3, np.float32)}, r"input correction_bias has shape \[3\] but must be \[E\]"),
+        ({"activation": "tanh"}, "attribute activation is 'tanh' but must be one of swiglu, geglu"),
+        ({"scoring": "topk"}, "attribute scoring is 'topk' but must be one of softmax, sigmoid"),
+        ({"n_group": 3}, "attribute n_group must divide the number of experts"),
+        ({"n_group": 2, "topk_group": 3}, "attribute topk_group must be between 1 and n_group"),
+        ({"max_k": -1}, "attribute max_k must be 0"),
+        ({"num_threads": 0}, "num_threads is 0 but must be at least 1"),
+    ],
+)
+def test_moe_names_what_does_not_fit(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        moe(**{**arguments(), **changes})
+
+
+def test_route_names_what_does_not_fit() -> None:
+    logits = np.zeros((3, 4), np.float32)
+    index, kind, thresholds, ks = fixed(3, 2)
+    with pytest.raises(
+        ValueError, match=r"AdaptiveKMoe: input policy_index has shape \[2\] but must be \[T\], where T = 3"
+    ):
+        route(logits, index[:2], kind, thresholds, ks)
+    with pytest.raises(ValueError, match="input policy_kind has no rows"):
+        route(logits, index, kind[:0], thresholds[:0], ks[:0])

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loops for each instruction set give the same results, and the choice can be forced."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SCRIPT = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from cases import policies, tokens, weights
+from adaptive_k_moe.plugin import instruction_set, moe
+results = {}
+for dtype in ("float32", "bfloat16"):
+    for activation in ("swiglu", "relu2"):
+        up, down = weights(4, 1100, 90, activation, dtype)
+        x, logits = tokens(70, 1100, 4)
+        index, *rows = policies(70)
+        whole = moe(x, logits, index, *rows, up, down, activation=activation)[0]
+        for t in (0, 33, 69):
+            one = slice(t, t + 1)
+            alone = moe(x[one], logits[one], index[one], *rows, up, down, activation=activation)[0]
+            assert (alone[0] == whole[t]).all()
+        results[dtype + activation] = whole
+np.savez(sys.argv[2], **results)
+print(instruction_set())
+"""
+
+
+def run(isa: str, output: Path) -> Any:
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(output)]
+    return subprocess.run(
+        command, env={**os.environ, "ADAPTIVE_K_ISA": isa}, capture_output=True, text=True, check=False
+    )
+
+
+def test_all_instruction_sets_agree(tmp_path: Path) -> None:
+    results = {}
+    for isa in ("portable", "avx2", "avx512"):
+        done = run(isa, tmp_path / f"{isa}.npz")
+        if "does not have" in done.stderr and isa != "portable":
+            continue
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == isa
+        results[isa] = np.load(tmp_path / f"{isa}.npz")
+    if len(results) < 2:
+        pytest.skip("this machine has the portable loops only")
+    for isa in results:
+        for name in results["portable"].files:
+            want = results["portable"][name]
+            np.testing.assert_allclose(results[isa][name], want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+def test_an_unknown_instruction_set_is_refused_by_name(tmp_path: Path) -> None:
+    done = run("mmx", tmp_path / "x.npz")
+    assert "ValueError: ADAPTIVE_K_ISA is 'mmx', which this machine or build does not have" in done.stderr

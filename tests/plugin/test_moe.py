@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The whole operator: against the oracle and transformers, and that a token's bits are its own."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+from cases import fixed, policies, tokens, weights
+
+from adaptive_k_moe.plugin import moe
+
+ACTIVATIONS = ["swiglu", "geglu", "silu", "gelu", "gelu_tanh", "relu", "relu2"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_output_matches_the_oracle(activation: str, dtype: str) -> None:
+    x, logits = tokens(23, 72, 6)
+    up, down = weights(6, 72, 40, activation, dtype)
+    got, k, entropy = moe(x, logits, *policies(23), up, down, activation=activation)
+    want, want_k, want_entropy = oracle.moe(x, logits, *policies(23), up, down, activation=activation)
+    np.testing.assert_array_equal(k, want_k)
+    np.testing.assert_allclose(entropy, want_entropy, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("count", "experts", "hidden", "intermediate"),
+    [
+        (1, 1, 1, 1),
+        (2, 3, 5, 7),
+        (9, 5, 33, 17),
+        (3, 4, 1030, 1100),
+        (130, 2, 64, 48),
+        (40, 512, 16, 16),
+        (7, 8, 2049, 3),
+    ],
+)
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_odd_shapes_match_the_oracle(count: int, experts: int, hidden: int, intermediate: int, activation: str) -> None:
+    x, logits = tokens(count, hidden, experts)
+    for dtype in ("float32", "bfloat16"):
+        up, down = weights(experts, hidden, intermediate, activation, dtype)
+        got, k, _ = moe(x, logits, *policies(count), up, down, activation=activation)
+        want, want_k, _ = oracle.moe(x, logits, *policies(count), up, down, activation=activation)
+        np.testing.assert_array_equal(k, want_k)
+        np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("hidden", "intermediate", "activation"), [(192, 224, "swiglu"), (1096, 1500, "relu2"), (70, 33, "geglu")]
+)
+def test_a_token_has_the_same_bits_in_any_batch_and_with_any_threads(
+    hidden: int, intermediate: int, activation: str, dtype: str
+) -> None:
+    count, experts = 310, 3
+    x, logits = tokens(count, hidden, experts)
+    up, down = weights(experts, hidden, intermediate, activation, dtype)
+    index, *rows = policies(count)
+    whole = moe(x, logits, index, *rows, up, down, activation=activation)
+
+    def part(chosen: Any, threads: int | None) -> None:
+        got = moe(x[chosen], logits[chosen], index[chosen], *rows, up, down, activation=activation, num_threads=threads)
+        for a, b in zip(got, whole, strict=True):
+            np.testing.assert_array_equal(a, b[chosen])
+
+    for t in range(0, count, 45):
+        part(np.array([t]), 1)
+    shuffled = np.random.default_rng(1).permutation(count)
+    for size in (2, 3, 5, 8, 13, 21, 34, 89, 200):
+        part(shuffled[:size], None)
+        part(shuffled[-size:], 1)
+    part(shuffled, 2)
+
+
+def test_chosen_experts_alone_are_read() -> None:
+    x, logits = tokens(20, 64, 8)
+    logits[:, [2, 5]] = -50  # nobody's choice
+    up, down = weights(8, 64, 32, "swiglu")
+    want, _, _ = moe(x, logits, *fixed(20, 3), up, down)
+    up[[2, 5]] = np.nan
+    down[[2, 5]] = np.nan
+    got, _, _ = moe(x, logits, *fixed(20, 3), up, down)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_bad_logits_spoil_their_own_token_only(poison: float) -> None:
+    x, logits = tokens(20, 64, 8)
+    up, down = weights(8, 64, 32, "swiglu")
+    want, _, _ = moe(x, logits, *policies(20), up, down)
+    logits[7, 3] = poison
+    got, k, entropy = moe(x, logits, *policies(20), up, down)
+    others = np.arange(20) != 7
+    np.testing.assert_array_equal(got[others], want[others])
+    assert np.isnan(got[7]).all()
+    assert np.isnan(entropy[7])
+    assert k[7] == policies(20)[3][policies(20)[0][7]][-1]
+
+
+def test_minus_infinity_is_probability_zero() -> None:
+    x, logits = tokens(5, 16, 4)
+    logits[:, 1] = -np.inf
+    up, down = weights(4, 16, 16, "swiglu")
+    got, _, _ = moe(x, logits, *fixed(5, 2), up, down)
+    want, _, _ = oracle.moe(x, logits, *fixed(5, 2), up, down)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+def test_no_tokens_is_an_empty_result() -> None:
+    x, logits = tokens(0, 16, 4)
+    output, k, entropy = moe(x, logits, *fixed(0, 2), *weights(4, 16, 16, "swiglu"))
+    assert output.shape == (0, 16)
+    assert k.shape == entropy.shape == (0,)
+
+
+def test_calls_from_several_threads_do_not_disturb_each_other() -> None:
+    up, down = weights(8, 192, 224, "swiglu")
+    cases = [tokens(count, 192, 8, seed=count) for count in (1, 2, 7, 40, 150)] * 4
+
+    def run(case: Any) -> Any:
+        return moe(*case, *policies(len(case[0])), up, down)[0]
+
+    alone = [run(case) for case in cases]
+    with ThreadPoolExecutor(8) as pool:
+        for want, got in zip(alone, pool.map(run, cases), strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "olmoe", "nemotron_h"])
+def test_experts_are_those_of_transformers(architecture: str) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    count, hidden, intermediate, experts, k = 50, 48, 56, 8, 3
+    attributes: dict[str, Any] = {}
+    if architecture == "mixtral":
+        from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralSparseMoeBlock
+
+        block = MixtralSparseMoeBlock(
+            MixtralConfig(
+                hidden_size=hidden, intermediate_size=intermediate, num_local_experts=experts, num_experts_per_tok=k
+            )
+        )
+    elif architecture == "olmoe":
+        from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeSparseMoeBlock
+
+        attributes = dict(norm_topk_prob=False)
+        block = OlmoeSparseMoeBlock(
+            OlmoeConfig(
+                hidden_size=hidden,
+                intermediate_size=intermediate,
+                num_experts=experts,
+                num_experts_per_tok=k,
+                norm_topk_prob=False,
+            )
+        )
+    else:
+        from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHConfig, NemotronHMoE
+
+        attributes = dict(activation="relu2", scoring="sigmoid", routed_scaling_factor=2.5)
+        block = NemotronHMoE(
+            NemotronHConfig(
+                hidden_size=hidden,
+                moe_intermediate_size=intermediate,
+                moe_shared_expert_intermediate_size=16,
+                n_routed_experts=experts,
+                num_experts_per_tok=k,
+                routed_scaling_factor=2.5,
+                n_group=1,
+                topk_group=1,
+            )
+        )
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.copy_(torch.randn_like(parameter) / parameter.shape[-1] ** 0.5)
+        x = torch.randn(count, hidden)
+        logits = block.gate(x)[0]
+        want = block(x[None])[0]
+        if architecture == "nemotron_h":
+            want = want - block.shared_experts(x)
+            up = block.experts.up_proj
+            attributes["correction_bias"] = block.gate.e_score_correction_bias.numpy()
+        else:
+            up = block.experts.gate_up_proj
+        up, down = up.detach().numpy(), block.experts.down_proj.detach().numpy()
+    got, ks, _ = moe(x.numpy(), logits.numpy(), *fixed(count, k), up, down, **attributes)
+    assert (ks == k).all()
+    np.testing.assert_allclose(got, want.numpy(), rtol=0, atol=5e-6 * float(want.abs().max()))

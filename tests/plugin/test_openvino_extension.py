@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The OpenVINO operation gives what the Python face gives, from ONNX and from OpenVINO's own files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import openvino as ov
+import pytest
+from cases import policies, tokens, weights
+from onnx import TensorProto, helper, numpy_helper
+
+from adaptive_k_moe.plugin import moe, openvino_extension_path
+
+HIDDEN, EXPERTS, INTERMEDIATE = 40, 8, 24
+FEED = ["hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values"]
+
+
+@pytest.fixture(scope="module")
+def core() -> ov.Core:
+    core = ov.Core()
+    core.add_extension(str(openvino_extension_path()))
+    return core
+
+
+def as_bytes(weight: Any) -> Any:
+    """bfloat16 as the operator takes it from a file: the last dimension counts bytes."""
+    return weight.view(np.uint8) if weight.dtype == ml_dtypes.bfloat16 else weight
+
+
+def graph(
+    path: Path,
+    up: Any,
+    down: Any,
+    bias: Any = None,
+    shapes: dict[str, list[Any]] | None = None,
+    types: dict[str, int] | None = None,
+    **attributes: Any,
+) -> Path:
+    """An ONNX model that is the operator alone."""
+    shape = {
+        "hidden_states": ["T", HIDDEN],
+        "router_logits": ["T", EXPERTS],
+        "policy_index": ["T"],
+        "policy_kind": ["P"],
+        "thresholds": ["P", "C1"],
+        "k_values": ["P", "C"],
+        **(shapes or {}),
+    }
+    integers = ("policy_index", "policy_kind", "k_values")
+    kind = {name: TensorProto.INT32 if name in integers else TensorProto.FLOAT for name in FEED} | (types or {})
+    constants = {"gate_up": up, "down": down, **({} if bias is None else {"correction_bias": bias})}
+    node = helper.make_node(
+        "AdaptiveKMoe", FEED + list(constants), ["output", "k", "entropy"], domain="adaptive_k", **attributes
+    )
+    model = helper.make_model(
+        helper.make_graph(
+            [node],
+            "operator",
+            [helper.make_tensor_value_info(name, kind[name], shape[name]) for name in FEED],
+            [
+                helper.make_tensor_value_info(name, t, None)
+                for name, t in (("output", TensorProto.FLOAT), ("k", TensorProto.INT32), ("entropy", TensorProto.FLOAT))
+            ],
+            [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        ),
+        ir_version=11,
+        opset_imports=[helper.make_opsetid("", 24), helper.make_opsetid("adaptive_k", 1)],
+    )
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {
+            "activation": "relu2",
+            "scoring": "sigmoid",
+            "norm_topk_prob": 0,
+            "routed_scaling_factor": 2.5,
+            "n_group": 4,
+            "topk_group": 2,
+            "max_k": 3,
+        },
+    ],
+    ids=["defaults", "all attributes"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_onnx_and_ir_give_the_bits_of_the_python_face(
+    core: ov.Core, tmp_path: Path, attributes: dict[str, Any], dtype: str
+) -> None:
+    up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, attributes.get("activation", "swiglu"), dtype)
+    bias = np.linspace(-0.2, 0.2, EXPERTS, dtype=np.float32) if attributes else None
+    if dtype == "bfloat16":
+        stored = {**attributes, "weight_format": "bfloat16"}
+    else:
+        stored = attributes
+    model = core.read_model(graph(tmp_path / "op.onnx", as_bytes(up), as_bytes(down), bias, **stored))
+    ov.save_model(model, tmp_path / "op.xml", compress_to_fp16=False)
+    for source in (model, core.read_model(tmp_path / "op.xml")):
+        request = core.compile_model(source, "CPU").create_infer_request()
+        for count in (3, 1, 0, 70):
+            x, logits = tokens(count, HIDDEN, EXPERTS)
+            feed = (x, logits, *policies(count))
+            got = request.infer(dict(zip(FEED, feed, strict=True)))
+            options = {**attributes, "norm_topk_prob": bool(attributes.get("norm_topk_prob", 1))}
+            want = moe(*feed, up, down, correction_bias=bias, **options)
+            for name, value in zip(("output", "k", "entropy"), want, strict=True):
+                assert got[name].shape == value.shape
+                np.testing.assert_array_equal(got[name], value)
+
+
+def test_real_bfloat16_weights_are_accepted(core: ov.Core, tmp_path: Path) -> None:
+    up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, "swiglu", "bfloat16")
+    assert up.dtype == ml_dtypes.bfloat16
+    model = core.read_model(graph(tmp_path / "op.onnx", up, down, weight_format="bfloat16"))
+    feed = (*tokens(4, HIDDEN, EXPERTS), *policies(4))
+    got = core.compile_model(model, "CPU").create_infer_request().infer(dict(zip(FEED, feed, strict=True)))
+    np.testing.assert_array_equal(got["output"], moe(*feed, up, down)[0])
+    assert [str(o.element_type) for o in model.outputs] == [
+        "<Type: 'float32'>",
+        "<Type: 'int32_t'>",
+        "<Type: 'float32'>",
+    ]
+
+
+def test_output_shapes_follow_the_inputs(core: ov.Core, tmp_path: Path) -> None:
+    up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, "swiglu")
+    dynamic = core.read_model(graph(tmp_path / "op.onnx", up, down))
+    assert [str(o.partial_shape) for o in dynamic.outputs] == [f"[?,{HIDDEN}]", "[?]", "[?]"]
+    static = core.read_model(graph(tmp_path / "op.onnx", up, down, shapes={"policy_index": [5]}))
+    assert [str(o.partial_shape) for o in static.outputs] == [f"[5,{HIDDEN}]", "[5]", "[5]"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"shapes": {"router_logits": ["T", 7]}},
+            r"AdaptiveKMoe: input gate_up has shape \[8, 48, 40\] but must be \[E, 2I, H\], where E = 7 by input router_logits",
+        ),
+        (
+            {"shapes": {"hidden_states": ["T", HIDDEN, 1]}},
+            r"AdaptiveKMoe: input hidden_states has shape \[\?, 40, 1\] but must be \[T, H\]",
+        ),
+        (
+            {"types": {"policy_index": TensorProto.INT64}},
+            "AdaptiveKMoe: input policy_index has element type i64 but must be i32",
+        ),
+        (
+            {"types": {"hidden_states": TensorProto.FLOAT16}},
+            "AdaptiveKMoe: input hidden_states has element type f16 but must be f32",
+        ),
+        ({"weight_format": "bfloat16"}, "AdaptiveKMoe: input gate_up has element type f32 but must be u8"),
+        (
+            {"weight_format": "int8"},
+            "AdaptiveKMoe: attribute weight_format is 'int8' but must be one of float32, bfloat16",
+        ),
+        ({"activation": "tanh"}, "AdaptiveKMoe: attribute activation is 'tanh' but must be one of swiglu"),
+        ({"scoring": "topk"}, "AdaptiveKMoe: attribute scoring is 'topk'"),
+        ({"n_group": 3}, "AdaptiveKMoe: attribute n_group must divide the number of experts"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_refused_by_name(
+    core: ov.Core, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, "swiglu")
+    with pytest.raises(RuntimeError, match=sentence):
+        core.read_model(graph(tmp_path / "op.onnx", up, down, **changes))
+
+
+def test_shapes_that_appear_at_run_time_are_checked(core: ov.Core, tmp_path: Path) -> None:
+    up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, "swiglu")
+    request = core.compile_model(core.read_model(graph(tmp_path / "op.onnx", up, down)), "CPU").create_infer_request()
+    x, logits = tokens(3, HIDDEN, EXPERTS)
+    index, *rows = policies(2)
+    with pytest.raises(
+        RuntimeError, match=r"AdaptiveKMoe: input policy_index has shape \[2\] but must be \[T\], where T = 3"
+    ):
+        request.infer(dict(zip(FEED, (x, logits, index, *rows), strict=True)))
