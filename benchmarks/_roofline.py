@@ -3,8 +3,8 @@
 
     python benchmarks/_roofline.py
 
-Both are taken with the threads that the benchmark uses and in the same run as what is compared with
-them, because shared machines change from minute to minute.
+A benchmark runs the probes in turns with what it compares with them, because shared machines change from minute
+to minute. Neither uses code of this project.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import openvino as ov
@@ -30,54 +31,73 @@ def seconds(call: Callable[[], object], *, repeats: int = 5, warmup: int = 1) ->
     return statistics.median(times)
 
 
-def _matmul(rows: int, columns: int, tokens: int, threads: int) -> Callable[[], object]:
+class _OpenVINOProduct:
     """OpenVINO's float32 product of [tokens, columns] with a constant [rows, columns] matrix."""
-    weight = ops.constant(np.random.default_rng(0).standard_normal((rows, columns), dtype=np.float32))
-    x = ops.parameter([tokens, columns], np.float32)
-    model = ov.Model([ops.matmul(x, weight, False, True)], [x])
-    config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
-    request.set_input_tensor(ov.Tensor(np.random.default_rng(1).standard_normal((tokens, columns), np.float32)))
-    return request.infer
+
+    def __init__(self, rows: int, columns: int, tokens: int, threads: int) -> None:
+        rng = np.random.default_rng(0)
+        weight = ops.constant(rng.standard_normal((rows, columns), dtype=np.float32))
+        x = ops.parameter([tokens, columns], np.float32)
+        model = ov.Model([ops.matmul(x, weight, False, True)], [x])
+        config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        self._request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
+        self._request.set_input_tensor(ov.Tensor(rng.standard_normal((tokens, columns), dtype=np.float32)))
+
+    def run(self) -> None:
+        self._request.infer()
 
 
-def read_bandwidth(threads: int, *, megabytes: int = 1024, repeats: int = 9) -> float:
-    """Bytes per second at which memory can be read: the better of two plain readers.
+class ReadProbe:
+    """Reads `num_bytes` from memory with all threads, in the faster of two ways on this machine.
 
-    Either OpenVINO's matrix-vector product over a large float32 matrix, or NumPy's sum over an array of that
-    size in each of `threads` threads.
+    OpenVINO's matrix-vector product over a large float32 matrix, or BLAS dot products of an array with itself,
+    one thread a part.
     """
-    from concurrent.futures import ThreadPoolExecutor
 
-    count = megabytes * 2**20 // 4
-    array = np.ones(count, np.float32)
-    parts = np.array_split(array, threads)
-    with ThreadPoolExecutor(threads) as pool:
+    def __init__(self, threads: int, *, megabytes: int = 512) -> None:
+        columns = 4096
+        rows = megabytes * 2**20 // 4 // columns
+        self.num_bytes = rows * columns * 4
+        product = _OpenVINOProduct(rows, columns, 1, threads)
+        self._parts = np.array_split(np.ones(rows * columns, np.float32), 16 * threads)
+        self._pool = ThreadPoolExecutor(threads)
+        self.run: Callable[[], None] = min(product.run, self._dot_products, key=seconds)
 
-        def total() -> float:
-            return sum(pool.map(lambda part: float(np.max(part)), parts))
-
-        by_numpy = array.nbytes / seconds(total, repeats=repeats)
-    columns = 4096
-    rows = count // columns
-    by_openvino = rows * columns * 4 / seconds(_matmul(rows, columns, 1, threads), repeats=repeats)
-    return max(by_numpy, by_openvino)
+    def _dot_products(self) -> None:
+        for _ in self._pool.map(lambda part: np.dot(part, part), self._parts):
+            pass
 
 
-def gemm_rate(threads: int, *, tokens: int = 256, columns: int = 4096, rows: int = 4096, repeats: int = 5) -> float:
-    """Floating-point operations per second of float32 matrix products: the better of OpenVINO and NumPy."""
-    operations = 2 * tokens * columns * rows
-    by_openvino = operations / seconds(_matmul(rows, columns, tokens, threads), repeats=repeats)
-    a = np.ones((tokens, columns), np.float32)
-    b = np.ones((rows, columns), np.float32)
-    by_numpy = operations / seconds(lambda: a @ b.T, repeats=repeats)
-    return max(by_openvino, by_numpy)
+class GemmProbe:
+    """A float32 matrix product of `operations` floating-point operations: OpenVINO's or NumPy's, the faster."""
+
+    def __init__(self, threads: int, *, tokens: int = 256, columns: int = 4096, rows: int = 4096) -> None:
+        self.operations = 2 * tokens * columns * rows
+        rng = np.random.default_rng(0)
+        self._a = rng.standard_normal((tokens, columns), dtype=np.float32)
+        self._b = rng.standard_normal((rows, columns), dtype=np.float32)
+        product = _OpenVINOProduct(rows, columns, tokens, threads)
+        self.run: Callable[[], None] = min(product.run, self._numpy, key=seconds)
+
+    def _numpy(self) -> None:
+        np.matmul(self._a, self._b.T)
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second at which memory can be read."""
+    probe = ReadProbe(threads)
+    return probe.num_bytes / seconds(probe.run, repeats=9)
+
+
+def gemm_rate(threads: int) -> float:
+    """Floating-point operations per second of float32 matrix products."""
+    probe = GemmProbe(threads)
+    return probe.operations / seconds(probe.run, repeats=9)
 
 
 if __name__ == "__main__":
     import os
 
     cores = len(os.sched_getaffinity(0))
-    print(
-        f"{cores} threads: read {read_bandwidth(cores) / 1e9:.1f} GB/s, float32 products {gemm_rate(cores) / 1e9:.0f} GFLOPS"
-    )
+    read, gemm = read_bandwidth(cores), gemm_rate(cores)
+    print(f"{cores} threads: read {read / 1e9:.1f} GB/s, float32 products {gemm / 1e9:.0f} GFLOPS")

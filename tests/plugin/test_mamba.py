@@ -138,7 +138,9 @@ def test_output_and_states_are_the_oracles(case: Case) -> None:
     assert_close(inputs["ssm_state"], ssm_state)
 
 
-def cut(inputs: dict[str, Array], pieces: list[tuple[int, int]], pasts: list[int], slots: list[int]) -> dict[str, Array]:
+def cut(
+    inputs: dict[str, Array], pieces: list[tuple[int, int]], pasts: list[int], slots: list[int]
+) -> dict[str, Array]:
     """The same layer and states for other rows: each piece (begin, end) is a sequence of the new step."""
     rows = np.concatenate([np.arange(*piece) for piece in pieces])
     return {

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 from cases import fixed, policies, tokens, weights
 
 from adaptive_k_moe.plugin import moe
+
+import oracle
 
 ACTIVATIONS = ["swiglu", "geglu", "silu", "gelu", "gelu_tanh", "relu", "relu2"]
 

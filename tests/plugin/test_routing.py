@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 from cases import fixed
 from hypothesis import given, settings
@@ -14,6 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from adaptive_k_moe.plugin import route
+
+import oracle
 
 # Few distinct values make ties; the rest are the ends of what float32 can be.
 ELEMENTS = st.sampled_from([-2.0, -0.0, 0.0, 0.5, 1.0, 3.0]) | st.floats(-30, 30, width=32, allow_subnormal=False)
