@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import shutil
@@ -103,6 +104,29 @@ def test_what_a_config_leaves_out_is_what_transformers_assumes(family: str, tmp_
     read = [architecture_of(config).read_config(config, "float32") for config in (silent, spoken)]
     ignored = {"bos_token_id": None, "pad_token_id": None}
     assert read[0].model_copy(update=ignored) == read[1].model_copy(update=ignored)
+
+
+def test_fields_that_change_nothing_are_taken(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape("plain", {}, "qwen3_moe"))
+    # Qwen3-Coder-480B-A35B's config says these of things that its architecture has not.
+    edit_config(qkv_bias=False, shared_expert_intermediate_size=0, use_qk_norm=True)(checkpoint)
+    build(checkpoint, tmp_path / "engine", target="onnx")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_value_of_a_field_gets_past_the_errors(family: str, originals: dict[str, Path]) -> None:
+    from adaptive_k_moe.engine_builder.checkpoint import HfConfig
+    from adaptive_k_moe.engine_builder.models import architecture_of
+
+    path = originals[family] / "config.json"
+    content = json.loads(path.read_text())
+    extra = ["rope_scaling", "rope_theta", "layer_types", "mlp_only_layers", "num_experts", "clip_qkv", "head_dim"]
+    values = [None, "x", -1, 0, 1.5, [], [1, "a"], {}, {"rope_type": "yarn", "factor": 0}, True, 99999, float("nan")]
+    for name in [*content, *extra]:
+        for value in values:
+            config = HfConfig({**content, name: value}, path)
+            with contextlib.suppress(AdaptiveKError):
+                architecture_of(config).read_config(config, "float32")
 
 
 # Checkpoints that are refused. -------------------------------------------------------------------

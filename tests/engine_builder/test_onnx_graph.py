@@ -136,9 +136,43 @@ def test_both_layouts_give_the_same_weights(shape: Shape, tmp_path: Path) -> Non
         np.testing.assert_array_equal(array, found[1][name])
 
 
-def test_bfloat16_weights_are_the_checkpoints_bits(tmp_path: Path) -> None:
-    checkpoint = make_mixtral(tmp_path / "float32")
-    model = transformers.MixtralForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+@pytest.mark.parametrize("shape", PLAIN, ids=str)
+def test_a_k_above_the_trained_top_k_on_request(shape: Shape, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", shape)
+    content = {"allow_above_top_k": True, "policies": {"more": {"kind": "fixed", "k": 5}}}
+    config = build(checkpoint, tmp_path / "engine", target="onnx", policy=PolicySet.model_validate(content))
+    ids = np.random.default_rng(4).integers(0, 101, (2, 20))
+    outputs = run_graph(tmp_path / "engine", config, ids, "more")
+    assert_close(outputs["logits"], reference_logits(checkpoint, ids, num_experts_per_tok=5))
+    assert (outputs["k"] == 5).all()
+
+
+def test_rules_of_single_layers_count_the_layers_with_experts(tmp_path: Path) -> None:
+    changes = {"decoder_sparse_step": 2, "num_hidden_layers": 4}
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape("sparse", changes, "qwen2_moe"))
+    layers = {"1": {"thresholds": [], "k": [1]}}
+    policy = PolicySet.model_validate({"policies": {"second": {"kind": "entropy", "layers": layers}}})
+    config = build(checkpoint, tmp_path / "engine", target="onnx", policy=policy)
+    assert config.pretrained_config.moe.layers == [1, 3]
+    ids = np.random.default_rng(5).integers(0, 101, (2, 20))
+    outputs = run_graph(tmp_path / "engine", config, ids, "second")
+    assert outputs["k"].shape == outputs["entropy"].shape == (2, 20, 2)
+    assert (outputs["k"] == [3, 1]).all()
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    model.model.layers[3].mlp.gate.top_k = 1
+    with torch.no_grad():
+        reference = model(torch.tensor(ids), output_router_logits=True)
+    assert_close(outputs["logits"], reference.logits.numpy())
+    for column, router_logits in enumerate(reference.router_logits):
+        entropy = torch.distributions.Categorical(logits=router_logits).entropy().numpy()
+        np.testing.assert_allclose(outputs["entropy"][..., column].ravel(), entropy, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", PLAIN, ids=str)
+def test_bfloat16_weights_are_the_checkpoints_bits(shape: Shape, tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "float32", shape)
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "bfloat16")
     config = build(tmp_path / "bfloat16", tmp_path / "engine", target="onnx")
     assert config.pretrained_config.dtype == "bfloat16"

@@ -74,6 +74,21 @@ def test_a_fixed_row_below_the_trained_top_k(shape: Shape, k: int, tmp_path: Pat
     assert output.avg_k == k
 
 
+@pytest.mark.parametrize("shape", PLAIN, ids=str)
+def test_bfloat16_weights_are_computed_in_float32(shape: Shape, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "float32", shape)
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "bfloat16")
+    assert build(tmp_path / "bfloat16", tmp_path / "engine").pretrained_config.dtype == "bfloat16"
+    prompt = np.random.default_rng(2).integers(3, 101, 19).tolist()
+    sampling = SamplingParams(max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True)
+    model = reference_model(tmp_path / "bfloat16")
+    with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
+        output = llm.generate(prompt, sampling)
+    assert_context_logits(output, model, prompt)
+    assert_greedy(model, prompt, output.outputs[0].token_ids)
+
+
 def test_the_trained_model(engine_dir: Path, checkpoint_dir: Path) -> None:
     model = reference_model(checkpoint_dir)
     prompt = "And it came to pass in those days, that the king"
