@@ -30,7 +30,7 @@ struct DecodeUpArguments {
   void* h;
 };
 
-// y[row, H] = h[row, I] . down[expert]^T, in float32.
+// y[row, H] = h[row, I] . down[expert]^T, in float32 (in the element type from mixed_down()).
 struct DecodeDownArguments {
   ElementType element;
   WeightStorage storage;
@@ -39,7 +39,7 @@ struct DecodeDownArguments {
   const void* h;
   const void* down;
   const void* down_scales;
-  float* y;
+  void* y;
 };
 
 cudaError_t decode_up(const DecodeUpArguments& arguments, cudaStream_t stream);

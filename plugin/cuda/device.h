@@ -36,6 +36,9 @@ enum Fault : int {
   kFaultGroupedOffset,       // an expert's rows begin one late
   kFaultCombineOrder,        // a token's last expert left out of the sum
   kFaultUpActivation,        // gate and up exchanged where decode and mixed products fuse them
+  kFaultMixedScale,          // the first group's scale taken for all
+  kFaultMixedWait,           // a tile used before its copies have arrived
+  kFaultMixedBarrier,        // no barrier between copies and use
 };
 
 #if defined(ADAPTIVE_K_SIMT)
@@ -102,8 +105,8 @@ __host__ __device__ __forceinline__ To bit_copy(From from) {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-// ADAPTIVE_K_LAUNCH(kernel, grid, block, shared_size, stream, arguments...) returns an error code. A
-// kernel with commas in its name stands in parentheses. More shared memory than 48 KiB must be
+// ADAPTIVE_K_LAUNCH(kernel, grid, block, shared_size, stream, arguments...) returns an error code.
+// A kernel with commas in its name stands in parentheses. More shared memory than 48 KiB must be
 // allowed first.
 #if defined(ADAPTIVE_K_SIMT)
 template <typename... Parameters, typename... Arguments>

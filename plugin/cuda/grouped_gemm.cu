@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Takes the product that the device's architecture has. Which of them this library holds follows
 // from the architectures that it is built for.
-#include "grouped_gemm.h"
-
 #include "device.h"
+#include "grouped_gemm.h"
 #include "grouped_gemm_parts.h"
 
 namespace adaptive_k::cuda {
@@ -19,10 +18,8 @@ cudaError_t grouped_gemm(const GroupedGemm& p, void* workspace, cudaStream_t str
   if (!grouped_gemm_supports(p.element)) return cudaErrorInvalidValue;
   int device = 0, major = 0, minor = 0;
   ADAPTIVE_K_RETURN_IF(cudaGetDevice(&device));
-  ADAPTIVE_K_RETURN_IF(
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-  ADAPTIVE_K_RETURN_IF(
-      cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+  ADAPTIVE_K_RETURN_IF(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  ADAPTIVE_K_RETURN_IF(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
   // sm_90a and sm_100a code runs on exactly these.
 #if defined(ADAPTIVE_K_GEMM_SM90)
   if (major == 9 && minor == 0) return grouped_gemm_sm90(p, workspace, stream);

@@ -2,10 +2,10 @@
 // What the CUTLASS files share. Each is compiled for its own architectures only.
 #pragma once
 
+#include <cutlass/cutlass.h>
+
 #include <cstddef>
 #include <cstdint>
-
-#include <cutlass/cutlass.h>
 
 #include "grouped_gemm.h"
 

@@ -81,7 +81,7 @@ cudaError_t run_for(const GroupedGemm& p, void* workspace, cudaStream_t stream) 
   using cutlass::gemm::GemmShape;
   if (few_rows_per_expert(p))
     return run<Sm80Gemm<Element, GemmShape<32, 128, 64>, GemmShape<32, 32, 64>, 4>>(p, workspace,
-                                                                                   stream);
+                                                                                    stream);
   return run<Sm80Gemm<Element, GemmShape<128, 128, 32>, GemmShape<64, 64, 32>, 4>>(p, workspace,
                                                                                    stream);
 }
@@ -89,8 +89,7 @@ cudaError_t run_for(const GroupedGemm& p, void* workspace, cudaStream_t stream) 
 }  // namespace
 
 cudaError_t grouped_gemm_sm80(const GroupedGemm& p, void* workspace, cudaStream_t stream) {
-  if (p.element == ElementType::kFloat16)
-    return run_for<cutlass::half_t>(p, workspace, stream);
+  if (p.element == ElementType::kFloat16) return run_for<cutlass::half_t>(p, workspace, stream);
   return run_for<cutlass::bfloat16_t>(p, workspace, stream);
 }
 

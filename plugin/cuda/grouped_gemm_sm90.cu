@@ -20,9 +20,8 @@ using Sm90Gemm = Cutlass3Gemm<Element, cutlass::arch::Sm90, TileShape, ClusterSh
 template <typename Element>
 cudaError_t run_for(const GroupedGemm& p, void* workspace, cudaStream_t stream) {
   if (few_rows_per_expert(p))
-    return run_cutlass3<
-        Sm90Gemm<Element, cute::Shape<_128, _32, _64>, cute::Shape<_1, _1, _1>>>(p, workspace,
-                                                                                 stream);
+    return run_cutlass3<Sm90Gemm<Element, cute::Shape<_128, _32, _64>, cute::Shape<_1, _1, _1>>>(
+        p, workspace, stream);
   return run_cutlass3<Sm90Gemm<Element, cute::Shape<_256, _128, _64>, cute::Shape<_2, _1, _1>>>(
       p, workspace, stream);
 }
@@ -30,8 +29,7 @@ cudaError_t run_for(const GroupedGemm& p, void* workspace, cudaStream_t stream) 
 }  // namespace
 
 cudaError_t grouped_gemm_sm90(const GroupedGemm& p, void* workspace, cudaStream_t stream) {
-  if (p.element == ElementType::kFloat16)
-    return run_for<cutlass::half_t>(p, workspace, stream);
+  if (p.element == ElementType::kFloat16) return run_for<cutlass::half_t>(p, workspace, stream);
   return run_for<cutlass::bfloat16_t>(p, workspace, stream);
 }
 

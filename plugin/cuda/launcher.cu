@@ -3,6 +3,7 @@
 #include "device.h"
 #include "grouped_gemm.h"
 #include "launcher.h"
+#include "mixed.h"
 #include "numeric.h"
 #include "plan.h"
 #include "route.h"
@@ -25,7 +26,8 @@ bool decodes(int64_t tokens, int32_t capacity, int32_t experts) {
 }
 
 bool can_prefill(const MoeShape& shape) {
-  return shape.weights == WeightStorage::kElement && grouped_gemm_supports(shape.element);
+  return shape.weights == WeightStorage::kElement ? grouped_gemm_supports(shape.element)
+                                                  : shape.element != ElementType::kFloat32;
 }
 
 bool is_one_of(int32_t value, int32_t last) { return value >= 0 && value <= last; }
@@ -49,20 +51,18 @@ const char* check(const MoeParams& params, const MoeShape& s) {
   if (s.weights == WeightStorage::kInt8) {
     if (s.hidden % 16 != 0 || s.intermediate % 16 != 0)
       return "hidden and intermediate size must be multiples of 16 for int8 weights";
-    if (s.group_size < 0 || s.group_size % 16 != 0)
-      return "group_size must be 0 or a multiple of 16 for int8 weights";
   }
   if (s.weights == WeightStorage::kInt4) {
     if (s.hidden % 32 != 0 || s.intermediate % 32 != 0)
       return "hidden and intermediate size must be multiples of 32 for int4 weights";
-    if (s.group_size < 0 || s.group_size % 32 != 0)
-      return "group_size must be 0 or a multiple of 32 for int4 weights";
   }
+  if (s.weights != WeightStorage::kElement && (s.group_size < 0 || s.group_size % 32 != 0))
+    return "group_size must be 0 or a multiple of 32";
   if (s.weights != WeightStorage::kElement && s.group_size > 0 &&
       (s.hidden % s.group_size != 0 || s.intermediate % s.group_size != 0))
     return "group_size must divide the hidden and the intermediate size";
   if (s.path == Path::kPrefill && !can_prefill(s))
-    return "the prefill path takes float16 and bfloat16 weights only";
+    return "the prefill path takes float16 and bfloat16 only";
   if (s.tokens < 0) return "the number of tokens must not be negative";
   if (s.tokens * largest_k(params, s.experts) >= int64_t{1} << 31)
     return "tokens times max_k must stay below 2^31";
@@ -97,6 +97,10 @@ Workspace lay_out(const MoeParams& params, const MoeShape& s, Path path) {
   w.h = reserve(rows * s.intermediate * element);
   if (path == Path::kDecode) {
     w.y = reserve(rows * s.hidden * 4);
+  } else if (s.weights != WeightStorage::kElement) {
+    w.y = reserve(rows * s.hidden * element);
+    w.tiles = reserve(mixed_max_tiles(rows, s.experts) * static_cast<int64_t>(sizeof(RowTile)));
+    w.num_tiles = reserve(4);
   } else {
     w.x = w.y = reserve(rows * s.hidden * element);
     w.u = reserve(rows * s.intermediate * element * (is_gated(params.activation) ? 2 : 1));
@@ -175,7 +179,7 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   ADAPTIVE_K_RETURN_IF(plan(p, stream));
 
   const int64_t max_rows = s.tokens * capacity;
-  if (path == Path::kDecode) {
+  if (path == Path::kDecode || quantised) {
     const PlannedRows rows = {p.offsets, p.active, p.num_active, p.row_token, s.experts, max_rows};
     DecodeUpArguments up = {};
     up.element = s.element;
@@ -189,7 +193,6 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
     up.up = a.up;
     up.up_scales = a.up_scales;
     up.h = base + w.h;
-    ADAPTIVE_K_RETURN_IF(decode_up(up, stream));
     DecodeDownArguments down = {};
     down.element = s.element;
     down.storage = s.weights;
@@ -200,8 +203,17 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
     down.h = up.h;
     down.down = a.down;
     down.down_scales = a.down_scales;
-    down.y = floats(w.y);
-    ADAPTIVE_K_RETURN_IF(decode_down(down, stream));
+    down.y = base + w.y;
+    if (path == Path::kDecode) {
+      ADAPTIVE_K_RETURN_IF(decode_up(up, stream));
+      ADAPTIVE_K_RETURN_IF(decode_down(down, stream));
+    } else {
+      auto* tiles = reinterpret_cast<RowTile*>(base + w.tiles);
+      int32_t* num_tiles = integers(w.num_tiles);
+      ADAPTIVE_K_RETURN_IF(mixed_tiles(rows, tiles, num_tiles, stream));
+      ADAPTIVE_K_RETURN_IF(mixed_up(up, tiles, num_tiles, stream));
+      ADAPTIVE_K_RETURN_IF(mixed_down(down, tiles, num_tiles, stream));
+    }
   } else {
     const int32_t* num_rows = p.offsets + s.experts;
     ADAPTIVE_K_RETURN_IF(gather_rows(s.element, a.hidden_states, p.row_token, num_rows, max_rows,

@@ -15,9 +15,11 @@
 namespace adaptive_k::cuda {
 
 struct Half {
+  static constexpr bool kIsBFloat16 = false;
   uint16_t bits;
 };
 struct BFloat16 {
+  static constexpr bool kIsBFloat16 = true;
   uint16_t bits;
 };
 

@@ -20,7 +20,8 @@ NUMBER = {name: number for number, name in enumerate(FAULTS, start=1)}
 
 SMALL = dict(tokens=6, hidden=16, intermediate=16, experts=4, element="float32", max_k=3)
 MANY = {**SMALL, "tokens": 40, "experts": 3}
-QUANTISED = {**SMALL, "hidden": 64, "intermediate": 64, "weights": "int8", "group_size": 16}
+QUANTISED = {**SMALL, "hidden": 64, "intermediate": 64, "weights": "int8", "group_size": 32}
+MIXED = {**QUANTISED, "element": "float16", "hidden": 320, "path": "prefill"}
 
 # Each fault: the layer that meets it, the kind of logits, and the check that must fail.
 CASES: dict[str, tuple[dict[str, Any], str, Callable[..., None]]] = {
@@ -36,6 +37,9 @@ CASES: dict[str, tuple[dict[str, Any], str, Callable[..., None]]] = {
     "kFaultDecodeScale": ({**QUANTISED, "path": "decode"}, "plain", check_output),
     "kFaultDecodeBarrier": ({**SMALL, "path": "decode"}, "plain", check_output),
     "kFaultDecodeReuseBarrier": ({**MANY, "path": "decode"}, "plain", check_output),
+    "kFaultMixedScale": (MIXED, "plain", check_output),
+    "kFaultMixedWait": (MIXED, "plain", check_output),
+    "kFaultMixedBarrier": (MIXED, "plain", check_output),
     "kFaultUpActivation": ({**SMALL, "path": "decode"}, "plain", check_output),
     "kFaultGatherRow": ({**MANY, "path": "prefill"}, "plain", check_output),
     "kFaultActivation": ({**SMALL, "path": "prefill"}, "plain", check_output),

@@ -85,8 +85,11 @@ def test_decode_split_over_warps(interpreter: Interpreter, multiprocessors: int)
     check_all(layer, exact, interpreter.run(layer, inputs, multiprocessors=multiprocessors))
 
 
+QUANTISED = [("int8", 32), ("int8", 64), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 0)]
+
+
 @pytest.mark.parametrize("element", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize(("weights", "group_size"), [("int8", 16), ("int8", 64), ("int8", 0), ("int4", 32), ("int4", 64), ("int4", 0)])  # fmt: skip
+@pytest.mark.parametrize(("weights", "group_size"), QUANTISED)
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_quantised_weights_decode(
     interpreter: Interpreter, tokens: int, weights: str, group_size: int, element: str
@@ -96,6 +99,51 @@ def test_quantised_weights_decode(
         activation="relu2" if tokens == 1 else "swiglu",
     )  # fmt: skip
     run_and_check(interpreter, layer, tokens)
+
+
+@pytest.mark.parametrize("element", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("weights", "group_size"), QUANTISED)
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "intermediate", "activation"), [(3, 64, 128, "swiglu"), (150, 128, 64, "relu2")]
+)
+def test_quantised_weights_prefill(
+    interpreter: Interpreter,
+    tokens: int,
+    hidden: int,
+    intermediate: int,
+    activation: str,
+    weights: str,
+    group_size: int,
+    element: str,
+) -> None:
+    """One ragged tile, and experts with several; one and two steps along K."""
+    layer = Layer(
+        tokens, hidden, intermediate, 2, element=element, weights=weights, group_size=group_size, path="prefill",
+        activation=activation, max_k=2,
+    )  # fmt: skip
+    run_and_check(interpreter, layer, tokens)
+
+
+@pytest.mark.parametrize(("weights", "hidden", "intermediate"), [("int8", 48, 208), ("int4", 32, 416), ("int8", 400, 16)])
+@pytest.mark.parametrize("activation", ["geglu", "gelu"])
+def test_quantised_prefill_with_ragged_ends(
+    interpreter: Interpreter, weights: str, hidden: int, intermediate: int, activation: str
+) -> None:
+    """Sizes that fill neither a step along K nor a tile of weight rows."""
+    layer = Layer(9, hidden, intermediate, 3, weights=weights, path="prefill", activation=activation)
+    run_and_check(interpreter, layer, 6)
+
+
+def test_quantised_paths_agree(interpreter: Interpreter) -> None:
+    """Decode and prefill see the same weights: they differ by rounding alone."""
+    layer = Layer(20, 128, 96, 4, weights="int4", group_size=32, path="decode", max_k=2)
+    inputs, _ = make_inputs(layer, 1)
+    decode, prefill = (interpreter.run(replace(layer, path=path), inputs) for path in ("decode", "prefill"))
+    np.testing.assert_array_equal(decode.token_rows, prefill.token_rows)
+    largest = np.abs(decode.output.astype(np.float32)).max()
+    np.testing.assert_allclose(
+        decode.output.astype(np.float32), prefill.output.astype(np.float32), atol=2e-3 * largest
+    )
 
 
 def test_tokens_beyond_decode_take_the_prefill_path(interpreter: Interpreter) -> None:

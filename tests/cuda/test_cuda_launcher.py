@@ -30,9 +30,10 @@ GOOD = Layer(4, 64, 64, 8, max_k=4)
         ({"intermediate": 4}, "multiples of 8"),
         ({"weights": "int8", "hidden": 72}, "multiples of 16"),
         ({"weights": "int4", "hidden": 80}, "multiples of 32"),
-        ({"weights": "int8", "group_size": 8}, "multiple of 16"),
+        ({"weights": "int8", "group_size": 16}, "multiple of 32"),
         ({"weights": "int4", "group_size": 16}, "multiple of 32"),
-        ({"weights": "int8", "group_size": 48}, "must divide"),
+        ({"weights": "int8", "group_size": 96}, "must divide"),
+        ({"element": "float32", "weights": "int8", "path": "prefill"}, "float16 and bfloat16 only"),
         ({"tokens": -1}, "must not be negative"),
         ({"tokens": 1 << 30}, "below 2^31"),
     ],
@@ -70,7 +71,7 @@ def test_no_tokens_is_no_work(interpreter: Interpreter) -> None:
     assert interpreter.run(layer, inputs).output.shape == (0, 64)
 
 
-@pytest.mark.parametrize("change", [{}, {"experts": 128}, {"weights": "int8"}, {"element": "float32"}, {"path": "decode"}, {"path": "prefill"}, {"activation": "relu2"}])  # fmt: skip
+@pytest.mark.parametrize("change", [{}, {"experts": 128}, {"weights": "int8"}, {"weights": "int4", "experts": 128}, {"element": "float32"}, {"path": "decode"}, {"path": "prefill"}, {"activation": "relu2"}])  # fmt: skip
 def test_the_workspace_never_shrinks_with_more_tokens(interpreter: Interpreter, change: dict[str, Any]) -> None:
     sizes = [interpreter.workspace_size(replace(GOOD, tokens=tokens, **change)) for tokens in range(400)]
     assert all(np.diff(sizes) >= 0)

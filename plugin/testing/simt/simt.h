@@ -35,6 +35,10 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+
 namespace simt {
 
 constexpr unsigned kWarp = 32;
