@@ -117,6 +117,7 @@ nvinfer1::IPluginV3* AdaptiveKPlugin::clone() noexcept {
 int32_t AdaptiveKPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t num_inputs,
                                          const DynamicPluginTensorDesc*,
                                          int32_t num_outputs) noexcept {
+  inputs_ = Inputs();
   return guarded(kFailed, [&] {
     const Inputs inputs = find_inputs(attributes_, num_inputs);
     check_outputs(num_outputs);
@@ -126,6 +127,8 @@ int32_t AdaptiveKPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int3
         attributes_, inputs,
         shapes_of(in, num_inputs, [](const auto& t) -> const Dims& { return t.desc.dims; }));
     check_kernels_run(attributes_, largest_shape(attributes_, inputs, in));
+    inputs_ = inputs;
+    shape_ = cuda::MoeShape();
     return 0;
   });
 }
@@ -199,20 +202,25 @@ size_t AdaptiveKPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int3
   });
 }
 
+void AdaptiveKPlugin::accept_shapes(const PluginTensorDesc* in, const Inputs& inputs) {
+  check_types(attributes_, inputs, in);
+  const cuda::MoeShape shape = make_shape(
+      attributes_, inputs,
+      shapes_of(in, inputs.count, [](const PluginTensorDesc& t) -> const Dims& { return t.dims; }),
+      in[kHiddenStates].type);
+  check_kernels_run(attributes_, shape);
+  inputs_ = inputs;
+  shape_ = shape;
+}
+
 int32_t AdaptiveKPlugin::onShapeChange(const PluginTensorDesc* in, int32_t num_inputs,
                                        const PluginTensorDesc*, int32_t num_outputs) noexcept {
   inputs_ = Inputs();  // nothing runs until the new shapes have passed
+  shape_ = cuda::MoeShape();
   return guarded(kFailed, [&] {
     const Inputs inputs = find_inputs(attributes_, num_inputs);
     check_outputs(num_outputs);
-    check_types(attributes_, inputs, in);
-    const cuda::MoeShape shape = make_shape(
-        attributes_, inputs,
-        shapes_of(in, num_inputs, [](const PluginTensorDesc& t) -> const Dims& { return t.dims; }),
-        in[kHiddenStates].type);
-    check_kernels_run(attributes_, shape);
-    inputs_ = inputs;
-    shape_ = shape;
+    accept_shapes(in, inputs);
     return 0;
   });
 }
@@ -221,10 +229,12 @@ int32_t AdaptiveKPlugin::enqueue(const PluginTensorDesc* input_desc, const Plugi
                                  const void* const* inputs, void* const* outputs, void* workspace,
                                  cudaStream_t stream) noexcept {
   return guarded(kFailed, [&] {
-    if (inputs_.count == 0) fail("was enqueued before onShapeChange accepted the shapes");
-    if (input_desc[kHiddenStates].dims.d[0] != shape_.tokens)
-      fail("was enqueued with " + std::to_string(input_desc[kHiddenStates].dims.d[0]) +
-           " tokens after onShapeChange said " + std::to_string(shape_.tokens));
+    if (inputs_.count == 0) fail("was enqueued before its inputs were described and accepted");
+    // onShapeChange() has been here already when TensorRT announces every change, as it says.
+    const bool known = shape_.experts > 0 && input_desc[kHiddenStates].dims.d[0] == shape_.tokens &&
+                       input_desc[kKValues].dims.d[0] == shape_.policies &&
+                       input_desc[kKValues].dims.d[1] == shape_.choices;
+    if (!known) accept_shapes(input_desc, Inputs(inputs_));
     const auto input = [&](int32_t index) { return index < 0 ? nullptr : inputs[index]; };
     cuda::MoeArguments a;
     a.hidden_states = input(kHiddenStates);

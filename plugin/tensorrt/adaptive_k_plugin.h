@@ -72,13 +72,15 @@ class AdaptiveKPlugin final : public nvinfer1::IPluginV3,
   const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 
  private:
+  // Checks what will run and remembers it. Throws std::invalid_argument.
+  void accept_shapes(const nvinfer1::PluginTensorDesc* in, const Inputs& inputs);
+
   Attributes attributes_;
   const char* plugin_namespace_;
   std::string description_;
   std::unique_ptr<FieldList> serialized_;
-  // Of the last onShapeChange(); inputs_.count is 0 before the first.
-  Inputs inputs_;
-  cuda::MoeShape shape_;
+  Inputs inputs_;         // count is 0 before any were accepted
+  cuda::MoeShape shape_;  // of the last step; experts is 0 before the first
 };
 
 class AdaptiveKPluginCreator final : public nvinfer1::IPluginCreatorV3One {

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from typing import Any
 
 import plugin_harness as h
@@ -246,3 +248,31 @@ def test_without_a_logger_errors_go_to_stderr(library: PluginLibrary, capfd: pyt
     assert captured.err.startswith("AdaptiveKMoe: layer layers.0.moe: field activation is 'swish'")
     assert plugin is not None
     plugin.destroy()
+
+
+OTHER_MAJOR = """
+import sys
+
+sys.path.insert(0, sys.argv[1])
+import plugin_harness as h
+
+library = h.PluginLibrary(*map(h.Path, sys.argv[2:]))
+assert library.create(activation="swish") is None
+assert library.create(activation="geglu") is not None
+assert library.log() == []
+"""
+
+
+@pytest.mark.parametrize(("built_for", "loaded_by"), [(11, 10), (10, 11)])
+def test_the_other_major_version_gets_its_errors_on_stderr(
+    recording_libraries: dict[str, PluginLibrary], built_for: int, loaded_by: int
+) -> None:
+    """The logger's layout differs between 10 and 11; a call into the wrong one would end the process."""
+    plugin = recording_libraries[f"own{built_for}"].path
+    arguments = [str(h.HERE), str(plugin), str(h.build_harness(loaded_by))]
+    done = subprocess.run(
+        [sys.executable, "-c", OTHER_MAJOR, *arguments], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    [sentence] = done.stderr.splitlines()
+    assert sentence.startswith("AdaptiveKMoe: layer layers.0.moe: field activation is 'swish'")

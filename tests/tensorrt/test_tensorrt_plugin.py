@@ -206,12 +206,41 @@ def test_a_clone_is_ready_with_the_shapes_of_its_original(plugin: Plugin, record
     clone = plugin.clone()
     assert clone.text() == plugin.text()
     assert clone.serialized() == plugin.serialized()
+    assert clone.enqueue(inputs, outputs, [16] * 8, [16] * 3) == 0
     # Each goes its own way from here.
     other = Layer(tokens=9)
     assert clone.shape_change(other.inputs(), other.outputs()) == 0
     assert plugin.enqueue(inputs, outputs, [16] * 8, [16] * 3) == 0
     assert recorder.read().shape["tokens"] == 4
     clone.destroy()
+
+
+def test_a_configured_plugin_runs_without_word_of_the_shapes(plugin: Plugin, recorder: Recorder) -> None:
+    """The builder may time a plugin with nothing between configurePlugin and enqueue."""
+    layer = Layer(max_tokens=32)
+    assert plugin.configure(layer.inputs(), layer.outputs()) == 0
+    clone = plugin.clone()
+    for tokens in (32, 5):
+        step = Layer(tokens=tokens)
+        assert clone.enqueue(step.inputs(), step.outputs(), [16] * 8, [16] * 3) == 0
+        assert recorder.read().shape["tokens"] == tokens
+    clone.destroy()
+
+
+@pytest.mark.parametrize("change", [{"tokens": 9}, {"policies": 5}, {"choices": 1}])
+def test_a_change_that_nobody_announced_is_noticed(plugin: Plugin, recorder: Recorder, change: dict[str, int]) -> None:
+    first = Layer(tokens=4)
+    assert plugin.shape_change(first.inputs(), first.outputs()) == 0
+    second = replace(first, **change)  # type: ignore[arg-type]
+    assert plugin.enqueue(second.inputs(), second.outputs(), [16] * 8, [16] * 3) == 0
+    shape = recorder.read().shape
+    assert {name: shape[name] for name in change} == change
+    launches = recorder.launches()
+    wrong = second.inputs()
+    wrong[0] = Tensor(HALF, (3, 16))
+    assert plugin.enqueue(wrong, second.outputs(), [16] * 8, [16] * 3) != 0
+    assert errors(plugin).startswith("input router_logits has shape")
+    assert recorder.launches() == launches
 
 
 def test_no_tokens_is_a_step_like_any_other(plugin: Plugin, recorder: Recorder) -> None:
@@ -443,7 +472,7 @@ def test_a_wrong_shape_is_refused_by_name(
     assert plugin.shape_change(inputs, outputs) != 0
     assert errors(plugin).startswith(sentence)
     assert plugin.enqueue(inputs, outputs, [16] * len(inputs), [16] * 3) != 0
-    assert errors(plugin) == "was enqueued before onShapeChange accepted the shapes"
+    assert errors(plugin) == "was enqueued before its inputs were described and accepted"
 
 
 def test_a_profile_that_contradicts_itself_is_refused(plugin: Plugin) -> None:
@@ -496,15 +525,11 @@ def test_a_launch_that_fails_is_a_status_and_a_sentence(plugin: Plugin, recorder
     assert errors(plugin) == "its kernels were not launched (CUDA error 719)"
 
 
-def test_enqueue_wants_the_shapes_first(plugin: Plugin, recorder: Recorder) -> None:
+def test_enqueue_wants_its_inputs_described(plugin: Plugin, recorder: Recorder) -> None:
     layer = Layer(tokens=2)
     before = recorder.launches()
     assert plugin.enqueue(layer.inputs(), layer.outputs(), [16] * 8, [16] * 3) != 0
-    assert errors(plugin) == "was enqueued before onShapeChange accepted the shapes"
-    assert plugin.shape_change(layer.inputs(), layer.outputs()) == 0
-    more = Layer(tokens=3)
-    assert plugin.enqueue(more.inputs(), more.outputs(), [16] * 8, [16] * 3) != 0
-    assert errors(plugin) == "was enqueued with 3 tokens after onShapeChange said 2"
+    assert errors(plugin) == "was enqueued before its inputs were described and accepted"
     assert recorder.launches() == before
 
 
@@ -516,11 +541,11 @@ def test_no_exception_reaches_tensorrt(plugin: Plugin, recorder: Recorder, throw
     inputs, outputs = layer.inputs(), layer.outputs()
     assert plugin.shape_change(inputs, outputs) == 0
     recorder.answer(throws=throws)
+    assert plugin.enqueue(inputs, outputs, [16] * 8, [16] * 3) != 0
+    assert errors(plugin) == sentence
     assert plugin.configure(inputs, outputs) != 0
     assert errors(plugin) == sentence
     assert plugin.workspace(inputs, outputs) == 0
-    assert errors(plugin) == sentence
-    assert plugin.enqueue(inputs, outputs, [16] * 8, [16] * 3) != 0
     assert errors(plugin) == sentence
     assert plugin.shape_change(inputs, outputs) != 0
     assert errors(plugin) == sentence
