@@ -70,10 +70,15 @@ class AttentionConfig(_Model):
 
 
 class MlpConfig(_Model):
-    """A dense MLP; the activation is named as the operator's, so a gated one says "swiglu"."""
+    """A dense MLP; the activation is named as the operator's, so a gated one says "swiglu".
+
+    Attributes:
+        bias: its projections have one.
+    """
 
     intermediate_size: int = Field(ge=1)
     activation: str
+    bias: bool = False
 
 
 class SharedExpertConfig(MlpConfig):

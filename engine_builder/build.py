@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -115,7 +116,8 @@ def build(
         try:
             with GraphBuilder(temporary / "model.onnx", architecture.__name__) as graph:
                 architecture(model, build_config, tensors, graph).build(report)
-                unused = [name for name in tensors.unused() if not name.endswith("rotary_emb.inv_freq")]
+                ignored = re.compile("|".join(architecture.ignored_tensors))
+                unused = [name for name in tensors.unused() if not ignored.fullmatch(name)]
                 if unused and not (model.tie_word_embeddings and unused == [architecture.lm_head_name]):
                     raise CheckpointError(
                         f"{source} holds {len(unused)} tensors that {architecture.__name__} has no place for, "

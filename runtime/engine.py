@@ -20,7 +20,8 @@ from adaptive_k_moe.runtime.sampler import FloatArray, SamplingState, sample
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 from adaptive_k_moe.runtime.scheduler import Chunk, Scheduler
 from adaptive_k_moe.runtime.sequence import Request, Sequence
-from adaptive_k_moe.runtime.session.base import Session, StepInput, StepOutput
+from adaptive_k_moe.runtime.session.base import Int32Array, Session, StepInput, StepOutput
+from adaptive_k_moe.runtime.state_slots import StateSlots
 from adaptive_k_moe.runtime.telemetry import Counters, EngineStats, Observers, StepRecord, logger
 from adaptive_k_moe.runtime.tokenizer import TokenizerLike
 
@@ -80,7 +81,10 @@ class Engine:
         self._full_k = full_k
         self._blocks = BlockManager(session.num_blocks, session.block_size)
         self._scheduler = Scheduler(
-            self._blocks, max_batch_size=limits.max_batch_size, max_num_tokens=limits.max_num_tokens
+            self._blocks,
+            StateSlots(session.num_state_slots),
+            max_batch_size=limits.max_batch_size,
+            max_num_tokens=limits.max_num_tokens,
         )
         self._requests: dict[str, Request] = {}
         self._counters = Counters()
@@ -333,9 +337,15 @@ class Engine:
             past_lens=np.array(past_lens, np.int32),
             subsequence_begins=np.array(begins, np.int32),
             block_tables=block_tables,
+            state_slots=self._state_slots(chunks),
             logits_indices=np.array(logits_indices, np.int64),
         )
         return step, wanted
+
+    def _state_slots(self, chunks: list[Chunk]) -> Int32Array | None:
+        if not self._session.num_state_slots:
+            return None
+        return np.array([chunk.sequence.state_slot for chunk in chunks], np.int32)
 
     def _record(
         self, chunks: list[Chunk], step: StepInput, wanted: list[_Wanted], result: StepOutput

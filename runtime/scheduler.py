@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in the next step: in-flight batching with chunked prefill over a paged KV cache."""
+"""What is in the next step: in-flight batching with chunked prefill over a paged KV cache and state slots."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from adaptive_k_moe.runtime.block_manager import BlockManager
 from adaptive_k_moe.runtime.sequence import Sequence
+from adaptive_k_moe.runtime.state_slots import StateSlots
 
 
 class Chunk(NamedTuple):
@@ -20,18 +21,22 @@ class Chunk(NamedTuple):
 class Scheduler:
     """First come, first served.
 
-    Sequences wait until a place in the batch and the blocks for all their tokens are free, and then run
-    until they end. `running` and `waiting` are in order of arrival and every running sequence is older
-    than every waiting one, so the oldest always advances and nobody starves.
+    Sequences wait until a place in the batch, a state slot if the model needs one, and the blocks for all
+    their tokens are free, and then run until they end. `running` and `waiting` are in order of arrival and
+    every running sequence is older than every waiting one, so the oldest always advances and nobody starves.
 
     Args:
         block_manager: the KV cache's blocks.
+        state_slots: the recurrent states' slots.
         max_batch_size: most sequences that run at a time.
         max_num_tokens: most tokens in a step.
     """
 
-    def __init__(self, block_manager: BlockManager, *, max_batch_size: int, max_num_tokens: int) -> None:
+    def __init__(
+        self, block_manager: BlockManager, state_slots: StateSlots, *, max_batch_size: int, max_num_tokens: int
+    ) -> None:
         self.block_manager = block_manager
+        self.state_slots = state_slots
         self.max_batch_size = max_batch_size
         self.max_num_tokens = max_num_tokens
         self.waiting: deque[Sequence] = deque()
@@ -43,12 +48,12 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Drop a sequence that ended or was cancelled; its blocks are free at once."""
+        """Drop a sequence that ended or was cancelled; what it holds is free at once."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        self.block_manager.release(sequence.block_table)
+        self._release(sequence)
 
     def schedule(self) -> list[Chunk]:
         """The next step: decode tokens of the running, then prefill of the running, then of the waiting."""
@@ -69,10 +74,11 @@ class Scheduler:
                 budget -= num_tokens
 
         # One preempted just now is first in this queue, and cannot come back: it lacks the block it gave up.
-        while self.waiting and budget > 0 and len(self.running) < self.max_batch_size:
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch_size and self.state_slots.available:
             sequence = self.waiting[0]
             if not self.block_manager.grow(sequence.block_table, len(sequence.token_ids)):
                 break
+            sequence.state_slot = self.state_slots.acquire()
             self.running.append(self.waiting.popleft())
             num_tokens = min(budget, sequence.num_uncomputed)
             chunks.append(Chunk(sequence, num_tokens))
@@ -92,10 +98,15 @@ class Scheduler:
         return False
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks; it is first in the queue and will compute its tokens again."""
+        """Take what a sequence holds; it is first in the queue and will compute its tokens again."""
         self.running.remove(sequence)
-        self.block_manager.release(sequence.block_table)
+        self._release(sequence)
         sequence.num_computed = 0
         sequence.request.metrics.num_preemptions += 1
         self.waiting.appendleft(sequence)
         self.preemptions_total += 1
+
+    def _release(self, sequence: Sequence) -> None:
+        self.block_manager.release(sequence.block_table)
+        self.state_slots.release(sequence.state_slot)
+        sequence.state_slot = None

@@ -114,8 +114,9 @@ class Sequence:
         index: which of the request's `n`.
         token_ids: prompt and answer; the sampler adds to this list.
         num_prompt_tokens: how many of them are the prompt.
-        num_computed: tokens whose keys and values are in the KV cache.
-        block_table: the physical blocks that hold them, in order; empty while it waits.
+        num_computed: tokens that are in the KV cache and the states.
+        block_table: the physical blocks that hold their keys and values, in order; empty while it waits.
+        state_slot: where its recurrent states lie; None while it waits, and in a model without any.
         k, entropy: [computed tokens, L], a row for each token that was ever computed; a token computed
             again after a preemption keeps its first row.
         context_logits: [prompt tokens computed, V], if asked for (of the first sequence alone).
@@ -142,6 +143,7 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.num_computed = 0
         self.block_table: list[int] = []
+        self.state_slot: int | None = None
         capacity = self.num_prompt_tokens + min(params.max_tokens, 64)
         self.k = RowBuffer(num_layers, np.int32, capacity)
         self.entropy = RowBuffer(num_layers, np.float32, capacity)
@@ -167,7 +169,7 @@ class Sequence:
 
     @property
     def num_uncomputed(self) -> int:
-        """Tokens whose keys and values are not in the KV cache; 1 in decode."""
+        """Tokens that are not in the KV cache and the states yet; 1 in decode."""
         return len(self.token_ids) - self.num_computed
 
     @property

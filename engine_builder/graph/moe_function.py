@@ -39,26 +39,34 @@ def moe_attributes(moe: MoeConfig, *, max_k: int, weight_format: str) -> dict[st
     }
 
 
-class _Body:
-    """Nodes of a function body; a method call adds one node and returns its value's name."""
+class FunctionBody:
+    """Nodes of a function body; a method call adds one node and returns its value's name.
 
-    def __init__(self) -> None:
+    Args:
+        prefix: of the values' names; a subgraph's must differ from those around it.
+    """
+
+    def __init__(self, prefix: str = "") -> None:
         self.nodes: list[onnx.NodeProto] = []
+        self._prefix = prefix
 
     def const(self, value: Any, dtype: str = "float32") -> str:
-        name = f"c{len(self.nodes)}"
+        """A constant."""
+        name = f"{self._prefix}c{len(self.nodes)}"
         tensor = numpy_helper.from_array(np.array(value, dtype))
         self.nodes.append(helper.make_node("Constant", [], [name], value=tensor))
         return name
 
     def op(self, op_type: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
-        name = name or f"v{len(self.nodes)}"
+        """A node with one output."""
+        name = name or f"{self._prefix}v{len(self.nodes)}"
         self.nodes.append(helper.make_node(op_type, list(inputs), [name], **attributes))
         return name
 
     def pair(self, op_type: str, *inputs: str, **attributes: Any) -> tuple[str, str]:
         """A node with two outputs."""
-        first, second = f"v{len(self.nodes)}", f"v{len(self.nodes)}_second"
+        first = f"{self._prefix}v{len(self.nodes)}"
+        second = f"{first}_second"
         self.nodes.append(helper.make_node(op_type, list(inputs), [first, second], **attributes))
         return first, second
 
@@ -72,7 +80,7 @@ def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> o
         correction_bias: whether the operator has its ninth input, [E] float32, added to the scores for
             the choice only.
     """
-    b = _Body()
+    b = FunctionBody()
     f32 = onnx.TensorProto.FLOAT
     # Probabilities and entropy: H = log Z - sum(p (x - max)), where p = 0 contributes nothing.
     last, zero, one = b.const([-1], "int64"), b.const(0.0), b.const(1.0)
@@ -172,7 +180,7 @@ def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> o
     return helper.make_function(DOMAIN, OP_TYPE, inputs, OUTPUTS, b.nodes, [helper.make_opsetid("", 24)], attributes)
 
 
-def _mask_groups(b: _Body, ranked: str, moe: MoeConfig) -> str:
+def _mask_groups(b: FunctionBody, ranked: str, moe: MoeConfig) -> str:
     """Leave only the experts of the `topk_group` best groups selectable.
 
     A group's score is its best expert's (softmax) or the sum of its two best (sigmoid), as DeepSeek-V2
@@ -196,7 +204,7 @@ def _mask_groups(b: _Body, ranked: str, moe: MoeConfig) -> str:
     return b.op("Reshape", masked, b.const([-1, moe.num_experts], "int64"))
 
 
-def _activate(b: _Body, projected: str, activation: str) -> str:
+def _activate(b: FunctionBody, projected: str, activation: str) -> str:
     """The experts' activation over the last dimension; a gated one halves it."""
     if activation in GATED_ACTIVATIONS:
         gate, up = b.pair("Split", projected, axis=-1, num_outputs=2)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from adaptive_k_moe.engine_builder.checkpoint import HfConfig
 from adaptive_k_moe.engine_builder.models.decoder import Decoder
 from adaptive_k_moe.engine_builder.models.mixtral import Mixtral
+from adaptive_k_moe.engine_builder.models.nemotron_h import NemotronH
 from adaptive_k_moe.engine_builder.models.olmoe import Olmoe
 from adaptive_k_moe.engine_builder.models.qwen2_moe import Qwen2Moe
 from adaptive_k_moe.engine_builder.models.qwen3_moe import Qwen3Moe
@@ -13,6 +14,7 @@ from adaptive_k_moe.errors import CheckpointError
 
 ARCHITECTURES: dict[str, type[Decoder]] = {
     "MixtralForCausalLM": Mixtral,
+    "NemotronHForCausalLM": NemotronH,
     "OlmoeForCausalLM": Olmoe,
     "Qwen2MoeForCausalLM": Qwen2Moe,
     "Qwen3MoeForCausalLM": Qwen3Moe,

@@ -486,7 +486,8 @@ class Decoder:
     def stored(self, name: str, shape: tuple[int, ...], *, dtype: str | None = None) -> str:
         """A checkpoint tensor as a weight of the graph, in the engine's dtype unless another is asked for."""
         self._stored_dtypes[name] = dtype or self.model.dtype
-        return self.graph.weight(name, self._stored_dtypes[name], shape, [self.tensors.read(self.in_checkpoint(name), shape)])
+        values = self.tensors.read(self.in_checkpoint(name), shape)
+        return self.graph.weight(name, self._stored_dtypes[name], shape, [values])
 
     def in_checkpoint(self, name: str) -> str:
         """The checkpoint's name for a weight of the graph; here the same."""

@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from adaptive_k_moe.engine_builder.graph import DOMAIN
+from adaptive_k_moe.engine_builder.graph import keep_states_in_place
+from adaptive_k_moe.engine_builder.graph.moe_function import OP_TYPE
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.plugin import openvino_extension_path
@@ -33,7 +34,7 @@ def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: B
     source = directory / "model.onnx"
     core = ov.Core()
     core.add_extension(str(openvino_extension_path()))
-    _expose_expert_bytes(source)
+    _use_operators(source)
     graph = core.read_model(source)
     # No float16 compression: the dtype was the user's choice.
     ov.save_model(graph, directory / ENGINE_XML, compress_to_fp16=False)
@@ -44,14 +45,15 @@ def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: B
     use_paged_attention(core.read_model(directory / ENGINE_XML), model)
 
 
-def _expose_expert_bytes(path: Path) -> None:
-    """Drop the function body, so that the extension's operator is taken, and keep bfloat16 experts as bytes.
+def _use_operators(path: Path) -> None:
+    """Drop the function bodies, so that the extension's operators are taken, and keep bfloat16 experts as bytes.
 
     OpenVINO's CPU plugin widens 16-bit constants that feed a custom operator: twice the bytes to read.
     """
     proto = onnx.load(path, load_external_data=False)
     del proto.functions[:]
-    experts = {name for node in proto.graph.node if node.domain == DOMAIN for name in node.input[6:8]}
+    keep_states_in_place(proto)
+    experts = {name for node in proto.graph.node if node.op_type == OP_TYPE for name in node.input[6:8]}
     for initializer in proto.graph.initializer:
         if initializer.name in experts and initializer.data_type == TensorProto.BFLOAT16:
             initializer.data_type = TensorProto.UINT8

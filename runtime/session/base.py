@@ -30,10 +30,12 @@ class StepInput:
         input_ids: [T] token ids, sequence after sequence.
         position_ids: [T] each token's position in its own sequence, from 0.
         policy_index: [T] the policy row that each token follows.
-        past_lens: [S] tokens of each sequence that are already in the KV cache.
+        past_lens: [S] tokens of each sequence that are already in the KV cache and the states.
         subsequence_begins: [S + 1] where each sequence's tokens begin in the packed arrays.
         block_tables: S lists of the physical KV blocks of each sequence, in order, enough for its
             past and new tokens.
+        state_slots: [S] where each sequence's recurrent states lie, all different; None in a model without
+            any. A sequence whose past length is 0 starts from zero states, whatever lies there.
         logits_indices: [N] rows of the packed arrays whose next-token logits are wanted; may be empty
             (a prefill chunk that is not its prompt's last).
     """
@@ -44,6 +46,7 @@ class StepInput:
     past_lens: Int32Array
     subsequence_begins: Int32Array
     block_tables: list[list[int]]
+    state_slots: Int32Array | None
     logits_indices: Int64Array
 
 
@@ -74,6 +77,10 @@ class Session(Protocol):
         """KV blocks that exist; the physical ids are 0 to num_blocks - 1."""
 
     @property
+    def num_state_slots(self) -> int:
+        """Sequences whose recurrent states there is room for, in slots 0 to num_state_slots - 1; 0: it has none."""
+
+    @property
     def vocab_size(self) -> int:
         """V, the width of the logits."""
 
@@ -82,7 +89,7 @@ class Session(Protocol):
         """L, the width of `StepOutput.k`."""
 
     def step(self, step: StepInput) -> StepOutput:
-        """Run the model once over the packed tokens and write their keys and values into their blocks."""
+        """Run the model once over the packed tokens; their keys and values go into their blocks, states into slots."""
 
     def set_policies(self, tables: PolicyTables) -> None:
         """Use these policy tables from the next step on."""

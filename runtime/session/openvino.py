@@ -20,6 +20,9 @@ ENGINE_XML = "rank0.xml"
 # Memory that the KV cache takes at most unless the caller says how many tokens it must hold.
 _DEFAULT_CACHE_BYTES = 4 << 30
 
+# Tokens of a block in a model that caches no keys and values.
+_EMPTY_BLOCK_SIZE = 32
+
 
 class OpenVinoSession:
     """One compiled engine with its KV cache; see `Session` for the methods' contracts.
@@ -49,6 +52,7 @@ class OpenVinoSession:
         self._request: Any = None
         self._compile(Path(engine_dir), num_threads)
         self._allocate_cache(kv_cache_max_tokens)
+        self._allocate_states()
         self.set_policies(config.policy_tables())
 
     @property
@@ -60,6 +64,11 @@ class OpenVinoSession:
     def num_blocks(self) -> int:
         """KV blocks that exist."""
         return self._num_blocks
+
+    @property
+    def num_state_slots(self) -> int:
+        """Sequences whose recurrent states there is room for: as many as a step may have."""
+        return 0 if self._config.pretrained_config.mamba is None else self._config.build_config.max_batch_size
 
     @property
     def vocab_size(self) -> int:
@@ -88,7 +97,10 @@ class OpenVinoSession:
             "block_indices_begins": begins,
             "max_context_len": np.array((step.past_lens + new).max(), np.int32),
         }
-        for name, array in arrays.items():
+        if step.state_slots is not None:
+            arrays["state_slots"] = step.state_slots
+        for name in self._inputs & arrays.keys():
+            array = arrays[name]
             # Shared, not copied: `arrays` keeps them alive until the step is over.
             self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=array.ndim > 0))
         self._request.infer()
@@ -121,6 +133,8 @@ class OpenVinoSession:
             graph = core.read_model(engine_dir / ENGINE_XML)
             use_paged_attention(graph, self._config.pretrained_config)
             self._request = core.compile_model(graph, "CPU", options).create_infer_request()
+            # A model without rotary embedding takes no positions, one without attention no blocks.
+            self._inputs = {port.get_any_name() for port in self._request.get_compiled_model().inputs}
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise EngineError(f"OpenVINO cannot load the engine in {engine_dir}: {reason}") from error
@@ -129,13 +143,16 @@ class OpenVinoSession:
         build, ov = self._config.build_config, self._ov
         ports = [port for port in self._request.get_compiled_model().inputs if "_cache." in port.get_any_name()]
         shapes = {port: [dim.get_length() for dim in list(port.get_partial_shape())[1:]] for port in ports}
-        # [blocks, KV heads, tokens of a block, head_dim]
-        self._block_size = int(next(iter(shapes.values()))[1])
+        # [blocks, KV heads, tokens of a block, head_dim]. A model without attention has blocks of no bytes:
+        # they still say how many tokens its sequences may have.
+        self._block_size = int(next(iter(shapes.values()))[1]) if shapes else _EMPTY_BLOCK_SIZE
         block_bytes = sum(int(np.prod(shape)) * port.get_element_type().size for port, shape in shapes.items())
         per_sequence = -(-build.max_seq_len // self._block_size)
         if max_tokens is None:
             wanted = build.max_batch_size * per_sequence
-            self._num_blocks: int = max(per_sequence, min(wanted, _DEFAULT_CACHE_BYTES // block_bytes))
+            if block_bytes:
+                wanted = max(per_sequence, min(wanted, _DEFAULT_CACHE_BYTES // block_bytes))
+            self._num_blocks: int = wanted
         else:
             self._num_blocks = max(1, max_tokens // self._block_size)
         self._cache = {
@@ -143,6 +160,18 @@ class OpenVinoSession:
             for port, shape in shapes.items()
         }
         for name, tensor in self._cache.items():
+            self._request.set_tensor(name, tensor)
+
+    def _allocate_states(self) -> None:
+        """The recurrent states of all slots. The operator updates them in place and reads only what it wrote."""
+        mamba, ov = self._config.pretrained_config.mamba, self._ov
+        self._states = {}
+        if mamba is None:
+            return
+        for name, shape in (("conv_state", mamba.conv_state_shape), ("ssm_state", mamba.ssm_state_shape)):
+            for layer in mamba.layers:
+                self._states[f"{name}.{layer}"] = ov.Tensor(ov.Type.f32, ov.Shape([self.num_state_slots, *shape]))
+        for name, tensor in self._states.items():
             self._request.set_tensor(name, tensor)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the engine's explicit past keys and values to OpenVINO's paged attention.
+"""From the engine's explicit past keys and values, and states, to OpenVINO's paged attention and packed tokens.
 
 Done each time an engine is loaded (it takes milliseconds), because OpenVINO cannot read its own paged
 attention back from a file. The builder runs the same pass to check that a model's attention matches.
@@ -16,11 +16,11 @@ from adaptive_k_moe.errors import EngineError
 
 
 def use_paged_attention(graph: Any, model: PretrainedConfig) -> None:
-    """Replace past keys and values by block tables, in place.
+    """Replace past keys and values by block tables, in place, and let ``input_ids`` be [T].
 
     The graph's inputs ``past_key_values.N.*`` and outputs ``present.N.*`` go; ``key_cache.N``,
     ``value_cache.N``, ``past_lens``, ``subsequence_begins``, ``block_indices``, ``block_indices_begins``
-    and ``max_context_len`` come.
+    and ``max_context_len`` come. Recurrent layers' ``past_lens`` and ``subsequence_begins`` become the same inputs.
 
     Args:
         graph: an `openvino.Model` as the engine builder wrote it.
@@ -39,6 +39,14 @@ def use_paged_attention(graph: Any, model: PretrainedConfig) -> None:
     # The transformation finds its inputs by their friendly names.
     for name, parameter in parameters.items():
         parameter.set_friendly_name(name)
+    if not model.attention_layers:
+        _pack_tokens(graph, parameters)
+        return
+    # The transformation brings inputs of these names.
+    shared = {name: parameters[name] for name in ("past_lens", "subsequence_begins") if name in parameters}
+    for name, parameter in shared.items():
+        parameter.set_friendly_name(f"recurrent.{name}")
+        parameter.output(0).set_names({f"recurrent.{name}"})
     added = []
     for name, shape, kind in (("beam_idx", [-1], Type.i32), ("attention_mask", [-1, -1], Type.i64)):
         parameter = op.parameter(PartialShape(shape), kind, name)
@@ -47,7 +55,7 @@ def use_paged_attention(graph: Any, model: PretrainedConfig) -> None:
     heads, width = model.num_key_value_heads, model.head_dim
     batch = op.gather(op.shape_of(parameters["input_ids"]), op.constant(np.array([0])), op.constant(np.int64(0)))
     sinks = []
-    for layer in range(model.num_hidden_layers):
+    for layer in model.attention_layers:
         for kind in ("key", "value"):
             past, present = f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
             info = VariableInfo()
@@ -64,9 +72,33 @@ def use_paged_attention(graph: Any, model: PretrainedConfig) -> None:
     graph.add_parameters(added)
     graph.add_sinks(sinks)
     paged_attention_transformation(graph)
+    brought = {name: node for node in graph.get_parameters() for name in node.output(0).get_names()}
+    for name, parameter in shared.items():
+        _replace_parameter(graph, parameter, brought[name].output(0))
     matched = sum(node.get_type_name() == "PagedAttentionExtension" for node in graph.get_ops())
-    if matched != model.num_hidden_layers:
+    if matched != len(model.attention_layers):
         raise EngineError(
-            f"OpenVINO recognised paged attention in {matched} of {model.num_hidden_layers} layers, so this model "
+            f"OpenVINO recognised paged attention in {matched} of {len(model.attention_layers)} layers, so this model "
             "cannot run on the openvino target."
         )
+
+
+def _pack_tokens(graph: Any, parameters: dict[str, Any]) -> None:
+    """What the transformation does for ``input_ids`` and the unused positions, where there is no attention."""
+    from openvino import PartialShape, Type
+    from openvino import opset13 as op
+
+    tokens = op.parameter(PartialShape([-1]), Type.i64, "input_ids")
+    column = op.unsqueeze(tokens, op.constant(np.int64(1)))
+    graph.add_parameters([tokens])
+    _replace_parameter(graph, parameters["input_ids"], column.output(0))
+    tokens.output(0).set_names({"input_ids"})
+    if "position_ids" in parameters:
+        graph.remove_parameter(parameters["position_ids"])
+    graph.validate_nodes_and_infer_types()
+
+
+def _replace_parameter(graph: Any, parameter: Any, output: Any) -> None:
+    for consumer in list(parameter.output(0).get_target_inputs()):
+        consumer.replace_source_output(output)
+    graph.remove_parameter(parameter)

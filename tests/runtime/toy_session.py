@@ -3,7 +3,8 @@
 
 Its logits are a function of the whole history, which it reads back from the KV blocks that it was told
 to keep it in. So a wrong block table, position, past length or policy gives other tokens, and a block
-that two sequences share by mistake garbles them.
+that two sequences share by mistake garbles them. With state slots it also sums the history up in each
+sequence's slot, as a recurrent layer would, and refuses to go on where the slot holds another sum.
 """
 
 from __future__ import annotations
@@ -56,10 +57,13 @@ def toy_config(
 class ToySession:
     """See the module. `fail_on` makes a step that holds this token raise."""
 
-    def __init__(self, *, vocab_size: int = 50, num_blocks: int = 32, block_size: int = 4) -> None:
+    def __init__(
+        self, *, vocab_size: int = 50, num_blocks: int = 32, block_size: int = 4, num_state_slots: int = 0
+    ) -> None:
         self.vocab_size = vocab_size
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.num_state_slots = num_state_slots
         self.num_moe_layers = NUM_LAYERS
         self.fail_on: int | None = None
         self.nan_on: int | None = None
@@ -67,6 +71,7 @@ class ToySession:
         self.closed = 0
         self.steps: list[StepInput] = []
         self._cache = np.full((num_blocks, block_size), 777, np.int64)
+        self._states = np.full(num_state_slots, 777, np.int64)
         self._frequencies = np.arange(1, vocab_size + 1) * 0.7130481
         self._tables: PolicyTables | None = None
 
@@ -91,6 +96,9 @@ class ToySession:
             raise RuntimeError("toy failure")
         entropy, k = self._route(step)
         hashes = np.empty(num_tokens, np.int64)
+        assert (step.state_slots is None) == (self.num_state_slots == 0)
+        if step.state_slots is not None:
+            assert len(set(step.state_slots.tolist())) == len(step.block_tables), "two sequences share a slot"
         for s, table in enumerate(step.block_tables):
             begin, end = step.subsequence_begins[s : s + 2]
             past = int(step.past_lens[s])
@@ -102,6 +110,10 @@ class ToySession:
             values = (step.input_ids[begin:end] + 1) * 8 + k[begin:end, 0]
             self._cache[blocks[slots // self.block_size], slots % self.block_size] = values
             history = self._cache[blocks].ravel()[:total]
+            if step.state_slots is not None:
+                slot = step.state_slots[s]
+                assert self._states[slot] == history[:past].sum() or past == 0, "the state is another sequence's"
+                self._states[slot] = history.sum()
             weights = np.arange(1, total + 1) * 7919 % 10007
             hashes[begin:end] = (np.cumsum(history * weights) % _MODULUS)[past:]
         rows = hashes[step.logits_indices]

@@ -85,9 +85,9 @@ def mamba2(
         dtype = np.int32 if name in ("subsequence_begins", "past_lens", "state_slots") else np.float32
         if array.dtype != dtype:
             raise ValueError(f"Mamba2: input {name} is {array.dtype} but must be {np.dtype(dtype).name}")
-        if name.endswith("_state"):
-            if not isinstance(value, np.ndarray) or not array.flags.c_contiguous or not array.flags.writeable:
-                raise ValueError(f"Mamba2: input {name} must be a writeable C-contiguous NumPy array: it is updated")
+        updatable = isinstance(value, np.ndarray) and array.flags.c_contiguous and array.flags.writeable
+        if name.endswith("_state") and not updatable:
+            raise ValueError(f"Mamba2: input {name} must be a writeable C-contiguous NumPy array: it is updated")
         arrays.append(np.ascontiguousarray(array))
     tokens = len(arrays[0]) if arrays[0].ndim else 0
     width = ssm_state.shape[1] * ssm_state.shape[3] if ssm_state.ndim == 4 else 0
