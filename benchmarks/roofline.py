@@ -38,6 +38,7 @@ class Gpu:
     Attributes:
         bandwidth: memory, bytes per second.
         tensor_flops: dense bfloat16 with float32 sums, operations per second.
+        mma_flops: the same by mma.sync, which since Hopper is not the way to the full rate. No sheet has it.
         vector_flops: float32 outside the tensor cores, operations per second.
         source: where the figures are from.
     """
@@ -45,17 +46,21 @@ class Gpu:
     name: str
     bandwidth: float
     tensor_flops: float
+    mma_flops: float
     vector_flops: float
     source: str
 
 
-# Where a sheet gives tensor rates with sparsity, half of them is entered here.
+# Where a sheet gives tensor rates with sparsity, half of them is entered here. mma_flops of Hopper is assumed at
+# 0.62 of its peak, of the order that microbenchmarks find; that of B200 at Hopper's rate for each multiprocessor.
 GPUS = {
-    "h100": Gpu("H100 SXM", 3.35e12, 989e12, 67e12, "NVIDIA H100 Tensor Core GPU data sheet"),
-    "h200": Gpu("H200 SXM", 4.8e12, 989e12, 67e12, "NVIDIA H200 Tensor Core GPU data sheet"),
-    "l40s": Gpu("L40S", 864e9, 362e12, 91.6e12, "NVIDIA L40S data sheet"),
-    "rtx4090": Gpu("RTX 4090", 1008e9, 165.2e12, 82.6e12, "NVIDIA Ada GPU architecture white paper, appendix A"),
-    "b200": Gpu("B200 SXM", 8e12, 2250e12, 75e12, "NVIDIA Blackwell data sheet (HGX B200, one of eight)"),
+    "h100": Gpu("H100 SXM", 3.35e12, 989e12, 613e12, 67e12, "NVIDIA H100 Tensor Core GPU data sheet"),
+    "h200": Gpu("H200 SXM", 4.8e12, 989e12, 613e12, 67e12, "NVIDIA H200 Tensor Core GPU data sheet"),
+    "l40s": Gpu("L40S", 864e9, 362e12, 362e12, 91.6e12, "NVIDIA L40S data sheet"),
+    "rtx4090": Gpu(
+        "RTX 4090", 1008e9, 165.2e12, 165.2e12, 82.6e12, "NVIDIA Ada GPU architecture white paper, appendix A"
+    ),
+    "b200": Gpu("B200 SXM", 8e12, 2250e12, 687e12, 75e12, "NVIDIA Blackwell data sheet (HGX B200, one of eight)"),
 }
 
 
@@ -139,6 +144,7 @@ DECODE_TOKENS = 8
 MOST_DECODE_TOKENS = 128
 DECODE_ROWS_PER_EXPERT = 4
 PLAN_TOKENS = 128
+MIXED_TILE_ROWS = 64  # plugin/cuda/mixed.cu
 
 ELEMENT_BYTES = 2  # of activations
 
@@ -182,11 +188,10 @@ def distinct_experts(experts: int, k: float, tokens: int, load: Sequence[float] 
     return sum(1 - (1 - p) ** tokens for p in inclusion_probabilities(load, k))
 
 
-def takes_decode_path(model: Model, weights: Weights, tokens: int) -> bool:
-    """The launcher's choice. Only unquantised weights have a path for many tokens."""
-    few = tokens <= DECODE_TOKENS
-    shared_little = tokens * model.top_k <= DECODE_ROWS_PER_EXPERT * model.experts
-    return weights.quantised or few or (tokens <= MOST_DECODE_TOKENS and shared_little)
+def takes_decode_path(model: Model, tokens: int) -> bool:
+    """The launcher's choice, by the tokens and the most experts that they may run."""
+    few_rows = tokens * model.top_k <= DECODE_ROWS_PER_EXPERT * model.experts
+    return tokens <= DECODE_TOKENS or (tokens <= MOST_DECODE_TOKENS and few_rows)
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ class Kernel:
     Attributes:
         bytes: read and written.
         flops: operations, two for a multiplication with addition.
-        tensor: whether tensor cores do them.
+        unit: what does them: "vector", "tensor", or "mma" for tensor cores by mma.sync.
         launches: kernels that it takes.
         inside: whether it is part of the operator, rather than of the layer around it.
         product: whether it is an expert's matrix product.
@@ -205,14 +210,14 @@ class Kernel:
     name: str
     bytes: float
     flops: float = 0.0
-    tensor: bool = False
+    unit: str = "vector"
     launches: int = 1
     inside: bool = True
     product: bool = False
 
     def times(self, gpu: Gpu, assumed: Assumptions) -> dict[str, float]:
         """Seconds by what takes them, were it alone; the first two overlap."""
-        peak = gpu.tensor_flops if self.tensor else gpu.vector_flops
+        peak = {"tensor": gpu.tensor_flops, "mma": gpu.mma_flops, "vector": gpu.vector_flops}[self.unit]
         return {
             "memory": self.bytes / (gpu.bandwidth * assumed.bandwidth_efficiency),
             "compute": self.flops / (peak * assumed.compute_efficiency),
@@ -243,24 +248,31 @@ def kernels(model: Model, weights: Weights, tokens: int, k: float, load: Sequenc
     down_bytes = touched * weights.matrix_bytes(h, i)
     up_flops, down_flops = 2.0 * rows * model.up_rows * h, 2.0 * rows * h * i
     found = [
-        Kernel("router", e * h * x + t * h * x + 4 * t * e, 2.0 * t * h * e, tensor=True, inside=False),
+        Kernel("router", e * h * x + t * h * x + 4 * t * e, 2.0 * t * h * e, unit="tensor", inside=False),
         # Logits in; k, entropy and room for top_k experts and weights out.
         Kernel("route", t * (4 * e + 4 + 8 + 8 * model.top_k)),
         Kernel("plan", t * (4 + 4 * model.top_k) + 8 * rows + 12 * e, launches=1 if t <= PLAN_TOKENS else 3),
     ]
-    if takes_decode_path(model, weights, tokens):
+    if takes_decode_path(model, tokens):
         found += [
             Kernel("decode up", up_bytes + t * h * x + rows * i * x, up_flops, product=True),
             Kernel("decode down", down_bytes + rows * i * x + 4 * rows * h, down_flops, product=True),
             Kernel("combine", 4 * rows * h + t * h * x),
         ]
+    elif weights.quantised:
+        found += [
+            Kernel("tiles", 8 * e + 12 * (touched + rows / MIXED_TILE_ROWS)),
+            Kernel("mixed up", up_bytes + rows * (h + i) * x, up_flops, "mma", product=True),
+            Kernel("mixed down", down_bytes + rows * (i + h) * x, down_flops, "mma", product=True),
+            Kernel("combine", rows * h * x + t * h * x),
+        ]
     else:
         u = model.up_rows
         found += [
             Kernel("gather", t * h * x + rows * h * x),
-            Kernel("gemm up", up_bytes + rows * (h + u) * x, up_flops, True, 2, product=True),
+            Kernel("gemm up", up_bytes + rows * (h + u) * x, up_flops, "tensor", 2, product=True),
             Kernel("activate", rows * (u + i) * x),
-            Kernel("gemm down", down_bytes + rows * (i + h) * x, down_flops, True, 2, product=True),
+            Kernel("gemm down", down_bytes + rows * (i + h) * x, down_flops, "tensor", 2, product=True),
             Kernel("combine", rows * h * x + t * h * x),
         ]
     if model.shared_intermediate:
@@ -270,8 +282,8 @@ def kernels(model: Model, weights: Weights, tokens: int, k: float, load: Sequenc
         flops = 2.0 * t * h * s
         gate = 2 if model.gated else 1
         found += [
-            Kernel("shared up", up + t * (h + s) * x, gate * flops, tensor=True, inside=False),
-            Kernel("shared down", plain.matrix_bytes(h, s) + t * (h + s) * x, flops, tensor=True, inside=False),
+            Kernel("shared up", up + t * (h + s) * x, gate * flops, unit="tensor", inside=False),
+            Kernel("shared down", plain.matrix_bytes(h, s) + t * (h + s) * x, flops, unit="tensor", inside=False),
         ]
     return found
 
@@ -329,7 +341,7 @@ def estimate(
         weights=weights.name,
         tokens=tokens,
         k=k,
-        path="decode" if takes_decode_path(model, weights, tokens) else "prefill",
+        path="decode" if takes_decode_path(model, tokens) else "prefill",
         distinct_experts=distinct_experts(model.experts, k, tokens, load),
         bytes=sum(kernel.bytes for kernel in inside),
         flops=sum(kernel.flops for kernel in inside),
@@ -370,8 +382,8 @@ def table(gpu: Gpu, model: Model, weights: Weights, rows: Sequence[dict[str, Any
     slower = [row["fixed"]["tokens"] for row in rows if row["fixed"]["operator_seconds"] > row["bf16_operator_seconds"]]
     if slower:
         body.append(
-            f"From {slower[0]} tokens on, {weights.name} takes longer than bf16 would: the kernels multiply quantised "
-            "weights without tensor cores. A share saved of that is no gain over bf16."
+            f"From {slower[0]} tokens on, {weights.name} takes longer than bf16 would: its products use mma.sync. "
+            "A share saved of that is no gain over bf16."
         )
     return "\n".join([title, *body])
 

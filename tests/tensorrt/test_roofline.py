@@ -118,6 +118,16 @@ def test_many_tokens_of_mixtral_by_hand() -> None:
     assert ideal.operator_seconds > 2 * 2 * tokens * 3 * 4096 * 14336 / 989e12
 
 
+def test_many_tokens_with_quantised_weights_by_hand() -> None:
+    tokens = 4096
+    work = inside(MIXTRAL, INT8, tokens, 2)
+    assert set(work) == {"route", "plan", "tiles", "mixed up", "mixed down", "combine"}
+    assert work["mixed up"].unit == work["mixed down"].unit == "mma"
+    assert work["mixed up"].flops == 2 * (2 * tokens) * 28672 * 4096
+    # The activation is part of the product, so only its result is written.
+    assert work["mixed up"].bytes == pytest.approx(8 * 28672 * (4096 + 2) + 2 * tokens * (4096 + 14336) * 2)
+
+
 def test_an_expert_without_a_gate_has_two_matrices() -> None:
     work = inside(NEMOTRON, BF16, 1, 6)
     assert work["decode up"].flops == work["decode down"].flops == 2 * 6 * 2688 * 1856
@@ -138,11 +148,12 @@ def test_the_shared_expert_and_the_router_are_outside_the_operator() -> None:
 
 
 def test_a_kernel_takes_the_longer_of_reading_and_computing() -> None:
-    gpu = r.Gpu("round", 1e9, 1e12, 1e10, "")
+    gpu = r.Gpu("round", 1e9, 1e12, 5e11, 1e10, "")
     assumed = r.Assumptions(bandwidth_efficiency=0.5, compute_efficiency=0.25, launch_seconds=1e-3)
     assert r.Kernel("a", 5e8).seconds(gpu, assumed) == pytest.approx(1 + 1e-3)
     assert r.Kernel("b", 0, 5e9, launches=2).seconds(gpu, assumed) == pytest.approx(2 + 2e-3)
-    assert r.Kernel("c", 0, 5e11, tensor=True).seconds(gpu, assumed) == pytest.approx(2 + 1e-3)
+    assert r.Kernel("c", 0, 5e11, "tensor").seconds(gpu, assumed) == pytest.approx(2 + 1e-3)
+    assert r.Kernel("c", 0, 5e11, "mma").seconds(gpu, assumed) == pytest.approx(4 + 1e-3)
     assert r.Kernel("d", 5e8, 5e9).seconds(gpu, assumed) == pytest.approx(2 + 1e-3)
 
 
@@ -204,12 +215,14 @@ def test_the_paths_are_the_launchers() -> None:
     assert constant(launcher, "kMostDecodeTokens") == r.MOST_DECODE_TOKENS
     assert constant(launcher, "kDecodeRowsPerExpert") == r.DECODE_ROWS_PER_EXPERT
     assert constant(plan, "kPlanTokens") == r.PLAN_TOKENS
+    assert constant((h.PLUGIN / "cuda" / "mixed.cu").read_text(), "kTileRows") == r.MIXED_TILE_ROWS
 
 
 @pytest.mark.parametrize(("tokens", "decode"), [(1, True), (8, True), (16, True), (17, False), (200, False)])
 def test_mixtrals_path_by_tokens(tokens: int, decode: bool) -> None:
-    assert r.takes_decode_path(MIXTRAL, BF16, tokens) == decode
-    assert r.takes_decode_path(MIXTRAL, INT8, tokens)
+    assert r.takes_decode_path(MIXTRAL, tokens) == decode
+    assert ("decode up" in inside(MIXTRAL, BF16, tokens, 1)) == decode
+    assert ("mixed up" in inside(MIXTRAL, INT8, tokens, 1)) != decode
 
 
 # ---------------------------------------------------------------- what is shown
