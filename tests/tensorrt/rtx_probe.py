@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import numpy as np
-import tensorrt_rtx as trt
+import tensorrt_rtx_bindings as trt
 from onnx_layer import layer_model
 
 NUM_EXPERTS, INTERMEDIATE, HIDDEN = 4, 32, 16

@@ -19,7 +19,7 @@ import pytest
 from plugin_harness import PluginLibrary
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed"
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed"
 )
 
 ATTRIBUTES: dict[str, Any] = {
