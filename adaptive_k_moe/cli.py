@@ -31,12 +31,22 @@ COMMANDS = {
     "perplexity": _Command(
         "adaptive_k_moe.runtime.commands.perplexity", "measure a text's perplexity under each policy"
     ),
+    "validate": _Command(
+        "adaptive_k_moe.calibration.commands.validate", "measure the routers' entropy in two ways that must agree"
+    ),
+    "calibrate": _Command("adaptive_k_moe.calibration.commands.calibrate", "choose a policy by measurement"),
+    "eval": _Command("adaptive_k_moe.calibration.commands.eval", "measure policies: quality, experts and time"),
     "serve": _Command("adaptive_k_moe.model_repository.commands.serve", "serve an engine with Triton"),
     "client": _Command("adaptive_k_moe.client.commands.client", "ask a running server"),
 }
 
 # The extra that brings what a subpackage imports, for the sentence when it is missing.
-_EXTRAS = {"client": "adaptive-k-moe"}
+_EXTRAS = {
+    "client": "adaptive-k-moe",
+    "validate": "adaptive-k-moe[calibration,training]",
+    "calibrate": "adaptive-k-moe[calibration]",
+    "eval": "adaptive-k-moe[calibration]",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

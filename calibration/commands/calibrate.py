@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaptive-k calibrate``: choose a policy's thresholds by measurement, within a budget."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptive_k_moe.calibration.calibrate import Calibration
+    from adaptive_k_moe.calibration.evaluator import Evaluator
+    from adaptive_k_moe.calibration.search import Budget
+    from adaptive_k_moe.calibration.windows import Windows
+
+KINDS = ("entropy", "entropy_per_layer", "top_p", "ratio", "static", "static_per_layer")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--checkpoint_dir", type=Path, help="Hugging Face checkpoint; an engine is built from it")
+    model.add_argument("--engine_dir", type=Path, help="directory written by `adaptive-k build`")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text to fit on")
+    parser.add_argument(
+        "--heldout_text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="text to report on (default: every second block of windows of --text, which is then not fitted on)",
+    )
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--target_avg_k", type=float, metavar="X", help="mean experts run for a token in a layer")
+    budget.add_argument("--target_saving", type=float, metavar="PCT", help="per cent of the expert runs left out")
+    budget.add_argument("--max_perplexity_increase", type=float, metavar="PCT", help="per cent that may be lost")
+    parser.add_argument(
+        "--policy_kind",
+        nargs="+",
+        choices=KINDS,
+        default=list(KINDS[:4]),
+        help="kinds to choose among, by their damage on the fitted part (default: all adaptive ones)",
+    )
+    parser.add_argument(
+        "--k_values",
+        type=int,
+        nargs="+",
+        help="values of k to choose among, the trained top-k last (default: a third, two thirds and all of it)",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="policy file to write or add to")
+    parser.add_argument("--policy_name", default="balanced", help="the policy's name in it (default: balanced)")
+    parser.add_argument("--default", action="store_true", help="make it the file's default policy")
+    parser.add_argument("--report", type=Path, metavar="DIR", help="write index.html, figures and results.json there")
+    parser.add_argument("--work_dir", type=Path, help="keeps traces and scores (default: OUTPUT with .work added)")
+    parser.add_argument("--window", type=int, help="tokens in a window (default: 256, or what the engine takes)")
+    parser.add_argument("--max_tokens", type=int, help="use about this many tokens of each text")
+    parser.add_argument("--bands", type=int, default=6, help="entropy bands in each layer (default: 6)")
+    parser.add_argument("--refine_passes", type=int, default=48, help="passes that refining may take (default: 48)")
+    parser.add_argument(
+        "--curve_points", type=int, default=5, help="budgets at which every kind is measured (default: 5)"
+    )
+    parser.add_argument("--timing_rounds", type=int, default=7, help="rounds of timing for the report (default: 7)")
+    parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate, write the policy file and the report, and print the table."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from adaptive_k_moe.calibration.calibrate import calibrate
+
+    if args.bands < 2:
+        from adaptive_k_moe.calibration.errors import CalibrationError
+
+        raise CalibrationError(f"{args.bands} bands cannot rank tokens by their entropy: give --bands 2 or more.")
+    work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
+    known = _known_policies(args.output)
+    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("opening", total=None)
+
+        def report(what: str, done: int, total: int | None) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report)
+        evaluator = _open(engine_dir, args.num_threads)
+        with evaluator:
+            fit, heldout = _texts(args, evaluator)
+            result = calibrate(
+                evaluator,
+                fit,
+                heldout,
+                _budget(args, evaluator.full_k),
+                work_dir=work_dir,
+                kinds=args.policy_kind,
+                k_values=args.k_values,
+                name=args.policy_name,
+                num_bands=args.bands,
+                refine_passes=args.refine_passes,
+                curve_points=args.curve_points if args.report else 0,
+                timing_rounds=args.timing_rounds,
+                report=report,
+            )
+            if args.report:
+                from adaptive_k_moe.calibration.report import write_report
+
+                report("drawing the report", 0, None)
+                write_report(args.report, result, evaluator)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(policy_text(_policy_file(known, result, evaluator, default=args.default)), encoding="utf-8")
+    print(table(result))
+    print(f"{result.chosen.name} and {result.opponent.name} written to {args.output}")
+    if args.report:
+        print(f"report: {args.report / 'index.html'}")
+    return 0
+
+
+def table(result: Calibration) -> str:
+    """The candidates and the opponent on the reported part, as text."""
+    lines = [
+        f"{len(result.fit)} windows of {result.fit.window} tokens fitted on, {len(result.heldout)} reported; "
+        f"perplexity of the full model there: {result.chosen.full.perplexity:.3f}",
+        f"{'policy':<28}{'avg k':>8}  "
+        f"{'perplexity change (95 %)':>28}  {'KL to full, nats (95 %)':>28}  same top token",
+    ]
+    points = [result.chosen, result.opponent, *result.candidates]
+    for point in points:
+        change, kl = point.perplexity_change, point.kl
+        label = point.name if point in (result.chosen, result.opponent) else "  best " + point.kind
+        lines.append(
+            f"{label:<28}{point.avg_k.value:>8.3f}  "
+            f"{change.value:>+10.2%} ({change.low:+.2%} {change.high:+.2%})  "
+            f"{kl.value:>9.5f} ({kl.low:.5f} {kl.high:.5f})  {point.heldout.agreement.mean():>14.1%}"
+        )
+    gap = result.against_opponent()
+    verdict = "better than" if gap["kl"].high < 0 else "worse than" if gap["kl"].low > 0 else "no different from"
+    lines += [
+        f"budget met on the reported part: {result.budget_met}",
+        f"{result.chosen.name} ({result.chosen.kind}) is {verdict} {result.opponent.name} by KL: "
+        f"{gap['kl'].value:+.5f} nats ({gap['kl'].low:+.5f} {gap['kl'].high:+.5f}), average k "
+        f"{gap['avg_k'].value:+.3f}; log-perplexity {gap['log_perplexity'].value:+.4f} "
+        f"({gap['log_perplexity'].low:+.4f} {gap['log_perplexity'].high:+.4f})",
+        "a share of experts saved is a count: `adaptive-k eval` measures the time.",
+    ]
+    return "\n".join(lines)
+
+
+def policy_text(content: dict[str, Any]) -> str:
+    """A policy file as a person would write it: one policy a line, one layer a line."""
+    policies = []
+    for name, policy in content["policies"].items():
+        layers = policy.get("layers")
+        head = json.dumps({key: value for key, value in policy.items() if key != "layers"})
+        if layers:
+            rules = ",\n".join(f"      {json.dumps(layer)}: {json.dumps(rule)}" for layer, rule in layers.items())
+            head = f'{head[:-1]}, "layers": {{\n{rules}}}}}'
+        policies.append(f"    {json.dumps(name)}: {head}")
+    rest = "".join(
+        f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in content.items() if key != "policies"
+    )
+    body = ",\n".join(policies)
+    return f'{{\n{rest}  "policies": {{\n{body}\n  }}\n}}\n'
+
+
+def _open(engine_dir: Path, num_threads: int | None) -> Evaluator:
+    from adaptive_k_moe.calibration.evaluator import Evaluator
+
+    return Evaluator(engine_dir, num_threads=num_threads)
+
+
+def _build(checkpoint_dir: Path, engine_dir: Path, report: Any) -> Path:
+    """The work folder's engine; one that is whole and of this checkpoint is used again."""
+    from adaptive_k_moe.calibration.engines import engine_of
+
+    return engine_of(
+        checkpoint_dir, engine_dir, progress=lambda part, done, total: report(f"building: {part}", done, total)
+    )
+
+
+def _texts(args: argparse.Namespace, evaluator: Evaluator) -> tuple[Windows, Windows]:
+    from adaptive_k_moe.calibration.windows import make_windows, read_text, split
+
+    build = evaluator.config.build_config
+    window = args.window or min(256, build.max_seq_len, build.max_num_tokens)
+    evaluator.check_window(window)
+
+    def windows(paths: list[Path]) -> Windows:
+        texts = {str(path): read_text(path) for path in paths}
+        return make_windows(evaluator.tokenizer, texts, window, max_tokens=args.max_tokens)
+
+    if args.heldout_text:
+        return windows(args.text), windows(args.heldout_text)
+    return split(windows(args.text))
+
+
+def _budget(args: argparse.Namespace, full_k: int) -> Budget:
+    from adaptive_k_moe.calibration.errors import CalibrationError
+    from adaptive_k_moe.calibration.search import Budget
+
+    if args.target_avg_k is not None:
+        return Budget(avg_k=args.target_avg_k)
+    if args.target_saving is not None:
+        if not 0 <= args.target_saving < 100:
+            raise CalibrationError(f"a saving of {args.target_saving:g} per cent is not between 0 and 100.")
+        return Budget(avg_k=full_k * (1 - args.target_saving / 100))
+    return Budget(perplexity_increase=args.max_perplexity_increase / 100)
+
+
+def _known_policies(output: Path) -> Any:
+    """What the output file holds already; read before hours of work, so that a bad file is told at once."""
+    from adaptive_k_moe.policy import PolicySet, read_policy_file
+
+    return read_policy_file(output) if output.exists() else PolicySet()
+
+
+def _policy_file(known: Any, result: Calibration, evaluator: Evaluator, *, default: bool) -> dict[str, Any]:
+    """The known policies with the chosen one and its opponent added or replaced."""
+    import math
+
+    from adaptive_k_moe.policy import FULL, EntropyPolicy
+
+    per_unit = 1 / math.log(2) if known.unit == "bits" else 1.0
+    content = known
+    for point in (result.chosen, result.opponent):
+        rule = point.policy.model_dump(mode="json", exclude_none=True)  # type: ignore[union-attr]
+        if isinstance(point.policy, EntropyPolicy):
+            if not rule["layers"]:
+                del rule["layers"]
+            for choices in [rule, *rule.get("layers", {}).values()]:
+                if "thresholds" in choices and per_unit != 1.0:
+                    choices["thresholds"] = [limit * per_unit for limit in choices["thresholds"]]
+        content = content.with_policy(point.name, rule, default=default and point is result.chosen)
+    return {
+        **content.to_json(),
+        "policies": {
+            FULL: {"kind": "fixed", "k": evaluator.full_k},
+            **content.to_json()["policies"],
+        },
+    }

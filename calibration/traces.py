@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the full model did on a text, collected once and streamed to disk; and what candidates scored.
+
+Both live in one work folder and survive being killed: traces record how many windows are whole, and
+evaluations are lines of a file, of which an unfinished last one is ignored. Everything is keyed by the
+engine's files and the text's tokens, so another model or text never meets old figures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adaptive_k_moe.calibration.errors import CalibrationError
+from adaptive_k_moe.calibration.evaluator import TOP_TOKENS, Evaluator, Progress, Reference, Scores, take
+from adaptive_k_moe.calibration.windows import Windows
+
+FORMAT = 1
+"""Changes whenever old files could not be read any more."""
+
+
+class Traces:
+    """Router entropies and predictions of the full model, in memory-mapped files.
+
+    Attributes:
+        entropy: [W, n, L] nats.
+        reference: the likeliest tokens at each position and their log-probabilities.
+    """
+
+    def __init__(self, entropy: npt.NDArray[np.float32], reference: Reference) -> None:
+        self.entropy = entropy
+        self.reference = reference
+
+
+def collect(evaluator: Evaluator, windows: Windows, directory: Path, *, progress: Progress | None = None) -> Traces:
+    """The full model's traces: read from `directory`, completed where a run was cut off, or made.
+
+    Args:
+        evaluator: the engine.
+        windows: W windows of n tokens.
+        directory: this text's own; made if missing.
+        progress: called with the number of windows that are there.
+    """
+    model = evaluator.config.pretrained_config
+    predicted, kept = windows.num_predicted, min(TOP_TOKENS, model.vocab_size)
+    shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+        "entropy": ((len(windows), windows.window, model.num_moe_layers), np.float32),
+        "top_ids": ((len(windows), predicted, kept), np.int32),
+        "top_log_probs": ((len(windows), predicted, kept), np.float32),
+    }
+    identity = {"format": FORMAT, "engine": engine_fingerprint(evaluator), "tokens": windows.fingerprint()}
+    manifest = directory / "traces.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    known = _read_json(manifest)
+    done = int(known.get("windows_done", 0)) if {name: known.get(name) for name in identity} == identity else 0
+    paths = {name: directory / f"{name}.npy" for name in shapes}
+    try:
+        files = {name: np.lib.format.open_memmap(path, mode="r+") for name, path in paths.items()}
+        usable = all((files[name].shape, files[name].dtype) == (s, np.dtype(d)) for name, (s, d) in shapes.items())
+    except (OSError, ValueError):
+        usable = False
+    if not usable or done == 0:
+        done = 0
+        manifest.unlink(missing_ok=True)
+        files = {
+            name: np.lib.format.open_memmap(paths[name], mode="w+", dtype=dtype, shape=shape)
+            for name, (shape, dtype) in shapes.items()
+        }
+    if progress is not None:
+        progress(done)
+    if done < len(windows):
+        for batch in evaluator.batches(windows, evaluator.tables({}), 0, start=done):
+            part = np.argpartition(batch.log_probs, -kept, axis=-1)[..., -kept:]
+            order = np.argsort(-take(batch.log_probs, part), axis=-1, kind="stable")
+            ids = np.take_along_axis(part, order, axis=-1)
+            # argpartition leaves ties in any order; the best must be the one that argmax names.
+            ids = _best_first(ids, batch.log_probs.argmax(axis=-1))
+            files["entropy"][batch.windows] = batch.entropy
+            files["top_ids"][batch.windows] = ids
+            files["top_log_probs"][batch.windows] = take(batch.log_probs, ids)
+            for file in files.values():
+                file.flush()
+            write_json(manifest, {**identity, "windows_done": batch.windows.stop})
+            if progress is not None:
+                progress(batch.windows.stop)
+    return Traces(files["entropy"], Reference(files["top_ids"], files["top_log_probs"]))
+
+
+class EvaluationCache:
+    """Scores of candidates that were evaluated before, one JSON line each.
+
+    Args:
+        path: the file; made if missing.
+        identity: what the scores depend on besides the candidate: the engine and the text.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self._path = path
+        self._identity = identity
+        self._known: dict[str, Scores] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        for line in whole.splitlines():
+            try:
+                entry = json.loads(line)
+                if entry["identity"] == identity:
+                    self._known[entry["candidate"]] = Scores.from_json(entry["scores"])
+            except (ValueError, KeyError, TypeError):
+                raise CalibrationError(f"{path} is damaged: delete it to measure again.") from None
+        if len(whole) != len(content):
+            with path.open("r+b") as stream:
+                stream.truncate(len(whole))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def get(self, candidate: str) -> Scores | None:
+        """The scores of a candidate, by its description."""
+        return self._known.get(candidate)
+
+    def put(self, candidate: str, scores: Scores) -> None:
+        """Remember a candidate's scores, on disk before this returns."""
+        self._known[candidate] = scores
+        entry = {"identity": self._identity, "candidate": candidate, "scores": scores.to_json()}
+        with self._path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(entry, separators=(",", ":")) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def engine_fingerprint(evaluator: Evaluator) -> str:
+    """SHA-256 over the hashes of the engine's files: its weights, not its policies."""
+    files = sorted((name, entry.sha256) for name, entry in evaluator.config.files.items())
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _best_first(ids: npt.NDArray[np.int64], best: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    place = (ids == best[..., None]).argmax(axis=-1)[..., None]
+    ids = ids.copy()
+    np.put_along_axis(ids, place, ids[..., :1], axis=-1)
+    ids[..., 0] = best
+    return ids
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
