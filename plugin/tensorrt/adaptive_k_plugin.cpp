@@ -158,7 +158,7 @@ int32_t AdaptiveKPlugin::getOutputShapes(const nvinfer1::DimsExprs* in, int32_t 
     std::vector<Dimensions> shapes;
     for (int32_t i = 0; i < num_inputs; ++i) {
       Dimensions& shape = shapes.emplace_back();
-      for (int32_t d = 0; d < in[i].nbDims; ++d)
+      for (int32_t d = 0; d < std::min(in[i].nbDims, Dims::MAX_DIMS); ++d)
         shape.push_back(in[i].d[d]->isConstant() ? in[i].d[d]->getConstantValue() : -1);
     }
     check_input_shapes(attributes_, inputs, shapes);

@@ -87,6 +87,9 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
         partial.replace(result)
+        for outdated in BUILD.glob(f"{name}-*"):
+            if outdated.name.split(".")[0] != result.name.split(".")[0]:
+                outdated.unlink(missing_ok=True)
     return result
 
 
