@@ -3,7 +3,7 @@
 
 header_probe.cpp prints that layout: positions and signatures of the virtual methods, lengths of their
 tables, sizes and members of structures, values of enumerators, names of interfaces. layout/ holds what it
-printed with the headers of TensorRT 10 (10.0, 10.7 and 10.16 print the same) and 11 (11.1).
+printed with the headers of TensorRT 10 (all releases from 10.0 to 10.16) and of TensorRT 11 (11.0 and 11.1).
 """
 
 from __future__ import annotations
