@@ -38,7 +38,7 @@ class Reference:
     """What the full model predicts, as far as it is kept. m is `TOP_TOKENS` or the vocabulary's size.
 
     Attributes:
-        ids: [W, n - first, m] the likeliest tokens, best first.
+        ids: [W, n - first, m] the likeliest tokens, the likeliest one first, the others in any order.
         log_probs: [W, n - first, m] their log-probabilities.
     """
 

@@ -26,7 +26,7 @@ FORMAT = 1
 
 
 class Traces:
-    """Router entropies and predictions of the full model, in memory-mapped files.
+    """Router entropies and predictions of the full model, in memory-mapped files. W windows of n tokens, L layers.
 
     Attributes:
         entropy: [W, n, L] nats.
@@ -76,14 +76,10 @@ def collect(evaluator: Evaluator, windows: Windows, directory: Path, *, progress
         progress(done)
     if done < len(windows):
         for batch in evaluator.batches(windows, evaluator.tables({}), 0, start=done):
-            part = np.argpartition(batch.log_probs, -kept, axis=-1)[..., -kept:]
-            order = np.argsort(-take(batch.log_probs, part), axis=-1, kind="stable")
-            ids = np.take_along_axis(part, order, axis=-1)
-            # argpartition leaves ties in any order; the best must be the one that argmax names.
-            ids = _best_first(ids, batch.log_probs.argmax(axis=-1))
+            found = top_tokens(batch.log_probs, kept)
             files["entropy"][batch.windows] = batch.entropy
-            files["top_ids"][batch.windows] = ids
-            files["top_log_probs"][batch.windows] = take(batch.log_probs, ids)
+            files["top_ids"][batch.windows] = found.ids
+            files["top_log_probs"][batch.windows] = found.log_probs
             for file in files.values():
                 file.flush()
             write_json(manifest, {**identity, "windows_done": batch.windows.stop})
@@ -148,12 +144,20 @@ def write_json(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
-def _best_first(ids: npt.NDArray[np.int64], best: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    place = (ids == best[..., None]).argmax(axis=-1)[..., None]
-    ids = ids.copy()
-    np.put_along_axis(ids, place, ids[..., :1], axis=-1)
-    ids[..., 0] = best
-    return ids
+def top_tokens(log_probs: npt.NDArray[np.float32], count: int) -> Reference:
+    """The likeliest tokens at each position, the one that `argmax` names first.
+
+    Args:
+        log_probs: [w, n, V].
+        count: how many to keep.
+    """
+    ids = np.argpartition(log_probs, -count, axis=-1)[..., -count:]
+    best = log_probs.argmax(axis=-1)[..., None]
+    # Among equals argpartition may have kept any; the best takes its own place or the first one's.
+    place = (ids == best).argmax(axis=-1)[..., None]
+    np.put_along_axis(ids, place, ids[..., :1].copy(), axis=-1)
+    ids[..., :1] = best
+    return Reference(ids.astype(np.int32), take(log_probs, ids))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``adaptive-k eval``: what an engine's policies save and cost, all in one run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adaptive_k_moe.calibration.evaluation import PolicyEvaluation
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's options."""
+    parser.add_argument("--engine_dir", type=Path, required=True, help="directory written by `adaptive-k build`")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text")
+    parser.add_argument("--adaptive_k_policy", nargs="+", metavar="NAME", help="policies (default: all of the engine)")
+    parser.add_argument("--window", type=int, help="tokens in a window (default: 256, or what the engine takes)")
+    parser.add_argument("--max_tokens", type=int, help="use about this many tokens of each text")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="sequences in a step, for the times")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing; 0 takes no times (default: 7)")
+    parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there, too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print the tables."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from adaptive_k_moe.calibration.evaluation import evaluate
+    from adaptive_k_moe.calibration.evaluator import Evaluator
+    from adaptive_k_moe.calibration.traces import write_json
+    from adaptive_k_moe.calibration.windows import make_windows, read_text
+
+    texts = {str(path): read_text(path) for path in args.text}
+    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task("opening", total=None)
+        with Evaluator(args.engine_dir, num_threads=args.num_threads) as evaluator:
+            build = evaluator.config.build_config
+            window = args.window or min(256, build.max_seq_len, build.max_num_tokens)
+            evaluator.check_window(window)
+            windows = make_windows(evaluator.tokenizer, texts, window, max_tokens=args.max_tokens)
+            results = evaluate(
+                evaluator,
+                windows,
+                args.adaptive_k_policy or list(evaluator.config.policies_for_model().policies),
+                batches=args.batch,
+                rounds=args.rounds,
+                progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+            )
+    print(f"{len(windows)} windows of {window} tokens; intervals are 95 %, over windows or rounds")
+    print(table(results))
+    if args.output:
+        content = {"texts": windows.names, "window": window, "num_windows": len(windows)}
+        write_json(args.output, {**content, "policies": [result.to_json() for result in results]})
+    return 0
+
+
+def table(results: Sequence[PolicyEvaluation]) -> str:
+    """Quality, k by layer and token class, and times, as text."""
+    from adaptive_k_moe.calibration import bootstrap
+
+    width = max(6, *(len(result.policy) for result in results))
+    lines = [
+        f"\n{'policy':<{width}}  {'avg k':>6}  {'experts saved':>13}  {'perplexity':>10}  {'change':>24}  "
+        f"{'KL to full, nats':>26}  same top token"
+    ]
+    for result in results:
+        scores = result.scores
+        change, kl = bootstrap.perplexity_change(scores.nll, result.full.nll), bootstrap.mean(scores.kl)
+        lines.append(
+            f"{result.policy:<{width}}  {scores.avg_k:>6.3f}  {1 - scores.avg_k / result.full_k:>13.1%}  "
+            f"{scores.perplexity:>10.3f}  {change.value:>+8.2%} ({change.low:+.2%} {change.high:+.2%})  "
+            f"{kl.value:>8.5f} ({kl.low:.5f} {kl.high:.5f})  {scores.agreement.mean():>14.1%}"
+        )
+    layers = range(results[0].scores.k.shape[1])
+    lines.append(f"\naverage k by layer\n{'policy':<{width}}  " + "  ".join(f"{layer:>5}" for layer in layers))
+    lines += [
+        f"{result.policy:<{width}}  " + "  ".join(f"{k:>5.2f}" for k in result.scores.k.mean(axis=0))
+        for result in results
+    ]
+    classes = list(results[0].class_avg_k)
+    lines.append(f"\naverage k by token class\n{'policy':<{width}}  " + "  ".join(f"{name:>11}" for name in classes))
+    lines += [
+        f"{result.policy:<{width}}  " + "  ".join(f"{result.class_avg_k[name]:>11.2f}" for name in classes)
+        for result in results
+    ]
+    columns = [(timing.phase, timing.batch) for timing in results[0].timings]
+    if columns:
+        lines.append("\ntime against full in the same round (median, interval), and tokens/s")
+        lines.append(f"{'policy':<{width}}  " + "  ".join(f"{f'{phase} x{batch}':>28}" for phase, batch in columns))
+        for result in results:
+            cells = [
+                f"{t.ratio.value:.3f} ({t.ratio.low:.3f} {t.ratio.high:.3f}) {t.tokens_per_second:>7.0f}"
+                for t in result.timings
+            ]
+            lines.append(f"{result.policy:<{width}}  " + "  ".join(f"{cell:>28}" for cell in cells))
+    return "\n".join(lines)
