@@ -97,10 +97,7 @@ def test_onnx_and_ir_give_the_bits_of_the_python_face(
 ) -> None:
     up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, attributes.get("activation", "swiglu"), dtype)
     bias = np.linspace(-0.2, 0.2, EXPERTS, dtype=np.float32) if attributes else None
-    if dtype == "bfloat16":
-        stored = {**attributes, "weight_format": "bfloat16"}
-    else:
-        stored = attributes
+    stored = {**attributes, "weight_format": "bfloat16"} if dtype == "bfloat16" else attributes
     model = core.read_model(graph(tmp_path / "op.onnx", as_bytes(up), as_bytes(down), bias, **stored))
     ov.save_model(model, tmp_path / "op.xml", compress_to_fp16=False)
     for source in (model, core.read_model(tmp_path / "op.xml")):
@@ -143,7 +140,7 @@ def test_output_shapes_follow_the_inputs(core: ov.Core, tmp_path: Path) -> None:
     [
         (
             {"shapes": {"router_logits": ["T", 7]}},
-            r"AdaptiveKMoe: input gate_up has shape \[8, 48, 40\] but must be \[E, 2I, H\], where E = 7 by input router_logits",
+            r"input gate_up has shape \[8, 48, 40\] but must be \[E, 2I, H\], where E = 7 by input router_logits",
         ),
         (
             {"shapes": {"hidden_states": ["T", HIDDEN, 1]}},
