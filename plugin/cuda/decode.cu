@@ -22,15 +22,22 @@ constexpr int kThreads = kWarps * 32;
 constexpr int kWeightRows = 4;  // of a warp
 constexpr int kTokenRows = 4;   // at most, of a pass
 
-// 16-byte pieces of each weight row that are loaded before the first is used. Quantised weights
-// need more registers for each piece, and with many activation rows two pieces would not fit.
+// 16-byte pieces of each weight row that are loaded before the first is used. With many activation
+// rows two pieces do not fit into the registers; quantised pieces hold more weights and need more.
 constexpr int pieces_ahead(WeightStorage storage, int rows) {
-  return storage != WeightStorage::kElement && rows > 2 ? 1 : 2;
+  return rows <= (storage == WeightStorage::kElement ? 2 : 1) ? 2 : 1;
 }
 
-// Blocks that a multiprocessor should hold at once: sets how many registers a thread may have.
+// Blocks that a multiprocessor holds at once. The registers that this leaves a thread, 128 or 168,
+// are as few as serve without spilling; the compiler for Blackwell takes more to have more loads
+// under way.
 constexpr int resident_blocks(WeightStorage storage) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  (void)storage;
+  return 3;
+#else
   return storage == WeightStorage::kElement ? 4 : 3;
+#endif
 }
 
 struct DecodeShared {
@@ -68,17 +75,33 @@ __device__ __forceinline__ void unpack_weights(const uint4& v, int c, float* to)
   }
 }
 
+// Rows as distances from a base, in 16-byte pieces (scales: in numbers): a pointer for each would
+// take twice the registers.
+template <typename T>
+struct Operands {
+  const unsigned char* w;
+  const unsigned char* x;
+  const T* scales;
+  uint32_t w_row[kWeightRows];
+  uint32_t x_row[kTokenRows];
+  uint32_t scale_row[kWeightRows];
+};
+
+__device__ __forceinline__ const unsigned char* piece_at(const unsigned char* base, uint32_t row,
+                                                         int piece) {
+  return base + static_cast<uint64_t>(row + static_cast<uint32_t>(piece)) * 16;
+}
+
 // Adds to acc[m][r] the products of the lane's pieces of weight row r and activation row m.
 template <typename T, WeightStorage storage, int kRows>
-__device__ __forceinline__ void multiply(const DecodeArguments& a,
-                                         const unsigned char* const (&w)[kWeightRows],
-                                         const T* const (&scales)[kWeightRows],
-                                         const T* const (&x)[kRows], int first, int step,
+__device__ __forceinline__ void multiply(const DecodeArguments& a, const Operands<T>& from,
+                                         int first, int step,
                                          float (&acc)[kTokenRows][kWeightRows]) {
   constexpr int kWeights = WeightVector<T, storage>::kSize;
   constexpr int kSize = Vector16<T>::kSize;
   constexpr int kPiecesAhead = pieces_ahead(storage, kRows);
   const int pieces = a.k / kWeights - (fault(kFaultDecodeTail) ? 1 : 0);
+#pragma unroll 1  // the loads ahead are written out; more would spill
   for (int v = first; v < pieces; v += kPiecesAhead * step) {
     uint4 loaded[kPiecesAhead][kWeightRows];
 #pragma unroll
@@ -86,7 +109,7 @@ __device__ __forceinline__ void multiply(const DecodeArguments& a,
       if (v + u * step < pieces) {
 #pragma unroll
         for (int r = 0; r < kWeightRows; ++r)
-          loaded[u][r] = load_streaming(w[r] + static_cast<int64_t>(v + u * step) * 16);
+          loaded[u][r] = load_streaming(piece_at(from.w, from.w_row[r], v + u * step));
       }
     }
 #pragma unroll
@@ -100,7 +123,7 @@ __device__ __forceinline__ void multiply(const DecodeArguments& a,
 #pragma unroll
         for (int m = 0; m < kRows; ++m)
           Vector16<T>::unpack(
-              load_vector(x[m] + static_cast<int64_t>(piece) * kWeights + c * kSize), xs[m]);
+              load_vector(piece_at(from.x, from.x_row[m], piece * (kWeights / kSize) + c)), xs[m]);
 #pragma unroll
         for (int r = 0; r < kWeightRows; ++r) {
           float ws[kSize];
@@ -122,7 +145,8 @@ __device__ __forceinline__ void multiply(const DecodeArguments& a,
         const int group = piece * kWeights / a.group_size;
 #pragma unroll
         for (int r = 0; r < kWeightRows; ++r) {
-          const float scale = to_float(scales[r][fault(kFaultDecodeScale) ? 0 : group]);
+          const float scale =
+              to_float(from.scales[from.scale_row[r] + (fault(kFaultDecodeScale) ? 0 : group)]);
 #pragma unroll
           for (int m = 0; m < kRows; ++m) acc[m][r] += scale * sums[m][r];
         }
@@ -134,45 +158,39 @@ __device__ __forceinline__ void multiply(const DecodeArguments& a,
 // Adds up each of kCount values (a power of two) over the warp's lanes. A lane ends with the sum of
 // one of them in v[0] and gets its index back. In each step a lane gives half of its values away
 // and takes its partner's part of the others, so that kCount values need about kCount shuffles. The
-// tree of additions is the same for every kCount.
-template <int kCount>
+// tree of additions is the same for every kCount. By recursion, since every index must be a
+// constant.
+template <int kLeft, int kBits = 16, int kCount>
 __device__ __forceinline__ int sum_over_lanes(float (&v)[kCount], int lane) {
-  int index = 0;
+  if constexpr (kBits == 0) {
+    return 0;
+  } else if constexpr (kLeft == 1) {
+    v[0] += __shfl_xor_sync(kAllLanes, v[0], kBits);
+    return sum_over_lanes<1, kBits / 2>(v, lane);
+  } else {
+    constexpr int kHalf = kLeft / 2;
+    const bool upper = (lane & kBits) != 0;
 #pragma unroll
-  for (int bits = 16, left = kCount / 2; bits > 0; bits /= 2, left /= 2) {
-    if (left > 0) {
-      const bool upper = (lane & bits) != 0;
-#pragma unroll
-      for (int i = 0; i < left; ++i) {
-        const float given = upper ? v[i] : v[i + left];
-        const float kept = upper ? v[i + left] : v[i];
-        v[i] = kept + __shfl_xor_sync(kAllLanes, given, bits);
-      }
-      index += upper ? left : 0;
-    } else {
-      v[0] += __shfl_xor_sync(kAllLanes, v[0], bits);
+    for (int i = 0; i < kHalf; ++i) {
+      const float given = upper ? v[i] : v[i + kHalf];
+      const float kept = upper ? v[i + kHalf] : v[i];
+      v[i] = kept + __shfl_xor_sync(kAllLanes, given, kBits);
     }
+    return (upper ? kHalf : 0) + sum_over_lanes<kHalf, kBits / 2>(v, lane);
   }
-  return index;
 }
 
 // The sums of kRows activation rows over all lanes, left in shared.partial.
 template <typename T, WeightStorage storage, int kRows>
-__device__ __forceinline__ void multiply_rows(const DecodeArguments& a,
-                                              const unsigned char* const (&w)[kWeightRows],
-                                              const T* const (&scales)[kWeightRows],
-                                              const T* const (&x)[kTokenRows], int part,
-                                              DecodeShared& shared) {
+__device__ __forceinline__ void multiply_rows(const DecodeArguments& a, const Operands<T>& from,
+                                              int part, DecodeShared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const T* rows[kRows];
-#pragma unroll
-  for (int m = 0; m < kRows; ++m) rows[m] = x[m];
   float acc[kTokenRows][kWeightRows] = {};
-  multiply<T, storage, kRows>(a, w, scales, rows, part * 32 + lane, a.split * 32, acc);
+  multiply<T, storage, kRows>(a, from, part * 32 + lane, a.split * 32, acc);
   float sums[kRows * kWeightRows];
 #pragma unroll
   for (int i = 0; i < kRows * kWeightRows; ++i) sums[i] = acc[i / kWeightRows][i % kWeightRows];
-  const int index = sum_over_lanes(sums, lane);
+  const int index = sum_over_lanes<kRows * kWeightRows>(sums, lane);
   if (lane % (32 / (kRows * kWeightRows)) == 0)
     shared.partial[warp][index / kWeightRows][index % kWeightRows] = sums[0];
 }
@@ -192,38 +210,41 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(storage))
   const int teams = kWarps / a.split;
   const int per_team = a.gated ? kWeightRows / 2 : kWeightRows;
   const int first_neuron = (static_cast<int>(blockIdx.x) * teams + warp / a.split) * per_team;
-  const int64_t row_bytes = static_cast<int64_t>(a.k) / WeightVector<T, storage>::kSize * 16;
-  const int64_t row_scales = storage == WeightStorage::kElement ? 0 : a.k / a.group_size;
-  const unsigned char* w[kWeightRows];
-  const T* scales[kWeightRows];
+  const uint32_t row_pieces = static_cast<uint32_t>(a.k / WeightVector<T, storage>::kSize);
+  const uint32_t row_scales =
+      storage == WeightStorage::kElement ? 0 : static_cast<uint32_t>(a.k / a.group_size);
+  const int64_t expert_row = static_cast<int64_t>(expert) * a.n;
+  Operands<T> from;
+  from.w = static_cast<const unsigned char*>(a.w) + expert_row * row_pieces * 16;
+  from.x = static_cast<const unsigned char*>(a.x);
+  from.scales = static_cast<const T*>(a.scales) + expert_row * row_scales;
 #pragma unroll
   for (int r = 0; r < kWeightRows; ++r) {
     int neuron = first_neuron + (a.gated ? r % 2 : r);
     // Past the end a team repeats the last neuron and writes nothing.
     neuron = neuron < a.neurons ? neuron : a.neurons - 1;
-    const int64_t row =
-        static_cast<int64_t>(expert) * a.n + neuron + (a.gated && r >= 2 ? a.neurons : 0);
-    w[r] = static_cast<const unsigned char*>(a.w) + row * row_bytes;
-    scales[r] = static_cast<const T*>(a.scales) + row * row_scales;
+    const auto row = static_cast<uint32_t>(neuron + (a.gated && r >= 2 ? a.neurons : 0));
+    from.w_row[r] = row * row_pieces;
+    from.scale_row[r] = row * row_scales;
   }
 
   for (int row = begin; row < end; row += kTokenRows) {
     const int count = end - row < kTokenRows ? end - row : kTokenRows;
-    const T* x[kTokenRows];
 #pragma unroll
     for (int m = 0; m < kTokenRows; ++m) {
       int at = row + (m < count ? m : count - 1);
       if (fault(kFaultDecodeRow) && at == end - 1 && at > begin) --at;
-      const int64_t source = kUp ? a.rows.row_token[at] : at;
-      x[m] = static_cast<const T*>(a.x) + source * a.k;
+      const int source = kUp ? a.rows.row_token[at] : at;
+      from.x_row[m] =
+          static_cast<uint32_t>(source) * static_cast<uint32_t>(a.k / Vector16<T>::kSize);
     }
     const int part = warp % a.split;
     if (count == 1) {
-      multiply_rows<T, storage, 1>(a, w, scales, x, part, shared);
+      multiply_rows<T, storage, 1>(a, from, part, shared);
     } else if (count == 2) {
-      multiply_rows<T, storage, 2>(a, w, scales, x, part, shared);
+      multiply_rows<T, storage, 2>(a, from, part, shared);
     } else {
-      multiply_rows<T, storage, kTokenRows>(a, w, scales, x, part, shared);
+      multiply_rows<T, storage, kTokenRows>(a, from, part, shared);
     }
     if (!fault(kFaultDecodeBarrier)) __syncthreads();
 
