@@ -389,10 +389,9 @@ def recorded_router_logits(model: nn.Module, architecture: Architecture) -> Iter
             handle.remove()
 
 
-@torch.no_grad()
 def mean_entropies(router_logits: list[Tensor]) -> list[float]:
     """Each layer's router entropy in nats, averaged over the tokens of one pass."""
-    probabilities = [logits.float().softmax(dim=-1) for logits in router_logits]
+    probabilities = [logits.detach().float().softmax(dim=-1) for logits in router_logits]
     return [round(float(torch.special.entr(p).sum(dim=-1).mean()), 3) for p in probabilities]
 
 
@@ -413,7 +412,6 @@ def load_balancing_loss(router_logits: list[Tensor], top_k: int) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def mean_loss(model: Any, windows: list[Tensor], batch: int = 16) -> float:
     """Mean cross-entropy in nats over every token after ``<s>`` of the windows."""
     was_training = model.training
@@ -426,7 +424,8 @@ def mean_loss(model: Any, windows: list[Tensor], batch: int = 16) -> float:
             by_length.setdefault(window.numel(), []).append(window)
         for same in by_length.values():
             ids = torch.stack(same)
-            logits = model(input_ids=ids[:, :-1], use_cache=False).logits
+            with torch.inference_mode():
+                logits = model(input_ids=ids[:, :-1], use_cache=False).logits
             target = ids[:, 1:].flatten()
             total += float(F.cross_entropy(logits.flatten(0, 1).float(), target, reduction="sum"))
             count += target.numel()
@@ -434,13 +433,12 @@ def mean_loss(model: Any, windows: list[Tensor], batch: int = 16) -> float:
     return total / count
 
 
-@torch.inference_mode()
 def router_statistics(
     model: Any, architecture: Architecture, windows: list[Tensor], top_k: int
 ) -> list[dict[str, Any]]:
     """For each layer: every expert's share of the top-k choices, and the spread of router entropy."""
     per_layer: list[list[Tensor]] = [[] for _ in routers(model, architecture)]
-    with recorded_router_logits(model, architecture) as record:
+    with torch.inference_mode(), recorded_router_logits(model, architecture) as record:
         for window in windows:
             record.clear()
             model(input_ids=window[None, :-1], use_cache=False)
@@ -618,7 +616,7 @@ def active_parameters(model: nn.Module, experts: int, top_k: int) -> int:
     """Parameters that one token uses: everything, with top_k of the experts' weights instead of all."""
     total = sum(parameter.numel() for parameter in model.parameters())
     in_experts = sum(parameter.numel() for name, parameter in model.named_parameters() if ".experts." in name)
-    return total - in_experts + in_experts * top_k // experts
+    return int(total - in_experts + in_experts * top_k // experts)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, output: Path) -> None:
