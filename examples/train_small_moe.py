@@ -222,12 +222,13 @@ def set_aside(documents: list[str], characters: int, rng: random.Random) -> tupl
     """Take random documents, none very long, out of a list until they hold ``characters`` characters."""
     order = list(range(len(documents)))
     rng.shuffle(order)
+    limit = max(characters // 2, min(map(len, documents), default=0))
     taken: set[int] = set()
     total = 0
     for index in order:
         if total >= characters:
             break
-        if len(documents[index]) <= max(characters // 2, 1000):
+        if len(documents[index]) <= limit:
             taken.add(index)
             total += len(documents[index])
     chosen = [documents[index] for index in sorted(taken)]
