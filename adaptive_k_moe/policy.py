@@ -28,6 +28,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adaptive_k_moe.errors import PolicyError
+from adaptive_k_moe.validation import first_error
 
 FULL = "full"
 """Name of the policy that runs the trained top-k for every token; it exists in every engine."""
@@ -255,9 +256,7 @@ def parse_policy_set(content: Any, source: str) -> PolicySet:
     try:
         return PolicySet.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
+        where, message = first_error(error)
         raise PolicyError(f"{source}: {where + ': ' if where else ''}{message}.") from None
 
 

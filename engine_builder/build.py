@@ -119,9 +119,10 @@ def build(
                 ignored = re.compile("|".join(architecture.ignored_tensors))
                 unused = [name for name in tensors.unused() if not ignored.fullmatch(name)]
                 if unused and not (model.tie_word_embeddings and unused == [architecture.lm_head_name]):
+                    count = f"{len(unused)} tensor{'s' if len(unused) > 1 else ''}"
                     raise CheckpointError(
-                        f"{source} holds {len(unused)} tensors that {architecture.__name__} has no place for, "
-                        f"{unused[0]!r} first: the checkpoint does not match its config.json."
+                        f"{source} holds {count} that {architecture.__name__} has no place for, {unused[0]!r} first: "
+                        "the checkpoint does not match its config.json."
                     )
                 graph.save({"adaptive_k.pretrained_config": json.dumps(model.model_dump(mode="json"))})
             lower(temporary, model, build_config)

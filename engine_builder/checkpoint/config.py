@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from adaptive_k_moe.engine_config import RopeConfig
 from adaptive_k_moe.errors import CheckpointError
+from adaptive_k_moe.validation import first_error
 
 _T = TypeVar("_T")
 
@@ -132,13 +133,17 @@ class HfConfig:
                 raise self.error(f"rope_parameters.{name}", None, f"a number, since rope_type is {rope_type!r}")
         if rope_type == "yarn" and "factor" not in fields:
             fields["factor"] = max_position_embeddings / fields["original_max_position_embeddings"]
+        if rope_type == "llama3" and fields["low_freq_factor"] == fields["high_freq_factor"]:
+            raise self.error(
+                "rope_parameters.high_freq_factor", fields["high_freq_factor"], "more than low_freq_factor"
+            )
         try:
             return RopeConfig(rope_type=rope_type, rope_theta=found.get("rope_theta") or theta, **fields)
         except (ValidationError, TypeError) as error:
             if isinstance(error, ValidationError):
-                first = error.errors()[0]
-                name = ".".join(["rope_parameters", *map(str, first["loc"])])
-                raise self.error(name, first["input"], first["msg"]) from None
+                where, message = first_error(error)
+                expected = message.removeprefix("it must be ")
+                raise self.error(f"rope_parameters.{where}", error.errors()[0]["input"], expected) from None
             raise self.error("rope_parameters", found, "names of fields") from None
 
     def error(self, name: str, value: Any, expected: str) -> CheckpointError:

@@ -15,6 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from adaptive_k_moe.errors import CheckpointError
 
+# A mapped file's touched pages count as memory until it is closed: it is opened again after so much.
+_REOPEN_BYTES = 1 << 30
+
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 
 Array = npt.NDArray[Any]
@@ -34,6 +37,7 @@ class CheckpointTensors:
         self._directory = checkpoint_dir
         self._shard_of = _locate(checkpoint_dir)
         self._open: tuple[str, Any] | None = None
+        self._read_bytes = 0
         self._used: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
@@ -54,13 +58,17 @@ class CheckpointTensors:
             CheckpointError: it is absent, or its shape or dtype is another.
         """
         self._check(name, shape)
-        return np.asarray(self._handle(name).get_tensor(name))
+        array = np.asarray(self._handle(name).get_tensor(name))
+        self._count(array)
+        return array
 
     def rows(self, name: str, shape: tuple[int, ...]) -> Iterator[Array]:
         """The tensor's slices along its first dimension, one in memory at a time."""
         self._check(name, shape)
         for index in range(shape[0]):
-            yield np.asarray(self._handle(name).get_slice(name)[index])
+            array = np.asarray(self._handle(name).get_slice(name)[index])
+            self._count(array)
+            yield array
 
     def unused(self) -> list[str]:
         """Names of tensors that nothing has read, sorted."""
@@ -82,11 +90,15 @@ class CheckpointTensors:
             )
         self._used.add(name)
 
+    def _count(self, array: Array) -> None:
+        self._read_bytes += array.nbytes
+        if self._read_bytes >= _REOPEN_BYTES:
+            self._open, self._read_bytes = None, 0
+
     def _handle(self, name: str) -> Any:
         shard = self._shard_of[name]
         if self._open is None or self._open[0] != shard:
-            # One shard is open at a time: each maps its file, and touched pages count as memory.
-            self._open = None
+            self._open = None  # one shard is open at a time
             self._open = (shard, _open_shard(self._directory / shard))
         return self._open[1]
 

@@ -32,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
 
     start = time.monotonic()
     console = Console(file=sys.stderr)
-    with warnings.catch_warnings(record=True) as caught, Progress(console=console, transient=True) as bar:
+    with (
+        warnings.catch_warnings(record=True) as caught,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
         warnings.simplefilter("always", UserWarning)
         task = bar.add_task("building", total=None)
         config = build(

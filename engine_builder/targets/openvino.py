@@ -32,17 +32,21 @@ def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: B
             f"does not cut off: build with --max_seq_len {model.sliding_window} or less."
         )
     source = directory / "model.onnx"
-    core = ov.Core()
-    core.add_extension(str(openvino_extension_path()))
     _use_operators(source)
-    graph = core.read_model(source)
-    # No float16 compression: the dtype was the user's choice.
-    ov.save_model(graph, directory / ENGINE_XML, compress_to_fp16=False)
-    del graph
-    source.unlink()
-    source.with_name(source.name + ".data").unlink()
-    # The session does this at every load; a model that it cannot do is refused now.
-    use_paged_attention(core.read_model(directory / ENGINE_XML), model)
+    try:
+        core = ov.Core()
+        core.add_extension(str(openvino_extension_path()))
+        graph = core.read_model(source)
+        # No float16 compression: the dtype was the user's choice.
+        ov.save_model(graph, directory / ENGINE_XML, compress_to_fp16=False)
+        del graph
+        source.unlink()
+        source.with_name(source.name + ".data").unlink()
+        # The session does this at every load; a model that it cannot do is refused now.
+        use_paged_attention(core.read_model(directory / ENGINE_XML), model)
+    except RuntimeError as error:  # OpenVINO's own: a full disk, a graph that it does not read
+        reason = str(error).strip().splitlines()[-1]
+        raise BuildError(f"OpenVINO cannot write the engine (is the disk full?): {reason}") from error
 
 
 def _use_operators(path: Path) -> None:
