@@ -258,7 +258,7 @@ TENSORS = [
     Refusal(
         "left over tensor",
         edit_tensors(lambda tensors: tensors.update({"model.extra.weight": np.zeros(3, np.float32)})),
-        "1 tensors.*model.extra.weight",
+        "1 tensor that.*model.extra.weight",
     ),
     Refusal("truncated", lambda checkpoint: truncate(checkpoint / "model.safetensors"), "model.safetensors is damaged"),
     Refusal("empty file", write("model.safetensors", ""), "model.safetensors is damaged"),
