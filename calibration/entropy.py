@@ -15,7 +15,7 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.policy import EntropyChoices, parse_policy_set
 
 Unit = Literal["nats", "bits"]
-FloatArray = npt.NDArray[np.floating]
+FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 BITS = 1 / math.log(2)
 """Bits in a nat."""

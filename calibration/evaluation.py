@@ -94,7 +94,7 @@ def evaluate(
     highest = int(tables.k_values.max())
     found: dict[str, tuple[Scores, Float64Array, dict[str, float]]] = {}
     for name, row in rows.items():
-        scores = Scores(*(np.empty(count) for _ in range(3)), np.empty((count, evaluator.num_layers)))
+        scores = Scores(np.empty(count), np.empty(count), np.empty(count), np.empty((count, evaluator.num_layers)))
         histogram = np.zeros((evaluator.num_layers, highest + 1))
         sums = np.zeros(len(labels))
         for batch in evaluator.batches(windows, tables, row):

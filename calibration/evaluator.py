@@ -225,16 +225,17 @@ class Evaluator:
                 f"{count} sequences at a time do not fit this engine's KV cache: use a smaller batch."
             )
         slots = self.session.num_state_slots
+        # Copies, since the session wants arrays that are its own.
         return self.session.step(
             StepInput(
-                input_ids=np.ascontiguousarray(tokens, np.int64).ravel(),
+                input_ids=np.array(tokens, np.int64).ravel(),
                 position_ids=np.tile(np.arange(past, past + n, dtype=np.int64), count),
-                policy_index=np.ascontiguousarray(rows, np.int32).ravel(),
+                policy_index=np.array(rows, np.int32).ravel(),
                 past_lens=np.full(count, past, np.int32),
                 subsequence_begins=np.arange(count + 1, dtype=np.int32) * n,
                 block_tables=[list(range(slot * own, slot * own + needed)) for slot in range(count)],
                 state_slots=np.arange(count, dtype=np.int32) if slots else None,
-                logits_indices=np.ascontiguousarray(logits_indices, np.int64),
+                logits_indices=np.array(logits_indices, np.int64),
             )
         )
 
@@ -298,7 +299,7 @@ def log_softmax(logits: FloatArray) -> FloatArray:
     return logits
 
 
-def take(values: FloatArray, ids: npt.NDArray[np.integer]) -> FloatArray:
+def take(values: FloatArray, ids: npt.NDArray[np.int32] | npt.NDArray[np.int64]) -> FloatArray:
     """Entries of the last axis."""
     taken: FloatArray = np.take_along_axis(values, ids.astype(np.int64), axis=-1)
     return taken

@@ -297,7 +297,7 @@ figure { margin: 1.5em 0; } img { max-width: 100%; } figcaption { color: #555; f
 .text span { position: relative; }
 .text span:hover { outline: 1px solid #222; }
 .text span:hover::after { content: attr(data-note); position: absolute; left: 0; top: 1.7em; z-index: 9;
-  white-space: pre; background: #222; color: #fff; padding: .4em .7em; font-size: 12px; line-height: 1.4; border-radius: 3px; }
+  white-space: pre; background: #222; color: #fff; padding: .4em .7em; font-size: 12px; line-height: 1.4; }
 """
 
 
@@ -329,8 +329,8 @@ def _page(result: Calibration, figures: str, text: str) -> str:
 <h1>{html.escape(result.chosen.name)}: {html.escape(LABELS[result.chosen.kind])}</h1>
 <p>Asked for {asked}; met on the reported text: <b>{result.budget_met}</b>. Chosen on {len(result.fit)} windows of
 {result.fit.window} tokens of {names}, reported on {len(result.heldout)} windows that the choice did not see, where the
-full model's perplexity is {result.chosen.full.perplexity:.3f}. By KL divergence it {verdict} the best fixed k by layer at
-the nearest average k: {gap.value:+.5f} nats ({gap.low:+.5f} to {gap.high:+.5f}).</p>
+full model's perplexity is {result.chosen.full.perplexity:.3f}. By KL divergence it {verdict} the best fixed k by
+layer at the nearest average k: {gap.value:+.5f} nats ({gap.low:+.5f} to {gap.high:+.5f}).</p>
 <table>
 <tr><th>policy</th><th>average k</th><th>experts saved</th><th>perplexity change, 95 %</th>
 <th>KL to full, nats, 95 %</th><th>same top token</th></tr>

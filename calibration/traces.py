@@ -61,17 +61,14 @@ def collect(evaluator: Evaluator, windows: Windows, directory: Path, *, progress
     done = int(known.get("windows_done", 0)) if {name: known.get(name) for name in identity} == identity else 0
     paths = {name: directory / f"{name}.npy" for name in shapes}
     try:
-        files = {name: np.lib.format.open_memmap(path, mode="r+") for name, path in paths.items()}
+        files = {name: _open(path, "r+") for name, path in paths.items()}
         usable = all((files[name].shape, files[name].dtype) == (s, np.dtype(d)) for name, (s, d) in shapes.items())
     except (OSError, ValueError):
         usable = False
     if not usable or done == 0:
         done = 0
         manifest.unlink(missing_ok=True)
-        files = {
-            name: np.lib.format.open_memmap(paths[name], mode="w+", dtype=dtype, shape=shape)
-            for name, (shape, dtype) in shapes.items()
-        }
+        files = {name: _open(paths[name], "w+", dtype=dtype, shape=shape) for name, (shape, dtype) in shapes.items()}
     if progress is not None:
         progress(done)
     if done < len(windows):
@@ -158,6 +155,11 @@ def top_tokens(log_probs: npt.NDArray[np.float32], count: int) -> Reference:
     np.put_along_axis(ids, place, ids[..., :1].copy(), axis=-1)
     ids[..., :1] = best
     return Reference(ids.astype(np.int32), take(log_probs, ids))
+
+
+def _open(path: Path, mode: str, **layout: Any) -> np.memmap[Any, Any]:
+    file: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode=mode, **layout)  # type: ignore[no-untyped-call]
+    return file
 
 
 def _read_json(path: Path) -> dict[str, Any]:

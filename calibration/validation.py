@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from adaptive_k_moe.calibration import bootstrap
 from adaptive_k_moe.calibration.bootstrap import Interval
-from adaptive_k_moe.calibration.entropy import BITS, EntropyRule, router_entropy
+from adaptive_k_moe.calibration.entropy import BITS, EntropyRule, FloatArray, router_entropy
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator
 from adaptive_k_moe.calibration.hooks import HookedModel
@@ -21,15 +21,14 @@ from adaptive_k_moe.calibration.windows import Windows
 AGREEMENT_BITS = 1e-3
 """Hooks and engine may differ by this much at any token and layer."""
 
-REPORTED = {
-    "source": "reported by others for Nemotron 3 Nano (128 experts, top-6, k of 2, 4 and 6), not measured here",
-    "rows": [
-        {"set": "easy", "entropy_bits": 5.26, "effective_k": 4.1, "savings": 0.324},
-        {"set": "code", "entropy_bits": 5.28, "effective_k": 4.0, "savings": 0.333},
-        {"set": "hard", "entropy_bits": 5.16, "effective_k": 3.9, "savings": 0.344},
-        {"set": "average", "entropy_bits": 5.23, "effective_k": 4.0, "savings": 0.333},
-    ],
-}
+REPORTED_SOURCE = "reported by others for Nemotron 3 Nano (128 experts, top-6, k of 2, 4 and 6), not measured here"
+
+REPORTED: list[dict[str, Any]] = [
+    {"set": "easy", "entropy_bits": 5.26, "effective_k": 4.1, "savings": 0.324},
+    {"set": "code", "entropy_bits": 5.28, "effective_k": 4.0, "savings": 0.333},
+    {"set": "hard", "entropy_bits": 5.16, "effective_k": 3.9, "savings": 0.344},
+    {"set": "average", "entropy_bits": 5.23, "effective_k": 4.0, "savings": 0.333},
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +65,7 @@ class SetValidation:
         }
 
 
-def summarize(entropy: npt.NDArray[np.floating], rule: EntropyRule, full_k: int, name: str) -> SetValidation:
+def summarize(entropy: FloatArray, rule: EntropyRule, full_k: int, name: str) -> SetValidation:
     """A set's row.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,10 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate, write the policy file and the report, and print the table."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from adaptive_k_moe.calibration.calibrate import calibrate
+    from adaptive_k_moe.calibration.commands.progress import progress_bar
 
     if args.bands < 2:
         from adaptive_k_moe.calibration.errors import CalibrationError
@@ -77,12 +74,7 @@ def run(args: argparse.Namespace) -> int:
         raise CalibrationError(f"{args.bands} bands cannot rank tokens by their entropy: give --bands 2 or more.")
     work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
     known = _known_policies(args.output)
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("opening", total=None)
-
-        def report(what: str, done: int, total: int | None) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with progress_bar() as report:
         engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report)
         evaluator = _open(engine_dir, args.num_threads)
         with evaluator:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,17 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print the tables."""
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from adaptive_k_moe.calibration.commands.progress import progress_bar
     from adaptive_k_moe.calibration.evaluation import evaluate
     from adaptive_k_moe.calibration.evaluator import Evaluator
     from adaptive_k_moe.calibration.traces import write_json
     from adaptive_k_moe.calibration.windows import make_windows, read_text
 
     texts = {str(path): read_text(path) for path in args.text}
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
-        task = bar.add_task("opening", total=None)
+    with progress_bar() as report:
         with Evaluator(args.engine_dir, num_threads=args.num_threads) as evaluator:
             build = evaluator.config.build_config
             window = args.window or min(256, build.max_seq_len, build.max_num_tokens)
@@ -50,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
                 args.adaptive_k_policy or list(evaluator.config.policies_for_model().policies),
                 batches=args.batch,
                 rounds=args.rounds,
-                progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
+                progress=report,
             )
     print(f"{len(windows)} windows of {window} tokens; intervals are 95 %, over windows or rounds")
     print(table(results))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,10 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure both ways, compare, print the table and write the JSON."""
     import numpy as np
-    from rich.console import Console
-    from rich.progress import Progress
 
     from adaptive_k_moe.calibration import validation
+    from adaptive_k_moe.calibration.commands.progress import progress_bar
     from adaptive_k_moe.calibration.engines import engine_of
     from adaptive_k_moe.calibration.entropy import BITS, EntropyRule, seed_rule
     from adaptive_k_moe.calibration.errors import CalibrationError
@@ -60,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
         raise CalibrationError("--thresholds and --k belong together: give both or neither.")
     tokenizer = Tokenizer.from_dir(args.checkpoint_dir)
     windows = {name: make_windows(tokenizer, {name: text}, args.window) for name, text in texts.items()}
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar, tempfile.TemporaryDirectory() as temporary:
-        task = bar.add_task("opening the checkpoint", total=None)
+    with progress_bar() as report, tempfile.TemporaryDirectory() as temporary:
+        report("opening the checkpoint", 0, None)
         model = HookedModel(args.checkpoint_dir)
         full_k = top_k_of(model.model.config)
         rule = seed_rule(model.num_experts, full_k)
@@ -71,9 +69,7 @@ def run(args: argparse.Namespace) -> int:
             name: validation.hook_entropies(
                 model,
                 part,
-                progress=lambda done, name=name, part=part: bar.update(  # type: ignore[misc]
-                    task, description=f"hooks: {name}", completed=done, total=len(part)
-                ),
+                progress=lambda done, name=name, part=part: report(f"hooks: {name}", done, len(part)),  # type: ignore[misc]
             )
             for name, part in windows.items()
         }
@@ -82,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         if without is None:
             try:
                 architecture_of(HfConfig.read(args.checkpoint_dir))
-                bar.update(task, description="building the engine", completed=0, total=None)
+                report("building the engine", 0, None)
                 engine_dir = engine_of(args.checkpoint_dir, Path(temporary) / "engine", dtype="float32")
             except (BuildError, CheckpointError) as error:
                 without = str(error)
@@ -117,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             "sets": [row.to_json() for row in rows],
             "hooks_and_engine_differ_bits": difference,
             "engine_not_compared": without,
-            "reported_by_others": validation.REPORTED,
+            "reported_by_others": {"source": validation.REPORTED_SOURCE, "rows": validation.REPORTED},
         },
     )
     print(f"written to {output}")
@@ -137,7 +133,7 @@ def top_k_of(config: object) -> int:
 
 def table(rows: Sequence[SetValidation]) -> str:
     """The measured rows, the reported ones, and the entropy by layer."""
-    from adaptive_k_moe.calibration.validation import REPORTED
+    from adaptive_k_moe.calibration.validation import REPORTED, REPORTED_SOURCE
 
     lines = [f"{'set':<10}  {'router entropy, bits':>22}  {'effective k':>20}  {'savings':>24}"]
     for row in rows:
@@ -146,10 +142,10 @@ def table(rows: Sequence[SetValidation]) -> str:
             f"{row.name:<10}  {e.value:>6.3f} ({e.low:.3f} {e.high:.3f})  {k.value:>6.3f} ({k.low:.3f} {k.high:.3f})  "
             f"{s.value:>7.1%} ({s.low:.1%} {s.high:.1%})"
         )
-    lines.append(f"\n{REPORTED['source']}:")
+    lines.append(f"\n{REPORTED_SOURCE}:")
     lines += [
         f"{name:<10}  {entropy:>6.2f}{'':<16}  {k:>6.1f}{'':<14}  {savings:>7.1%}"
-        for name, entropy, k, savings in (reported.values() for reported in REPORTED["rows"])
+        for name, entropy, k, savings in (reported.values() for reported in REPORTED)
     ]
     lines.append("\nentropy by MoE layer, bits (and effective k)")
     lines.append(f"{'layer':<10}  " + "  ".join(f"{row.name:>22}" for row in rows))
