@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(storage))
       if (neuron >= a.neurons) continue;
       float value = 0, gate = 0;
       for (int p = 0; p < a.split; ++p) {
-        const float (&sums)[kWeightRows] = shared.partial[team * a.split + p][m];
+        const float* const sums = shared.partial[team * a.split + p][m];
         gate += sums[j];
         value += sums[a.gated ? j + 2 : j];
       }

@@ -15,8 +15,8 @@
 #include "activate.h"
 #include "device.h"
 #include "mixed.h"
-#include "mma.h"
 #include "numeric.h"
+#include "tensor_core.h"
 
 namespace adaptive_k::cuda {
 namespace {

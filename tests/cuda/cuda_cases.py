@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugin"))
 
-import oracle
 from cuda_launcher import DTYPES, Layer, Result
+
+import oracle
 
 Array = npt.NDArray[Any]
 Inputs = dict[str, Array | None]
@@ -80,7 +81,9 @@ def make_policies(rng: np.random.Generator, experts: int, most: int) -> tuple[Ar
     return kind, thresholds, k_values
 
 
-def make_inputs(layer: Layer, seed: int, *, logits: str = "plain", bias: bool = False, most: int = 8) -> tuple[Inputs, Inputs]:
+def make_inputs(
+    layer: Layer, seed: int, *, logits: str = "plain", bias: bool = False, most: int = 8
+) -> tuple[Inputs, Inputs]:
     """The launcher's inputs and the oracle's (weights as the numbers that they stand for)."""
     rng = np.random.default_rng(seed)
     dtype = DTYPES[layer.element]
@@ -171,7 +174,9 @@ def check_plan(layer: Layer, exact: Inputs, result: Result) -> None:
 def check_routing(layer: Layer, exact: Inputs, result: Result) -> None:
     """Routing as the oracle's, token by token."""
     for t, token in enumerate(expected_routing(layer, exact)):
-        np.testing.assert_allclose(result.entropy[t], token.entropy, atol=2e-6, rtol=2e-6, err_msg=f"entropy of token {t}")
+        np.testing.assert_allclose(
+            result.entropy[t], token.entropy, atol=2e-6, rtol=2e-6, err_msg=f"entropy of token {t}"
+        )
         assert result.k[t] == token.k, f"k of token {t}"
         assert result.experts[t, : token.k].tolist() == token.experts, f"experts of token {t}"
         np.testing.assert_allclose(

@@ -26,24 +26,24 @@ DTYPES = {
 }
 
 
+NUMBERS = (
+    *("hidden", "intermediate", "experts", "policies", "choices", "element", "weights", "group_size", "path"),
+    *("activation", "scoring", "norm_topk_prob", "n_group", "topk_group", "max_k"),
+)
+
+
 class _Layer(ctypes.Structure):
     _fields_ = [
         ("tokens", ctypes.c_int64),
-        *[
-            (name, ctypes.c_int32)
-            for name in (
-                "hidden intermediate experts policies choices element weights group_size path "
-                "activation scoring norm_topk_prob n_group topk_group max_k"
-            ).split()
-        ],
+        *[(name, ctypes.c_int32) for name in NUMBERS],
         ("routed_scaling_factor", ctypes.c_float),
     ]
 
 
 POINTERS = (
-    "hidden_states router_logits policy_index policy_kind thresholds k_values "
-    "up down up_scales down_scales correction_bias output k entropy"
-).split()
+    *("hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values"),
+    *("up", "down", "up_scales", "down_scales", "correction_bias", "output", "k", "entropy"),
+)
 
 
 class _Pointers(ctypes.Structure):
@@ -141,9 +141,7 @@ class Library:
 
     def launch(self, layer: Layer, pointers: dict[str, int | None], workspace: int, stream: int | None = None) -> int:
         c_layer, c_pointers = layer.c(), _Pointers(**pointers)
-        return int(
-            self.lib.adaptive_k_cuda_launch(ctypes.byref(c_layer), ctypes.byref(c_pointers), workspace, stream)
-        )
+        return int(self.lib.adaptive_k_cuda_launch(ctypes.byref(c_layer), ctypes.byref(c_pointers), workspace, stream))
 
 
 def read_workspace(library: Library, layer: Layer, read: Callable[[int, int], bytes]) -> dict[str, Array]:

@@ -29,7 +29,10 @@ def test_routing_follows_the_oracle(interpreter: Interpreter, experts: int, scor
     run_and_check(interpreter, layer, experts, logits, most=8, bias=scoring == "sigmoid")
 
 
-@pytest.mark.parametrize(("experts", "n_group", "topk_group"), [(8, 2, 1), (64, 8, 4), (60, 4, 2), (128, 128, 9), (256, 8, 4), (512, 512, 40), (6, 2, 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("experts", "n_group", "topk_group"),
+    [(8, 2, 1), (64, 8, 4), (60, 4, 2), (128, 128, 9), (256, 8, 4), (512, 512, 40), (6, 2, 2)],
+)
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 def test_routing_within_groups(
     interpreter: Interpreter, experts: int, n_group: int, topk_group: int, scoring: str
@@ -124,7 +127,9 @@ def test_quantised_weights_prefill(
     run_and_check(interpreter, layer, tokens)
 
 
-@pytest.mark.parametrize(("weights", "hidden", "intermediate"), [("int8", 48, 208), ("int4", 32, 416), ("int8", 400, 16)])
+@pytest.mark.parametrize(
+    ("weights", "hidden", "intermediate"), [("int8", 48, 208), ("int4", 32, 416), ("int8", 400, 16)]
+)
 @pytest.mark.parametrize("activation", ["geglu", "gelu"])
 def test_quantised_prefill_with_ragged_ends(
     interpreter: Interpreter, weights: str, hidden: int, intermediate: int, activation: str
@@ -141,9 +146,7 @@ def test_quantised_paths_agree(interpreter: Interpreter) -> None:
     decode, prefill = (interpreter.run(replace(layer, path=path), inputs) for path in ("decode", "prefill"))
     np.testing.assert_array_equal(decode.token_rows, prefill.token_rows)
     largest = np.abs(decode.output.astype(np.float32)).max()
-    np.testing.assert_allclose(
-        decode.output.astype(np.float32), prefill.output.astype(np.float32), atol=2e-3 * largest
-    )
+    np.testing.assert_allclose(decode.output.astype(np.float32), prefill.output.astype(np.float32), atol=2e-3 * largest)
 
 
 def test_tokens_beyond_decode_take_the_prefill_path(interpreter: Interpreter) -> None:
@@ -171,7 +174,10 @@ def test_a_token_does_not_depend_on_the_others(interpreter: Interpreter) -> None
     inputs, _ = make_inputs(layer, 4)
     together = interpreter.run(layer, inputs)
     for t in (0, 4, 10):
-        alone = {**inputs, **{name: inputs[name][t : t + 1] for name in ("hidden_states", "router_logits", "policy_index")}}
+        alone = {
+            **inputs,
+            **{name: inputs[name][t : t + 1] for name in ("hidden_states", "router_logits", "policy_index")},
+        }
         result = interpreter.run(replace(layer, tokens=1), alone)
         assert result.output.tobytes() == together.output[t : t + 1].tobytes()
         assert result.entropy.tobytes() == together.entropy[t : t + 1].tobytes()
@@ -181,7 +187,9 @@ def test_a_token_does_not_depend_on_the_others(interpreter: Interpreter) -> None
 def test_equals_the_cpu_face(interpreter: Interpreter, path: str) -> None:
     """The same float32 layer through the CPU operator: routing to the bit, outputs to rounding."""
     cpu = pytest.importorskip("adaptive_k_moe.plugin")
-    for seed, (experts, scoring, groups) in enumerate([(8, "softmax", (1, 1)), (128, "sigmoid", (8, 4)), (512, "softmax", (1, 1))]):
+    for seed, (experts, scoring, groups) in enumerate(
+        [(8, "softmax", (1, 1)), (128, "sigmoid", (8, 4)), (512, "softmax", (1, 1))]
+    ):
         layer = Layer(
             20, 32, 24, experts, element="float32", path=path, scoring=scoring, max_k=6,
             n_group=groups[0], topk_group=groups[1], activation="relu2" if scoring == "sigmoid" else "swiglu",

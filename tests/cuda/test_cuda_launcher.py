@@ -50,7 +50,9 @@ def test_good_shapes_are_accepted(interpreter: Interpreter) -> None:
     assert interpreter.check(replace(GOOD, experts=512, max_k=32)) is None
 
 
-@pytest.mark.parametrize("missing", [name for name in POINTERS if name not in ("correction_bias", "up_scales", "down_scales")])
+@pytest.mark.parametrize(
+    "missing", [name for name in POINTERS if name not in ("correction_bias", "up_scales", "down_scales")]
+)
 def test_a_missing_pointer_is_refused(interpreter: Interpreter, missing: str) -> None:
     pointers = dict.fromkeys(POINTERS, 1 << 20)
     pointers[missing] = None
@@ -71,7 +73,19 @@ def test_no_tokens_is_no_work(interpreter: Interpreter) -> None:
     assert interpreter.run(layer, inputs).output.shape == (0, 64)
 
 
-@pytest.mark.parametrize("change", [{}, {"experts": 128}, {"weights": "int8"}, {"weights": "int4", "experts": 128}, {"element": "float32"}, {"path": "decode"}, {"path": "prefill"}, {"activation": "relu2"}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"experts": 128},
+        {"weights": "int8"},
+        {"weights": "int4", "experts": 128},
+        {"element": "float32"},
+        {"path": "decode"},
+        {"path": "prefill"},
+        {"activation": "relu2"},
+    ],
+)
 def test_the_workspace_never_shrinks_with_more_tokens(interpreter: Interpreter, change: dict[str, Any]) -> None:
     sizes = [interpreter.workspace_size(replace(GOOD, tokens=tokens, **change)) for tokens in range(400)]
     assert all(np.diff(sizes) >= 0)

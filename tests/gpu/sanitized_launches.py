@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel once, small, to be run under compute-sanitizer:
+
+compute-sanitizer --tool memcheck python tests/gpu/sanitized_launches.py
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_device import Gpu
+
+from cuda_cases import check_all, make_inputs  # isort: skip
+from cuda_launcher import Layer  # isort: skip
+
+LAYERS = [
+    Layer(5, 40, 24, 5, path="decode"),
+    Layer(5, 64, 64, 5, path="decode", element="bfloat16", weights="int8", group_size=32, activation="relu2"),
+    Layer(5, 64, 64, 5, path="decode", weights="int4"),
+    Layer(150, 72, 40, 130, path="prefill", max_k=3),
+    Layer(300, 72, 40, 2, path="prefill", max_k=2),
+    Layer(70, 96, 144, 3, path="prefill", weights="int8", activation="geglu"),
+    Layer(70, 64, 64, 3, path="prefill", weights="int4", group_size=32, element="bfloat16"),
+    Layer(9, 8, 8, 512, path="prefill", scoring="sigmoid", n_group=8, topk_group=3, max_k=8),
+]
+
+gpu = Gpu()
+for seed, layer in enumerate(LAYERS):
+    inputs, exact = make_inputs(layer, seed)
+    check_all(layer, exact, gpu.run(layer, inputs))
+print("clean")
