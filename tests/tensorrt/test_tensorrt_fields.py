@@ -124,12 +124,14 @@ def test_every_weight_format_is_a_field_value(library: PluginLibrary, word: str)
         ("norm_topk_prob", 0),
         ("routed_scaling_factor", 1.0000001),
         ("n_group", 2),
+        ("topk_group", 2),
         ("max_k", 3),
         ("weight_format", "int8"),
     ],
 )
 def test_the_timing_cache_tells_plugins_apart(library: PluginLibrary, name: str, value: Any) -> None:
-    plain, other = library.made(), library.made(**{name: value})
+    common = {} if name == "n_group" else {"n_group": 2}
+    plain, other = library.made(**common), library.made(**common, **{name: value})
     assert plain.cache_id != other.cache_id
     plain.destroy()
     other.destroy()

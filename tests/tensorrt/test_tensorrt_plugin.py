@@ -475,6 +475,21 @@ def test_a_wrong_shape_is_refused_by_name(
     assert errors(plugin) == "was enqueued before its inputs were described and accepted"
 
 
+def test_after_refused_shapes_nothing_runs(plugin: Plugin, recorder: Recorder) -> None:
+    layer = Layer(tokens=2)
+    inputs, outputs = layer.inputs(), layer.outputs()
+    for refused_by in (plugin.shape_change, plugin.configure):
+        assert plugin.shape_change(inputs, outputs) == 0
+        before = recorder.launches()
+        wrong = layer.inputs()
+        wrong[7] = Tensor(HALF, (4, 16, 9))
+        assert refused_by(wrong, outputs) != 0
+        plugin.library.log()
+        assert plugin.enqueue(inputs, outputs, [16] * 8, [16] * 3) != 0
+        assert errors(plugin) == "was enqueued before its inputs were described and accepted"
+        assert recorder.launches() == before
+
+
 def test_a_profile_that_contradicts_itself_is_refused(plugin: Plugin) -> None:
     layer = Layer()
     inputs = layer.inputs()
