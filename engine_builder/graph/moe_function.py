@@ -187,6 +187,8 @@ def _mask_groups(b: FunctionBody, ranked: str, moe: MoeConfig) -> str:
     and -V3 have it.
     """
     size = moe.num_experts // moe.n_group
+    # A logit of -inf stays before the experts of groups that are out.
+    ranked = b.op("Max", ranked, b.const(np.finfo(np.float32).min))
     grouped = b.op("Reshape", ranked, b.const([-1, moe.n_group, size], "int64"))
     per_group = b.const([min(2, size) if moe.scoring == "sigmoid" else 1], "int64")
     best, _ = b.pair("TopK", grouped, per_group, axis=-1)

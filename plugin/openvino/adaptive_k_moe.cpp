@@ -58,8 +58,8 @@ cpu::Shape shape_of(const ov::PartialShape& shape) {
   return sizes;
 }
 
-// A weight of bfloat16 travels as bytes: OpenVINO's CPU plugin widens constants of 16-bit types (u16
-// among them) that feed a custom operator, and leaves u8 alone. Two bytes are one element.
+// A weight of bfloat16 travels as bytes: OpenVINO's CPU plugin widens constants of 16-bit types
+// (u16 among them) that feed a custom operator, and leaves u8 alone. Two bytes are one element.
 cpu::Shape weight_shape(cpu::Shape shape, const ov::element::Type& type) {
   if (type == ov::element::u8 && shape && !shape->empty() && shape->back() > 0) shape->back() /= 2;
   return shape;
@@ -142,12 +142,12 @@ std::shared_ptr<ov::Node> AdaptiveKMoe::clone_with_new_inputs(
 bool AdaptiveKMoe::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
   cpu::Sizes sizes;
   try {
-    sizes = cpu::check_shapes(params_, input_shapes(inputs.size(), [&](size_t i) -> cpu::Shape {
-                                const ov::Shape& shape = inputs[i].get_shape();
-                                return weight_shape(
-                                    std::vector<int64_t>(shape.begin(), shape.end()),
-                                    inputs[i].get_element_type());
-                              }));
+    sizes =
+        cpu::check_shapes(params_, input_shapes(inputs.size(), [&](size_t i) -> cpu::Shape {
+                            const ov::Shape& shape = inputs[i].get_shape();
+                            return weight_shape(std::vector<int64_t>(shape.begin(), shape.end()),
+                                                inputs[i].get_element_type());
+                          }));
   } catch (const std::invalid_argument& error) {
     OPENVINO_THROW(error.what());
   }

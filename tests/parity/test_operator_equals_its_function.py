@@ -150,9 +150,9 @@ def near_a_limit(rule: Rule, feed: dict[str, np.ndarray]) -> bool:
         mass = np.cumsum(ranked / ranked.sum(1, keepdims=True), 1)
         ratio = scores / scores.max(1, keepdims=True)
         limits = feed["thresholds"][np.clip(feed["policy_index"], 0, len(feed["policy_kind"]) - 1)]
-        close = np.abs(entropy[:, None] - limits) < 1e-4
         first = limits[:, :1]
-        return bool(np.nanmax(close | (np.abs(mass - first).min(1) < 1e-4)[:, None]) or (np.abs(ratio - first) < 1e-4).any())
+        distances = (entropy[:, None] - limits, mass - first, ratio - first)
+        return any(bool((np.abs(distance) < 1e-4).any()) for distance in distances)
 
 
 FINITE = st.sampled_from([-3.0, -1.0, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0, 5.0])
