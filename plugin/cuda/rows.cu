@@ -69,20 +69,20 @@ __global__ void __launch_bounds__(kThreads)
                    int32_t capacity, int32_t hidden, T* output) {
   constexpr int kSize = Vector16<T>::kSize;
   const int64_t token = blockIdx.x;
+  const int c = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kSize;
+  if (c >= hidden) return;
   const int count = k[token] - (fault(kFaultCombineOrder) && k[token] > 1 ? 1 : 0);
-  for (int c = threadIdx.x * kSize; c < hidden; c += kThreads * kSize) {
-    float sum[kSize] = {};
-    for (int j = 0; j < count; ++j) {
-      const float weight = weights[token * capacity + j];
-      const Y* row = y + static_cast<int64_t>(token_rows[token * capacity + j]) * hidden + c;
-      float value[kSize];
+  float sum[kSize] = {};
+  for (int j = 0; j < count; ++j) {
+    const float weight = weights[token * capacity + j];
+    const Y* row = y + static_cast<int64_t>(token_rows[token * capacity + j]) * hidden + c;
+    float value[kSize];
 #pragma unroll
-      for (int i = 0; i < kSize; i += Vector16<Y>::kSize) load_floats(row + i, value + i);
+    for (int i = 0; i < kSize; i += Vector16<Y>::kSize) load_floats(row + i, value + i);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) sum[i] += weight * value[i];
-    }
-    store_vector(output + token * hidden + c, pack_floats(sum, T()));
+    for (int i = 0; i < kSize; ++i) sum[i] += weight * value[i];
   }
+  store_vector(output + token * hidden + c, pack_floats(sum, T()));
 }
 
 }  // namespace
@@ -115,7 +115,10 @@ cudaError_t combine_rows(ElementType element, bool y_is_float, const void* y,
                          cudaStream_t stream) {
   return with_element(element, [&](auto t) {
     using T = decltype(t);
-    const dim3 grid(static_cast<unsigned>(tokens));
+    // A few tokens alone should not be left to as many multiprocessors.
+    const int64_t columns = kThreads * Vector16<T>::kSize;
+    const dim3 grid(static_cast<unsigned>(tokens),
+                    static_cast<unsigned>(divide_up(hidden, columns)));
     if (y_is_float)
       return ADAPTIVE_K_LAUNCH((combine_kernel<T, float>), grid, dim3(kThreads), 0, stream,
                                static_cast<const float*>(y), token_rows, weights, k, capacity,

@@ -80,6 +80,12 @@ def test_decode_shapes(interpreter: Interpreter, tokens: int, hidden: int, inter
     run_and_check(interpreter, layer, tokens)
 
 
+@pytest.mark.parametrize(("element", "path"), [("float32", "decode"), ("float16", "prefill")])
+def test_hidden_sizes_wider_than_a_block(interpreter: Interpreter, element: str, path: str) -> None:
+    """A token's output takes several blocks, the last one in part."""
+    run_and_check(interpreter, Layer(3, 1112, 8, 3, element=element, path=path, max_k=2), 8)
+
+
 @pytest.mark.parametrize("multiprocessors", [1, 8, 200])
 def test_decode_split_over_warps(interpreter: Interpreter, multiprocessors: int) -> None:
     """More multiprocessors make more warps share a weight row; the result is the same to rounding."""
