@@ -34,6 +34,7 @@ template <int kVectors>
 void scan_columns(const MambaScan& s, int64_t p) {
   using V = MambaSimd::V;
   constexpr int kLanes = MambaSimd::kLanes;
+  constexpr int64_t kRowsAhead = 16;
   for (int64_t t = 0; t < s.tokens; ++t) {
     const float *b = s.b + t * s.stride, *c = s.c + t * s.stride;
     const float* x = s.x + t * s.stride + p;
@@ -46,6 +47,9 @@ void scan_columns(const MambaScan& s, int64_t p) {
     }
     float* state = s.state + p;
     for (int64_t n = 0; n < s.state_size; ++n, state += s.head_dim) {
+      // The processor's own prefetching ends at each page.
+      for (int v = 0; v < kVectors; v += std::max(1, 16 / kLanes))
+        __builtin_prefetch(state + kRowsAhead * s.head_dim + v * kLanes, 1);
       const V bn = MambaSimd::broadcast(b[n]), cn = MambaSimd::broadcast(c[n]);
       for (int v = 0; v < kVectors; ++v) {
         const V h = MambaSimd::fma(decay, MambaSimd::load(state + v * kLanes), bn * taken[v]);

@@ -5,11 +5,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
-#include <tbb/task_arena.h>
 
-#include <map>
-#include <memory>
-#include <mutex>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -18,6 +14,7 @@
 #include "mamba_bindings.h"
 #include "moe.h"
 #include "shapes.h"
+#include "threads.h"
 
 namespace nb = nanobind;
 namespace ak = adaptive_k;
@@ -91,26 +88,6 @@ cpu::InputShapes routing_shapes(const Floats& router_logits, const Integers& pol
   s.has_correction_bias = correction_bias.has_value();
   if (correction_bias) s.correction_bias = shape_of(*correction_bias);
   return s;
-}
-
-// Runs body in an arena of that many threads; arenas are kept, since making one costs more than a
-// small call.
-template <typename Body>
-void run_with_threads(std::optional<int> num_threads, const Body& body) {
-  if (!num_threads) {
-    body();
-    return;
-  }
-  static std::mutex mutex;
-  static auto* arenas = new std::map<int, std::unique_ptr<tbb::task_arena>>;
-  tbb::task_arena* arena;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    std::unique_ptr<tbb::task_arena>& slot = (*arenas)[*num_threads];
-    if (!slot) slot = std::make_unique<tbb::task_arena>(*num_threads);
-    arena = slot.get();
-  }
-  arena->execute(body);
 }
 
 // The sizes [tokens, capacity] of route's expert lists, once the inputs are known to fit.

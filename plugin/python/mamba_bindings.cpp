@@ -3,11 +3,13 @@
 #include "mamba_bindings.h"
 
 #include <nanobind/ndarray.h>
-#include <tbb/task_arena.h>
+#include <nanobind/stl/optional.h>
 
+#include <optional>
 #include <stdexcept>
 
 #include "mamba.h"
+#include "threads.h"
 
 namespace nb = nanobind;
 namespace cpu = adaptive_k::cpu;
@@ -29,7 +31,7 @@ void mamba2(const Floats& conv_input, const Floats& dt, const Integers& subseque
             const Integers& past_lens, const Integers& state_slots, const Floats& conv_weight,
             const Floats& conv_bias, const Floats& a, const Floats& d, const Floats& dt_bias,
             const FloatsOut& conv_state, const FloatsOut& ssm_state, int n_groups, float dt_min,
-            float dt_max, int num_threads, const FloatsOut& y) {
+            float dt_max, std::optional<int> num_threads, const FloatsOut& y) {
   const adaptive_k::MambaParams params{n_groups, dt_min, dt_max};
   const cpu::Shape shapes[cpu::kMambaInputs] = {
       shape_of(conv_input), shape_of(dt),          shape_of(subsequence_begins),
@@ -53,12 +55,13 @@ void mamba2(const Floats& conv_input, const Floats& dt, const Integers& subseque
   if (static_cast<int64_t>(y.size()) != args.sizes.tokens * args.sizes.heads * args.sizes.head_dim)
     throw std::invalid_argument("Mamba2: the output array has the wrong size");
   const nb::gil_scoped_release release;
-  if (num_threads > 0)
-    tbb::task_arena(num_threads).execute([&] { cpu::mamba2(params, args, y.data()); });
-  else
-    cpu::mamba2(params, args, y.data());
+  run_with_threads(num_threads, [&] { cpu::mamba2(params, args, y.data()); });
 }
 
 }  // namespace
 
-void bind_mamba(nb::module_& m) { m.def("mamba2", &mamba2); }
+void bind_mamba(nb::module_& m) {
+  m.def("mamba2", &mamba2, nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
+        nb::arg(), nb::arg().none(), nb::arg());
+}

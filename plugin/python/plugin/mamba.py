@@ -92,5 +92,5 @@ def mamba2(
     tokens = len(arrays[0]) if arrays[0].ndim else 0
     width = ssm_state.shape[1] * ssm_state.shape[3] if ssm_state.ndim == 4 else 0
     y = np.empty((tokens, width), np.float32)
-    _plugin.mamba2(*arrays, n_groups, dt_min, dt_max, num_threads or 0, y)
+    _plugin.mamba2(*arrays, n_groups, dt_min, dt_max, num_threads, y)
     return y
