@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="policy file to write or add to")
     parser.add_argument("--policy_name", default="balanced", help="the policy's name in it (default: balanced)")
+    parser.add_argument("--no_opponent", action="store_true", help="leave the fixed k by layer out of the policy file")
     parser.add_argument("--default", action="store_true", help="make it the file's default policy")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write index.html, figures and results.json there")
     parser.add_argument("--work_dir", type=Path, help="keeps traces and scores (default: OUTPUT with .work added)")
@@ -100,9 +101,10 @@ def run(args: argparse.Namespace) -> int:
                 report("drawing the report", 0, None)
                 write_report(args.report, result, evaluator)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(policy_text(_policy_file(known, result, evaluator, default=args.default)), encoding="utf-8")
+    args.output.write_text(policy_text(_policy_file(known, result, evaluator, args)), encoding="utf-8")
     print(table(result))
-    print(f"{result.chosen.name} and {result.opponent.name} written to {args.output}")
+    names = result.chosen.name if args.no_opponent else f"{result.chosen.name} and {result.opponent.name}"
+    print(f"{names} written to {args.output}")
     if args.report:
         print(f"report: {args.report / 'index.html'}")
     return 0
@@ -206,7 +208,7 @@ def _known_policies(output: Path) -> Any:
     return read_policy_file(output) if output.exists() else PolicySet()
 
 
-def _policy_file(known: Any, result: Calibration, evaluator: Evaluator, *, default: bool) -> dict[str, Any]:
+def _policy_file(known: Any, result: Calibration, evaluator: Evaluator, args: argparse.Namespace) -> dict[str, Any]:
     """The known policies with the chosen one and its opponent added or replaced."""
     import math
 
@@ -214,7 +216,7 @@ def _policy_file(known: Any, result: Calibration, evaluator: Evaluator, *, defau
 
     per_unit = 1 / math.log(2) if known.unit == "bits" else 1.0
     content = known
-    for point in (result.chosen, result.opponent):
+    for point in (result.chosen,) if args.no_opponent else (result.chosen, result.opponent):
         rule = point.policy.model_dump(mode="json", exclude_none=True)  # type: ignore[union-attr]
         if isinstance(point.policy, EntropyPolicy):
             if not rule["layers"]:
@@ -222,7 +224,7 @@ def _policy_file(known: Any, result: Calibration, evaluator: Evaluator, *, defau
             for choices in [rule, *rule.get("layers", {}).values()]:
                 if "thresholds" in choices and per_unit != 1.0:
                     choices["thresholds"] = [limit * per_unit for limit in choices["thresholds"]]
-        content = content.with_policy(point.name, rule, default=default and point is result.chosen)
+        content = content.with_policy(point.name, rule, default=args.default and point is result.chosen)
     return {
         **content.to_json(),
         "policies": {

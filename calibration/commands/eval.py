@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adaptive_k_moe.calibration.evaluation import PolicyEvaluation
+    from adaptive_k_moe.calibration.evaluator import Evaluator
+    from adaptive_k_moe.calibration.union import Union
+    from adaptive_k_moe.calibration.windows import Windows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_tokens", type=int, help="use about this many tokens of each text")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="sequences in a step, for the times")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing; 0 takes no times (default: 7)")
+    parser.add_argument(
+        "--checkpoint_dir",
+        type=Path,
+        help="the engine's checkpoint: counts the distinct experts of a batch, too (needs the extra `training`)",
+    )
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there, too")
 
@@ -48,12 +56,49 @@ def run(args: argparse.Namespace) -> int:
                 rounds=args.rounds,
                 progress=report,
             )
+            found = _unions(args, evaluator, windows, [result.policy for result in results])
     print(f"{len(windows)} windows of {window} tokens; intervals are 95 %, over windows or rounds")
     print(table(results))
+    if found:
+        print(union_table(found))
     if args.output:
-        content = {"texts": windows.names, "window": window, "num_windows": len(windows)}
+        content = {
+            "texts": windows.names,
+            "window": window,
+            "num_windows": len(windows),
+            "distinct_experts": [union.to_json() for union in found],
+        }
         write_json(args.output, {**content, "policies": [result.to_json() for result in results]})
     return 0
+
+
+def union_table(found: Sequence[Union]) -> str:
+    """Distinct experts of a layer in a step, as text."""
+    batches = list(dict.fromkeys(union.batch for union in found))
+    policies = list(dict.fromkeys(union.policy for union in found))
+    width = max(6, *(len(name) for name in policies))
+    lines = [
+        "\ndistinct experts of a layer in one step of decode (against full)",
+        f"{'policy':<{width}}  " + "  ".join(f"{f'x{batch}':>14}" for batch in batches),
+    ]
+    for name in policies:
+        cells = [f"{union.distinct:.2f} ({union.ratio:.3f})" for union in found if union.policy == name]
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>14}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _unions(args: argparse.Namespace, evaluator: Evaluator, windows: Windows, policies: Sequence[str]) -> list[Union]:
+    if args.checkpoint_dir is None:
+        return []
+    import numpy as np
+
+    from adaptive_k_moe.calibration.hooks import HookedModel
+    from adaptive_k_moe.calibration.union import unions
+
+    count = min(len(windows), max(args.batch))
+    some = windows.take(np.unique(np.linspace(0, len(windows) - 1, count).astype(np.int64)))
+    logits = HookedModel(args.checkpoint_dir).router_logits(some.tokens)
+    return unions(evaluator, some, logits, policies, args.batch)
 
 
 def table(results: Sequence[PolicyEvaluation]) -> str:
