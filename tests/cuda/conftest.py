@@ -3,27 +3,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-from pathlib import Path
-
 import pytest
+from cuda_build import ROOT, build
 from cuda_launcher import Interpreter
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def build(source: Path, directory: Path, *options: str) -> None:
-    """Configures and builds a CMake project; the compiler's words are in the error of a failure."""
-    ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
-    for command in (
-        ["cmake", "-S", str(source), "-B", str(directory), *ninja, *options],
-        ["cmake", "--build", str(directory), "--parallel", str(min(os.cpu_count() or 1, 4))],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.fail(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
 
 
 @pytest.fixture(scope="session")

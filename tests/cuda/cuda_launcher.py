@@ -169,7 +169,17 @@ class Interpreter(Library):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self.lib.simt_last_error.restype = ctypes.c_char_p
+        self.lib.simt_launches.restype = ctypes.c_char_p
         self.lib.simt_set_seed.argtypes = [ctypes.c_uint64]
+
+    def launches(self) -> set[tuple[str, int, int]]:
+        """Kernels launched so far, without template arguments, with their threads and shared memory."""
+        lines = self.lib.simt_launches().decode().splitlines()
+        found = set()
+        for line in lines:
+            name, threads, shared = line.rsplit(maxsplit=2)
+            found.add((name.strip("()").split("<")[0], int(threads), int(shared)))
+        return found
 
     def run(
         self,

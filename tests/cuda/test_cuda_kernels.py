@@ -223,6 +223,38 @@ def test_equals_the_cpu_face(interpreter: Interpreter, path: str) -> None:
         np.testing.assert_allclose(result.output, output, atol=1e-5 * largest)
 
 
+@pytest.mark.parametrize(
+    ("path", "weights"), [("decode", "element"), ("prefill", "element"), ("decode", "int4"), ("prefill", "int8")]
+)
+def test_chosen_experts_alone_are_read(interpreter: Interpreter, path: str, weights: str) -> None:
+    """What nobody chose may be anything."""
+    layer = Layer(12, 64, 64, 16, path=path, weights=weights, max_k=2)
+    inputs, exact = make_inputs(layer, 2)
+    chosen = interpreter.run(layer, inputs).active
+    unread = np.setdiff1d(np.arange(layer.experts), chosen)
+    assert len(unread)
+    names = ("up", "down") if weights == "element" else ("up_scales", "down_scales")
+    poisoned = {name: inputs[name].copy() for name in names}
+    for array in poisoned.values():
+        array[unread] = np.nan
+    check_all(layer, exact, interpreter.run(layer, {**inputs, **poisoned}))
+
+
+@pytest.mark.parametrize("path", ["decode", "prefill"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_bad_inputs_spoil_their_own_token_only(interpreter: Interpreter, poison: float, path: str) -> None:
+    layer = Layer(9, 32, 16, 3, path=path, max_k=2)
+    inputs, _ = make_inputs(layer, 5)
+    before = interpreter.run(layer, inputs)
+    for name in ("router_logits", "hidden_states"):
+        spoilt = {**inputs, name: inputs[name].copy()}
+        spoilt[name][4, 1] = poison
+        after = interpreter.run(layer, spoilt)
+        others = np.arange(layer.tokens) != 4
+        assert after.output[others].tobytes() == before.output[others].tobytes()
+        assert not np.isfinite(after.output[4].astype(np.float32)).all()
+
+
 def test_one_expert_costs_one_row(interpreter: Interpreter) -> None:
     """A token with k = 1 puts one row into the products, whatever others need."""
     layer = Layer(4, 8, 8, 8, element="float32", max_k=6, path="prefill")

@@ -15,9 +15,10 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
+import cuda_resources as resources
 import pytest
-import resources
-from cuda_launcher import POINTERS, Layer, Library
+from cuda_cases import make_inputs
+from cuda_launcher import POINTERS, Interpreter, Layer, Library
 
 ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"}
 
@@ -63,8 +64,22 @@ def test_no_kernel_spills(table: dict[str, dict[str, dict[str, int]]]) -> None:
 
 
 def test_resources_are_those_of_the_table(table: dict[str, dict[str, dict[str, int]]]) -> None:
-    """Registers, shared memory and occupancy. After a change that means to alter them: resources.py --update."""
+    """Registers, shared memory and occupancy. After a change that means to alter them: cuda_resources.py --update."""
     assert table == json.loads(resources.TABLE.read_text())
+
+
+def test_blocks_of_the_table_are_those_of_the_launches(interpreter: Interpreter) -> None:
+    """Threads and shared memory, from which the occupancy follows, as the launcher asks for them."""
+    for layer in (
+        Layer(3, 32, 32, 4, path="decode"),
+        Layer(200, 32, 32, 200, path="prefill"),
+        Layer(3, 32, 32, 4, path="prefill", weights="int8"),
+        Layer(3, 32, 32, 4, path="prefill", weights="int4"),
+    ):
+        inputs, _ = make_inputs(layer, 0)
+        interpreter.run(layer, inputs)
+    declared = {(name.split("<")[0], *block) for name, block in resources.BLOCKS.items() if "cutlass" not in name}
+    assert interpreter.launches() == declared
 
 
 def test_each_architecture_has_its_products(table: dict[str, dict[str, dict[str, int]]]) -> None:

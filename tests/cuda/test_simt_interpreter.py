@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, build
+from cuda_build import ROOT, build
 from cuda_launcher import Interpreter
 
 CHECKS = {

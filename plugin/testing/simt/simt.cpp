@@ -8,6 +8,8 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <string>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -201,6 +203,8 @@ class Machine {
                      const std::function<void()>& body) {
     kernel_ = kernel;
     body_ = &body;
+    launches_.insert(std::string(kernel) + " " + std::to_string(block.x * block.y * block.z) + " " +
+                     std::to_string(shared_size));
     size_ = block.x * block.y * block.z;
     if (size_ == 0 || size_ > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 ||
         grid.z > 65535 || grid.x > 0x7fffffffu || shared_size > (227u << 10)) {
@@ -289,6 +293,8 @@ class Machine {
   int fault_ = 0;
   int multiprocessors_ = 4;
   int garbage_ = 0xC5;
+  std::set<std::string> launches_;
+  std::string launch_list_;
 
  private:
   static uint64_t greatest_common_divisor(uint64_t a, uint64_t b) {
@@ -585,6 +591,13 @@ __attribute__((visibility("default"))) void simt_set_multiprocessors(int count) 
 // The byte that shared memory is filled with before a block starts.
 __attribute__((visibility("default"))) void simt_set_garbage(int byte) {
   simt::machine().garbage_ = byte;
+}
+// What has been launched so far: a line for each kernel, its threads and its shared memory.
+__attribute__((visibility("default"))) const char* simt_launches() {
+  simt::Machine& m = simt::machine();
+  m.launch_list_.clear();
+  for (const std::string& launch : m.launches_) m.launch_list_ += launch + "\n";
+  return m.launch_list_.c_str();
 }
 // The sentence about the last failed launch; empty after none.
 __attribute__((visibility("default"))) const char* simt_last_error() {

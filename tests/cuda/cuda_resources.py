@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each kernel in libadaptive_k_cuda.so needs of a multiprocessor, read from the library itself.
 
-`python tests/cuda/resources.py` prints the table; with `--update` it becomes the one in resources.json that
+`python tests/cuda/cuda_resources.py` prints the table; with `--update` it becomes the one in resources.json that
 the test holds the library to. Needs cuobjdump (the nvidia-cuda-cuobjdump wheel, or a CUDA toolkit).
 """
 

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the C++ that tests run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def build(source: Path, directory: Path, *options: str) -> None:
+    """Configures and builds a CMake project; the compiler's words are in the error of a failure."""
+    ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
+    for command in (
+        ["cmake", "-S", str(source), "-B", str(directory), *ninja, *options],
+        ["cmake", "--build", str(directory), "--parallel", str(min(os.cpu_count() or 1, 4))],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.fail(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
