@@ -67,7 +67,8 @@ class Engine:
         config.add_optimization_profile(profile)
         plan = builder.build_serialized_network(network, config)
         assert plan is not None, "TensorRT built no engine"
-        self.engine = trt.Runtime(self.logger).deserialize_cuda_engine(plan)
+        self.runtime = trt.Runtime(self.logger)
+        self.engine = self.runtime.deserialize_cuda_engine(plan)
         assert self.engine is not None, "TensorRT did not take its own engine back"
 
     def graph(self) -> bytes:
