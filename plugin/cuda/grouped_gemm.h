@@ -13,8 +13,9 @@
 
 namespace adaptive_k::cuda {
 
-// c[r, N] = a[r, K] . b[e, N, K]^T for offsets[e] <= r < offsets[e + 1]; rows at or beyond
-// offsets[E] are not touched. float16 or bfloat16, sums in float32. K and N are multiples of 8.
+// c[r, N] = activation(a[r, K] . b[e, N, K]^T) for offsets[e] <= r < offsets[e + 1]; rows at or
+// beyond offsets[E] are not touched. float16 or bfloat16; sums, and the activation of them, in
+// float32. K and N are multiples of 8.
 struct GroupedGemm {
   ElementType element;
   int32_t experts, n, k;
@@ -24,6 +25,8 @@ struct GroupedGemm {
   const void* a;           // [max_rows, K]
   const void* b;           // [E, N, K]
   void* c;                 // [max_rows, N]
+  bool activated;          // false: c is the product
+  Activation activation;   // not a gated one
 };
 
 // Whether there is a product for this element type at all.

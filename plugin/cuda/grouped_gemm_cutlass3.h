@@ -17,10 +17,28 @@
 #include <cutlass/gemm/group_array_problem_shape.hpp>
 #include <cutlass/gemm/kernel/gemm_universal.hpp>
 
+#include "activate_fragment.h"
 #include "device.h"
 #include "grouped_gemm_parts.h"
 
 namespace adaptive_k::cuda {
+
+// The activation as a node of CUTLASS's epilogue tree.
+template <typename T>
+struct ActivateNode;
+template <>
+struct ActivateNode<float> {
+  using Arguments = FragmentActivation;
+};
+template <int kCount>
+struct ActivateNode<cutlass::Array<float, kCount>> {
+  using Arguments = FragmentActivation;
+  __device__ cutlass::Array<float, kCount> operator()(cutlass::Array<float, kCount> values,
+                                                      const Arguments& how) const {
+    activate_fragment(how, values);
+    return values;
+  }
+};
 
 template <typename Element_, typename ArchTag, typename TileShape, typename ClusterShape,
           typename KernelSchedule, typename EpilogueSchedule>
@@ -31,11 +49,14 @@ struct Cutlass3Gemm {
   static constexpr int kAlignment = 128 / cutlass::sizeof_bits<Element>::value;
   using Output = cutlass::layout::ColumnMajor;  // transposed: c is row-major
 
+  using Activated = cutlass::epilogue::fusion::Sm90EVT<
+      cutlass::epilogue::fusion::Sm90Compute<ActivateNode, Element, float,
+                                             cutlass::FloatRoundStyle::round_to_nearest>,
+      cutlass::epilogue::fusion::Sm90AccFetch>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       ArchTag, cutlass::arch::OpClassTensorOp, TileShape, ClusterShape,
       cutlass::epilogue::collective::EpilogueTileAuto, float, float, void, Output*, kAlignment,
-      Element, Output*, kAlignment, EpilogueSchedule,
-      cutlass::epilogue::fusion::LinearCombination<Element, float, void>>::CollectiveOp;
+      Element, Output*, kAlignment, EpilogueSchedule, Activated>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       ArchTag, cutlass::arch::OpClassTensorOp, Element, cutlass::layout::RowMajor*, kAlignment,
       Element, cutlass::layout::ColumnMajor*, kAlignment, float, TileShape, ClusterShape,
@@ -97,8 +118,7 @@ cudaError_t run_cutlass3(const GroupedGemm& p, void* workspace, cudaStream_t str
   arguments.problem_shape = {p.experts, to.sizes, nullptr};
   arguments.mainloop = {to.weights, to.weights_stride, to.rows, to.rows_stride};
   arguments.epilogue = {{}, nullptr, nullptr, to.output, to.output_stride};
-  arguments.epilogue.thread.alpha = 1.0f;
-  arguments.epilogue.thread.beta = 0.0f;
+  arguments.epilogue.thread = {{}, {p.activated, p.activation}};
   ADAPTIVE_K_RETURN_IF(cudaGetDevice(&arguments.hw_info.device_id));
   arguments.hw_info.sm_count = multiprocessors();
   if (Gemm::get_workspace_size(arguments) > kGroupedKernelBytes)

@@ -3,6 +3,7 @@
 #error "this file stands in for CUTLASS in the interpreter's build; do not ship it"
 #endif
 
+#include "activate.h"
 #include "device.h"
 #include "grouped_gemm.h"
 #include "numeric.h"
@@ -26,6 +27,7 @@ cudaError_t grouped_gemm(const GroupedGemm& p, void*, cudaStream_t) {
           float sum = 0;
           for (int32_t k = 0; k < p.k; ++k)
             sum += to_float(a[row * p.k + k]) * to_float(b[static_cast<int64_t>(n) * p.k + k]);
+          if (p.activated) sum = activate(p.activation, sum, sum);
           c[row * p.n + n] = from_float<T>(sum);
         }
       }

@@ -2,16 +2,54 @@
 // CUTLASS 2.x grouped GEMM. A persistent grid walks the tiles of all experts; each block finds its
 // next tile from the problem sizes in device memory, so the host needs to know none of them.
 #include <cutlass/cutlass.h>
-#include <cutlass/epilogue/thread/linear_combination.h>
+#include <cutlass/epilogue/thread/scale_type.h>
 #include <cutlass/gemm/device/gemm_grouped.h>
 #include <cutlass/gemm/kernel/default_gemm_grouped.h>
 #include <cutlass/layout/matrix.h>
 
+#include "activate_fragment.h"
 #include "device.h"
 #include "grouped_gemm_parts.h"
 
 namespace adaptive_k::cuda {
 namespace {
+
+// What becomes of the sums: CUTLASS's interface of an output operator without a source.
+template <typename Element, int kCount_>
+class ActivatedOutput {
+ public:
+  using ElementOutput = Element;
+  using ElementSource = Element;
+  using ElementC = Element;
+  using ElementD = Element;
+  using ElementAccumulator = float;
+  using ElementCompute = float;
+  using ElementScalar = float;
+  static constexpr int kCount = kCount_;
+  static constexpr auto kScale = cutlass::epilogue::thread::ScaleType::Nothing;
+  using FragmentOutput = cutlass::Array<Element, kCount>;
+  using FragmentSource = cutlass::Array<Element, kCount>;
+  using FragmentAccumulator = cutlass::Array<float, kCount>;
+  using FragmentCompute = cutlass::Array<float, kCount>;
+  using Params = FragmentActivation;
+
+  __host__ __device__ explicit ActivatedOutput(const Params& params) : params_(params) {}
+  __host__ __device__ bool is_source_needed() const { return false; }
+  __host__ __device__ void set_k_partition(int, int) {}
+
+  __device__ FragmentOutput operator()(const FragmentAccumulator& sums) const {
+    FragmentAccumulator values = sums;
+    activate_fragment(params_, values);
+    return cutlass::NumericArrayConverter<Element, float, kCount>()(values);
+  }
+  __device__ FragmentOutput operator()(const FragmentAccumulator& sums,
+                                       const FragmentSource&) const {
+    return (*this)(sums);
+  }
+
+ private:
+  Params params_;
+};
 
 template <typename Element, typename TileShape, typename WarpShape, int kStages>
 struct Sm80Gemm {
@@ -21,7 +59,7 @@ struct Sm80Gemm {
       Element, cutlass::layout::ColumnMajor, cutlass::ComplexTransform::kNone, kAlignment,  // b
       Element, cutlass::layout::RowMajor, float, cutlass::arch::OpClassTensorOp,
       cutlass::arch::Sm80, TileShape, WarpShape, cutlass::gemm::GemmShape<16, 8, 16>,
-      cutlass::epilogue::thread::LinearCombination<Element, kAlignment, float, float>,
+      ActivatedOutput<Element, kAlignment>,
       cutlass::gemm::threadblock::GemmBatchedIdentityThreadblockSwizzle, kStages,
       cutlass::gemm::kernel::GroupScheduleMode::kDeviceOnly>::GemmKernel;
   using Gemm = cutlass::gemm::device::GemmGrouped<Kernel>;
@@ -70,8 +108,8 @@ cudaError_t run(const GroupedGemm& p, void* workspace, cudaStream_t stream) {
 
   const int grid = Gemm::sufficient();
   if (grid <= 0) return cudaErrorInvalidConfiguration;
-  typename Gemm::Arguments arguments(to.sizes, p.experts, grid, {1.0f, 0.0f}, to.a, to.b, to.c,
-                                     to.c, to.lda, to.ldb, to.ldc, to.ldc);
+  typename Gemm::Arguments arguments(to.sizes, p.experts, grid, {p.activated, p.activation}, to.a,
+                                     to.b, to.c, to.c, to.lda, to.ldb, to.ldc, to.ldc);
   Gemm gemm;
   return status_of(gemm.initialize(arguments, nullptr, stream), [&] { return gemm.run(stream); });
 }

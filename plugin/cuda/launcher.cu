@@ -103,7 +103,7 @@ Workspace lay_out(const MoeParams& params, const MoeShape& s, Path path) {
     w.num_tiles = reserve(4);
   } else {
     w.x = w.y = reserve(rows * s.hidden * element);
-    w.u = reserve(rows * s.intermediate * element * (is_gated(params.activation) ? 2 : 1));
+    if (is_gated(params.activation)) w.u = reserve(rows * s.intermediate * element * 2);
     w.gemm = reserve(static_cast<int64_t>(grouped_gemm_workspace(s.experts)));
   }
   return w;
@@ -228,10 +228,16 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
     gemm.offsets = p.offsets;
     gemm.a = base + w.x;
     gemm.b = a.up;
-    gemm.c = base + w.u;
+    // A gated activation needs two columns that lie I apart, which no tile has both of.
+    const bool gated = is_gated(params.activation);
+    gemm.c = base + (gated ? w.u : w.h);
+    gemm.activated = !gated;
+    gemm.activation = params.activation;
     ADAPTIVE_K_RETURN_IF(grouped_gemm(gemm, base + w.gemm, stream));
-    ADAPTIVE_K_RETURN_IF(activate_rows(s.element, params.activation, base + w.u, num_rows, max_rows,
-                                       s.intermediate, base + w.h, stream));
+    if (gated)
+      ADAPTIVE_K_RETURN_IF(activate_rows(s.element, params.activation, base + w.u, num_rows,
+                                         max_rows, s.intermediate, base + w.h, stream));
+    gemm.activated = false;
     gemm.n = s.hidden;
     gemm.k = s.intermediate;
     gemm.a = base + w.h;

@@ -11,7 +11,7 @@ cudaError_t gather_rows(ElementType element, const void* x, const int32_t* row_t
                         const int32_t* num_rows, int64_t max_rows, int32_t columns, void* packed,
                         cudaStream_t stream);
 
-// h[row, I] = activation(u[row, 2I]) or of u[row, I].
+// h[row, I] = activation(u[row, 2I]) of a gated expert, or of u[row, I].
 cudaError_t activate_rows(ElementType element, Activation activation, const void* u,
                           const int32_t* num_rows, int64_t max_rows, int32_t intermediate, void* h,
                           cudaStream_t stream);

@@ -19,7 +19,7 @@ struct Workspace {
   size_t h;             // [rows, I] element type
   size_t y;             // [rows, H], float32 when decoding, else element type
   size_t x;             // prefill: [rows, H] element type, in y's place
-  size_t u;             // prefill: [rows, I or 2I] element type
+  size_t u;             // prefill of gated experts: [rows, 2I] element type
   size_t gemm;          // prefill: the grouped product's own
   size_t tiles;         // prefill with quantised weights: [mixed_max_tiles()] RowTile
   size_t num_tiles;     // the same: [1] int32
