@@ -427,8 +427,8 @@ class Decoder:
     def make_mlp(self, name: str, hidden: str, mlp: MlpConfig) -> str:
         """``down(act(gate(x)) * up(x))`` over the last dimension."""
         g, size = self.graph, self.model.hidden_size
-        gate = self.linear(f"{name}.gate_proj", hidden, size, mlp.intermediate_size)
-        up = self.linear(f"{name}.up_proj", hidden, size, mlp.intermediate_size)
+        gate = self.linear(f"{name}.gate_proj", hidden, size, mlp.intermediate_size, bias=mlp.bias)
+        up = self.linear(f"{name}.up_proj", hidden, size, mlp.intermediate_size, bias=mlp.bias)
         match mlp.activation:
             case "swiglu":
                 active = g.node("Mul", [gate, g.node("Sigmoid", [gate], f"{name}.sigmoid")], f"{name}.act")
@@ -437,7 +437,7 @@ class Decoder:
             case _:
                 raise AssertionError(f"activation {mlp.activation}")
         product = g.node("Mul", [active, up], f"{name}.product")
-        return self.linear(f"{name}.down_proj", product, mlp.intermediate_size, size)
+        return self.linear(f"{name}.down_proj", product, mlp.intermediate_size, size, bias=mlp.bias)
 
     def make_head(self, hidden: str, embedding: str) -> None:
         """Final norm and logits for the rows asked for, and the k and entropy of every token and layer."""

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -159,3 +163,28 @@ def test_the_mixer_of_transformers(length: int, sizes: dict[str, Any]) -> None:
     with torch.no_grad():
         found = mixer.out_proj(mixer.norm(torch.from_numpy(y), gate))
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set_is_the_oracles(isa: str) -> None:
+    """In a process of its own: the choice is made once."""
+    script = (
+        "from adaptive_k_moe import plugin\n"
+        "from mamba_oracle import CASES, assert_close, make_inputs, oracle\n"
+        f"assert plugin.instruction_set() == {isa!r}\n"
+        "for case in CASES:\n"
+        "    inputs = make_inputs(case)\n"
+        "    expected = oracle(case, inputs)\n"
+        "    y = plugin.mamba2(**inputs, n_groups=case.n_groups, dt_min=case.dt_min, dt_max=case.dt_max)\n"
+        "    for found, value in zip((y, inputs['conv_state'], inputs['ssm_state']), expected):\n"
+        "        assert_close(found, value)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "ADAPTIVE_K_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    if "which this machine or build does not have" in run.stderr:
+        pytest.skip(f"this machine has no {isa}")
+    assert run.returncode == 0, run.stderr
