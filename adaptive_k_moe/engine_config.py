@@ -26,8 +26,8 @@ ENGINE_VERSION = "1"
 
 CONFIG_NAME = "config.json"
 
-Target = Literal["openvino", "onnx"]
-Dtype = Literal["float32", "bfloat16"]
+Target = Literal["openvino", "tensorrt", "onnx"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class _Model(BaseModel):

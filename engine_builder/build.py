@@ -9,8 +9,9 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
 from adaptive_k_moe.engine_builder.graph import GraphBuilder
@@ -29,6 +30,10 @@ from adaptive_k_moe.engine_config import (
 )
 from adaptive_k_moe.errors import BuildError, CheckpointError
 from adaptive_k_moe.policy import PolicySet, read_policy_file
+
+if TYPE_CHECKING:
+    from adaptive_k_moe.engine_builder.models.decoder import Decoder
+    from adaptive_k_moe.engine_builder.targets.tensorrt import DryRun
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -52,6 +57,7 @@ def build(
     max_batch_size: int = 16,
     max_seq_len: int | None = None,
     max_num_tokens: int | None = None,
+    timing_cache: str | Path | None = None,
     force: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> EngineConfig:
@@ -63,12 +69,14 @@ def build(
     Args:
         checkpoint_dir: Hugging Face checkpoint (``config.json`` and safetensors).
         output_dir: the engine directory to make; it must not exist yet unless `force`.
-        target: "openvino" (any CPU) or "onnx" (the specification, for a plain ONNX Runtime).
-        dtype: of the weights; None is the checkpoint's own (float16 becomes float32, its superset).
+        target: "openvino" (any CPU), "tensorrt" (the GPU at hand) or "onnx" (the specification, for a plain
+            ONNX Runtime).
+        dtype: of the weights; None is the checkpoint's own, or the nearest that the target has.
         policy: policy file or set; None gives the engine `full` alone.
         max_batch_size: most sequences in one step.
         max_seq_len: most tokens of a sequence; None is the model's own limit, 4096 at most.
         max_num_tokens: most tokens in one step; None is 512, and never under `max_batch_size`.
+        timing_cache: file of kernel timings, which TensorRT's builder reads if it is there, and writes.
         force: replace an engine directory that is already there.
         progress: called with a part's name, the parts done and their number.
 
@@ -82,14 +90,12 @@ def build(
     """
     source, output = Path(checkpoint_dir), Path(output_dir)
     _check_output(output, force=force)
-    if target not in get_args(Target):
-        raise BuildError(f"target {target!r} is unknown: it is one of {', '.join(get_args(Target))}.")
-    hf_config = HfConfig.read(source)
-    hf_config.require("quantization_config", None)
-    architecture = architecture_of(hf_config)
-    tensors = CheckpointTensors(source)
-    model = architecture.read_config(hf_config, dtype or _own_dtype(hf_config))
-    build_config = _build_config(model, target, max_batch_size, max_seq_len, max_num_tokens)
+    plan = _plan(source, target, dtype, max_batch_size, max_seq_len, max_num_tokens)
+    model, build_config = plan.model, plan.build_config
+    if target == "tensorrt":
+        from adaptive_k_moe.engine_builder.targets.tensorrt import require_tensorrt
+
+        require_tensorrt()  # before hours of writing weights
     policies = policy if isinstance(policy, PolicySet) else read_policy_file(policy) if policy else PolicySet()
     policies = policies.for_model(
         num_experts=model.num_experts,
@@ -114,18 +120,14 @@ def build(
                 progress(part, done, total)
 
         try:
-            with GraphBuilder(temporary / "model.onnx", architecture.__name__) as graph:
-                architecture(model, build_config, tensors, graph).build(report)
-                ignored = re.compile("|".join(architecture.ignored_tensors))
-                unused = [name for name in tensors.unused() if not ignored.fullmatch(name)]
-                if unused and not (model.tie_word_embeddings and unused == [architecture.lm_head_name]):
-                    count = f"{len(unused)} tensor{'s' if len(unused) > 1 else ''}"
-                    raise CheckpointError(
-                        f"{source} holds {count} that {architecture.__name__} has no place for, {unused[0]!r} first: "
-                        "the checkpoint does not match its config.json."
-                    )
-                graph.save({"adaptive_k.pretrained_config": json.dumps(model.model_dump(mode="json"))})
-            lower(temporary, model, build_config)
+            _write_graph(plan, temporary / "model.onnx", report)
+            lower(
+                temporary,
+                model,
+                build_config,
+                timing_cache=None if timing_cache is None else Path(timing_cache),
+                progress=None if progress is None else lambda phase: progress(f"TensorRT: {phase}", done, total),
+            )
             report("lowering")
             for name in TOKENIZER_FILES:
                 if (source / name).is_file():
@@ -149,6 +151,100 @@ def build(
     return config
 
 
+def dry_run(
+    checkpoint_dir: str | Path,
+    *,
+    dtype: Dtype | None = None,
+    max_batch_size: int = 16,
+    max_seq_len: int | None = None,
+    max_num_tokens: int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> DryRun:
+    """Lower a checkpoint for TensorRT and compile it as far as a machine without a GPU can.
+
+    The graph and its weights are written to a temporary directory and dropped again.
+
+    Args:
+        checkpoint_dir: Hugging Face checkpoint.
+        dtype: "float16" or "bfloat16"; None is the checkpoint's own, or float16.
+        max_batch_size: most sequences in one step.
+        max_seq_len: most tokens of a sequence, which is the cache's length.
+        max_num_tokens: most tokens of a chunk of a prompt.
+        progress: called with a part's name, the parts done and their number.
+
+    Returns:
+        The engine's inputs and outputs, and what was proved.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, incomplete or of an unsupported kind.
+        BuildError: it cannot be built as asked.
+    """
+    from adaptive_k_moe.engine_builder.targets.tensorrt import dry_run as dry_run_for_tensorrt
+
+    plan = _plan(Path(checkpoint_dir), "tensorrt", dtype, max_batch_size, max_seq_len, max_num_tokens)
+    total, done = plan.model.num_hidden_layers + 3, 0
+
+    def report(part: str) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(part, done, total)
+
+    with tempfile.TemporaryDirectory(prefix="adaptive-k-") as directory:
+        try:
+            _write_graph(plan, Path(directory) / "model.onnx", report)
+            report("lowering")
+            return dry_run_for_tensorrt(Path(directory), plan.model, plan.build_config)
+        except OSError as error:
+            raise BuildError(f"cannot write the graph to {directory}: {error.strerror or error}.") from error
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A checkpoint, and what is to become of it."""
+
+    source: Path
+    architecture: type[Decoder]
+    model: PretrainedConfig
+    build_config: BuildConfig
+
+
+def _plan(
+    source: Path,
+    target: Target,
+    dtype: Dtype | None,
+    max_batch_size: int,
+    max_seq_len: int | None,
+    max_num_tokens: int | None,
+) -> _Plan:
+    if target not in get_args(Target):
+        raise BuildError(f"target {target!r} is unknown: it is one of {', '.join(get_args(Target))}.")
+    hf_config = HfConfig.read(source)
+    hf_config.require("quantization_config", None)
+    architecture = architecture_of(hf_config)
+    model = architecture.read_config(hf_config, _dtype(hf_config, target, dtype))
+    build_config = _build_config(model, target, max_batch_size, max_seq_len, max_num_tokens)
+    return _Plan(source, architecture, model, build_config)
+
+
+def _write_graph(plan: _Plan, path: Path, report: Callable[[str], None]) -> None:
+    """Write the one graph, which every target starts from; a float16 one is first written in float32."""
+    architecture, model = plan.architecture, plan.model
+    tensors = CheckpointTensors(plan.source)
+    written = model.model_copy(update={"dtype": "float32"}) if model.dtype == "float16" else model
+    with GraphBuilder(path, architecture.__name__) as graph:
+        architecture(written, plan.build_config, tensors, graph).build(report)
+        ignored = re.compile("|".join(architecture.ignored_tensors))
+        unused = [name for name in tensors.unused() if not ignored.fullmatch(name)]
+        if unused and not (model.tie_word_embeddings and unused == [architecture.lm_head_name]):
+            count = f"{len(unused)} tensor{'s' if len(unused) > 1 else ''}"
+            raise CheckpointError(
+                f"{plan.source} holds {count} that {architecture.__name__} has no place for, {unused[0]!r} first: "
+                "the checkpoint does not match its config.json."
+            )
+        graph.save({"adaptive_k.pretrained_config": json.dumps(model.model_dump(mode="json"))})
+
+
 def _check_output(output: Path, *, force: bool) -> None:
     if not output.exists():
         return
@@ -158,10 +254,16 @@ def _check_output(output: Path, *, force: bool) -> None:
         raise BuildError(f"{output} holds an engine already: give another --output_dir, or --force to replace it.")
 
 
-def _own_dtype(config: HfConfig) -> Dtype:
-    """The checkpoint's dtype where an engine can have it; float16 widens to float32, which holds all of it."""
-    own = config.optional("dtype", str) or config.optional("torch_dtype", str) or "float32"
-    return "bfloat16" if own == "bfloat16" else "float32"
+def _dtype(config: HfConfig, target: Target, asked: Dtype | None) -> Dtype:
+    """The dtype asked for if the target has it, or else the checkpoint's own or nearest.
+
+    On CPUs float16 widens to float32, which holds all of it; TensorRT's attention has only 16-bit kernels.
+    """
+    choices = ("float16", "bfloat16") if target == "tensorrt" else ("float32", "bfloat16")
+    if asked is not None and asked not in choices:
+        raise BuildError(f"the {target} target has no dtype {asked!r}: it is one of {', '.join(choices)}.")
+    own = config.optional("dtype", str) or config.optional("torch_dtype", str)
+    return asked or ("bfloat16" if own == "bfloat16" else "float16" if target == "tensorrt" else "float32")
 
 
 def _build_config(

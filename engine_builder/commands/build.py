@@ -13,13 +13,21 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's flags."""
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="Hugging Face checkpoint directory")
-    parser.add_argument("--output_dir", type=Path, required=True, help="engine directory to make")
-    parser.add_argument("--target", choices=["openvino", "onnx"], default="openvino", help="default: %(default)s")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights; default: the checkpoint's")
+    parser.add_argument("--output_dir", type=Path, help="engine directory to make; needed but for --dry_run")
+    parser.add_argument(
+        "--target", choices=["openvino", "tensorrt", "onnx"], default="openvino", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: the checkpoint's"
+    )
     parser.add_argument("--policy", type=Path, help="policy file (JSON); default: only the trained top-k")
     parser.add_argument("--max_batch_size", type=int, default=16, help="sequences in a step; default: %(default)s")
     parser.add_argument("--max_seq_len", type=int, help="tokens of a sequence; default: the model's, 4096 at most")
     parser.add_argument("--max_num_tokens", type=int, help="tokens in a step; default: 512")
+    parser.add_argument("--timing_cache", type=Path, help="tensorrt: file of kernel timings to use and extend")
+    parser.add_argument(
+        "--dry_run", action="store_true", help="tensorrt: check graph and sizes without a GPU; build nothing"
+    )
     parser.add_argument("--force", action="store_true", help="replace an engine that is already there")
 
 
@@ -29,7 +37,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from adaptive_k_moe.engine_builder import build
+    from adaptive_k_moe.errors import BuildError
 
+    if args.dry_run:
+        return _dry_run(args)
+    if args.output_dir is None:
+        raise BuildError("give --output_dir, the engine directory to make.")
     start = time.monotonic()
     console = Console(file=sys.stderr)
     with (
@@ -47,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
             max_batch_size=args.max_batch_size,
             max_seq_len=args.max_seq_len,
             max_num_tokens=args.max_num_tokens,
+            timing_cache=args.timing_cache,
             force=args.force,
             progress=lambda part, done, total: bar.update(task, description=part, completed=done, total=total),
         )
@@ -60,3 +74,21 @@ def run(args: argparse.Namespace) -> int:
         f"in {time.monotonic() - start:.1f} s"
     )
     return 0
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    """Print what a TensorRT engine would be; 1 where TensorRT refuses it."""
+    from adaptive_k_moe.engine_builder.build import dry_run
+    from adaptive_k_moe.errors import BuildError
+
+    if args.target != "tensorrt":
+        raise BuildError("--dry_run is for --target tensorrt: the other targets build on every machine.")
+    found = dry_run(
+        args.checkpoint_dir,
+        dtype=args.dtype,
+        max_batch_size=args.max_batch_size,
+        max_seq_len=args.max_seq_len,
+        max_num_tokens=args.max_num_tokens,
+    )
+    print("\n".join(found.lines()))
+    return int(found.failed)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
@@ -10,8 +11,22 @@ from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 __all__ = ["lower"]
 
 
-def lower(directory: Path, model: PretrainedConfig, build_config: BuildConfig) -> None:
+def lower(
+    directory: Path,
+    model: PretrainedConfig,
+    build_config: BuildConfig,
+    *,
+    timing_cache: Path | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> None:
     """Turn ``model.onnx`` in `directory` into the target's files, in place.
+
+    Args:
+        directory: where the graph lies.
+        model: its sizes and dtype.
+        build_config: the engine's target and sizes.
+        timing_cache: file of kernel timings, which TensorRT's builder reads and writes.
+        progress: called with the name of each phase of TensorRT's builder.
 
     Raises:
         BuildError: the target cannot run this model.
@@ -20,4 +35,8 @@ def lower(directory: Path, model: PretrainedConfig, build_config: BuildConfig) -
         from adaptive_k_moe.engine_builder.targets.openvino import lower_for_openvino
 
         lower_for_openvino(directory, model, build_config)
+    elif build_config.target == "tensorrt":
+        from adaptive_k_moe.engine_builder.targets.tensorrt import lower_for_tensorrt
+
+        lower_for_tensorrt(directory, model, build_config, timing_cache=timing_cache, progress=progress)
     # The target "onnx" is the graph as it stands.

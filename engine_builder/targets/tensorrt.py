@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TensorRT target: an engine where TensorRT and a GPU are, and a dry run that needs neither."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import PROFILES, Binding, make_bindings
+from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Progress, compile_graph
+from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_plugin, lower_graph
+from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
+from adaptive_k_moe.errors import BuildError
+
+ENGINE_NAME = "rank0.engine"
+
+PLUGIN_VARIABLE = "ADAPTIVE_K_TENSORRT_LIBRARY"
+PLUGIN_NAME = "libadaptive_k_tensorrt.so"
+
+CAPABILITIES = ("SM89", "SM120")
+"""What a dry run compiles for: Ada and Blackwell."""
+
+_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
+
+# TensorRT for RTX holds the weights in memory, the experts' twice: a dry run of more is the lowering alone.
+_MOST_COMPILED = 4 << 30
+
+
+def require_tensorrt() -> Any:
+    """The module ``tensorrt``, with the plugin loaded.
+
+    Raises:
+        BuildError: one of the two is not here.
+    """
+    try:
+        trt: Any = importlib.import_module("tensorrt")
+        trt.Builder  # noqa: B018 (a folder of this name can be imported too)
+    except (ImportError, AttributeError):
+        raise BuildError(
+            "--target tensorrt needs TensorRT's Python package and an NVIDIA GPU: `pip install tensorrt` there, or add "
+            "--dry_run to check the graph here; --target openvino works on this machine."
+        ) from None
+    library = plugin_library()
+    registry = trt.get_plugin_registry()
+    if registry.get_creator("AdaptiveKMoe", "1", "adaptive_k") is None and registry.load_library(str(library)) is None:
+        raise BuildError(f"TensorRT cannot load the plugin {library}.")
+    return trt
+
+
+def plugin_library() -> Path:
+    """The plugin's library: where the environment says, or in the installed package."""
+    import adaptive_k_moe.plugin as package
+
+    assert package.__file__ is not None
+    library = Path(os.environ.get(PLUGIN_VARIABLE) or Path(package.__file__).parent / PLUGIN_NAME)
+    if not library.is_file():
+        raise BuildError(
+            f"the TensorRT plugin {library} is not there: build it (docs/tensorrt_plugin.md) and name it in "
+            f"{PLUGIN_VARIABLE}."
+        )
+    return library
+
+
+def lower_for_tensorrt(
+    directory: Path,
+    model: PretrainedConfig,
+    build: BuildConfig,
+    *,
+    timing_cache: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Replace ``model.onnx`` by ``rank0.engine``.
+
+    Raises:
+        BuildError: TensorRT is not here, or refuses the graph.
+    """
+    trt = require_tensorrt()
+    source = directory / "model.onnx"
+    onnx.save(for_plugin(lower_graph(source, model, build)), source)
+    compiled = compile_graph(trt, source, make_bindings(model, build), timing_cache=timing_cache, progress=progress)
+    with (directory / ENGINE_NAME).open("wb") as engine:
+        engine.write(compiled.plan)
+    source.unlink()
+    source.with_name(source.name + ".data").unlink()
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run found.
+
+    Attributes:
+        table: the engine's bindings.
+        weight_bytes: of the lowered graph's weights.
+        nodes: of the lowered graph.
+        compiled: what TensorRT for RTX says for each capability; empty where it did not run.
+        skipped: why it did not run, if so.
+    """
+
+    model: PretrainedConfig
+    build: BuildConfig
+    table: list[Binding]
+    weight_bytes: int
+    nodes: int
+    compiled: list[dict[str, Any]]
+    skipped: str | None
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of one sequence's keys and values."""
+        caches = [binding for binding in self.table if binding.in_place_of is not None]
+        return sum(_SIZES[cache.dtype] * prod(cache.profiles[0].min) for cache in caches)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a compilation was tried and failed."""
+        return any("error" in result for result in self.compiled)
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        batch = self.build.max_batch_size
+        largest = [
+            sum(_SIZES[b.dtype] * prod(b.profiles[p].max) for b in self.table if b.in_place_of is None)
+            - batch * self.cache_bytes * (p == 0)
+            - self.cache_bytes * (p == 1)
+            for p in range(len(PROFILES))
+        ]
+        return [
+            f"{self.model.architecture} for TensorRT in {self.model.dtype}: {self.nodes} nodes",
+            *(f"  {line}" for line in _bindings_text(self.table)),
+            f"weights {_megabytes(self.weight_bytes)}; cache {_megabytes(self.cache_bytes)} a sequence, "
+            f"{_megabytes(batch * self.cache_bytes)} for {batch}; other inputs and outputs at most "
+            f"{_megabytes(max(largest))}; the engine's workspace is known on the GPU only",
+            "checked: types and shapes of every node, and inputs and outputs against the table of bindings",
+            *(self._compiled_line(result) for result in self.compiled),
+            *([f"not compiled: {self.skipped}"] if self.skipped else []),
+            "not checked: the plugin in the engine, numbers on a GPU, speed",
+        ]
+
+    @staticmethod
+    def _compiled_line(result: dict[str, Any]) -> str:
+        if "error" in result:
+            return f"refused by TensorRT for RTX for {result['capability']}: {result['error']}"
+        attention = "" if result["fused_attention"] else "; attention has no fused kernel for these heads and is slow"
+        return (
+            f"compiled by TensorRT for RTX {result['version']} for {result['capability']}, the experts by their "
+            f"function body: {_megabytes(result['bytes'])} in {result['seconds']:.1f} s{attention}"
+        )
+
+
+def dry_run(
+    directory: Path, model: PretrainedConfig, build: BuildConfig, capabilities: tuple[str, ...] | None = None
+) -> DryRun:
+    """Lower ``model.onnx`` in `directory` and, where TensorRT for RTX is installed, compile it ahead of time.
+
+    Raises:
+        BuildError: the model cannot be lowered.
+    """
+    source = directory / "model.onnx"
+    lowered = lower_graph(source, model, build)
+    onnx.save(lowered, source)
+    weights = sum(
+        prod(initializer.dims) * onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type).itemsize
+        for initializer in lowered.graph.initializer
+    )
+    compiled: list[dict[str, Any]] = []
+    skipped = None
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        skipped = "TensorRT for RTX is not installed (`pip install tensorrt-rtx`)"
+    elif weights > _MOST_COMPILED:
+        skipped = f"{weights / 1e9:.0f} GB of weights are too many to compile without a GPU"
+    else:
+        compiled = [compile_ahead(source, model, build, capability) for capability in capabilities or CAPABILITIES]
+    return DryRun(model, build, make_bindings(model, build), weights, len(lowered.graph.node), compiled, skipped)
+
+
+def compile_ahead(graph: Path, model: PretrainedConfig, build: BuildConfig, capability: str) -> dict[str, Any]:
+    """What the compiler says for one capability, from a process of its own."""
+    module = "adaptive_k_moe.engine_builder.targets.tensorrt_compiler"
+    arguments = [str(graph), model.model_dump_json(), build.model_dump_json(), capability]
+    done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, check=False)
+    log = [line for line in (done.stderr + done.stdout).splitlines() if "[E]" in line]
+    answers = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    result: dict[str, Any] = {"capability": capability, "error": "TensorRT ended its process."}
+    if answers:
+        result = json.loads(answers[-1])
+    if "error" in result and log:
+        result["error"] = log[-1].partition("[E]")[2].strip()
+    return result
+
+
+def _bindings_text(table: list[Binding]) -> list[str]:
+    rows = [["", "name", "type", "shape", *PROFILES]]
+    for binding in table:
+        limits = [f"{_text(at.min)} {_text(at.opt)} {_text(at.max)}" for at in binding.profiles]
+        way = "in" if binding.is_input else "out"
+        rows.append([way, binding.name, binding.dtype, _text(binding.shape), *limits])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _text(shape: tuple[int | str, ...]) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

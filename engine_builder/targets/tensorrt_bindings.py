@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a TensorRT engine takes and gives: one table, which the lowering, the profiles and a session all follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
+from adaptive_k_moe.policy import MAX_K
+
+PROFILES = ("decode", "prefill")
+"""The engine's optimization profiles, by index: one token for each sequence, and a chunk of one sequence."""
+
+MAX_POLICIES = 64
+"""Most rows of the policy tables; the tables are inputs, so this only bounds what a session may bind."""
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The smallest, the usual and the largest shape of a binding in one profile."""
+
+    min: Shape
+    opt: Shape
+    max: Shape
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One input or output of the engine.
+
+    Attributes:
+        name: the tensor's name in the graph and in the engine.
+        is_input: whether the caller fills it.
+        dtype: "float32", "float16", "bfloat16", "int32" or "int64".
+        shape: sizes, those known only at run time by name.
+        profiles: its shapes' limits in each of `PROFILES`.
+        in_place_of: for an output, the input whose memory it must be bound to.
+    """
+
+    name: str
+    is_input: bool
+    dtype: str
+    shape: tuple[int | str, ...]
+    profiles: tuple[Limits, ...]
+    in_place_of: str | None = None
+
+
+def cache_names(layer: int, kind: str) -> tuple[str, str]:
+    """Names of a layer's cache ("key" or "value") before and after a step."""
+    return f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
+
+
+def symbol_ranges(build: BuildConfig) -> tuple[Mapping[str, tuple[int, int, int]], ...]:
+    """The smallest, usual and largest value of every size that is known only at run time, for each profile."""
+    batch, chunk = build.max_batch_size, min(build.max_num_tokens, build.max_seq_len)
+    tables = {"num_policies": (1, 4, MAX_POLICIES), "num_choices": (2, 4, MAX_K + 1), "num_limits": (1, 3, MAX_K)}
+    decode = dict.fromkeys(("batch", "num_tokens", "num_logits"), (1, batch, batch))
+    # One sequence a prefill step: its cache is bound at its slot, and the chunk needs no padding.
+    prefill = {"sequence": (1, chunk, chunk), "num_tokens": (1, chunk, chunk), "num_logits": (1, 1, chunk)}
+    return ({**tables, **decode, "sequence": (1, 1, 1)}, {**tables, **prefill, "batch": (1, 1, 1)})
+
+
+def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
+    """The engine's inputs and outputs, in order.
+
+    The caches are [batch, heads, max_seq_len, head_dim]; a step writes each sequence's new keys and values at
+    its `write_indices` and returns the same memory.
+    """
+    ranges = symbol_ranges(build)
+
+    def binding(name: str, dtype: str, *shape: int | str, output: bool = False, of: str | None = None) -> Binding:
+        def at(profile: Mapping[str, tuple[int, int, int]], which: int) -> Shape:
+            return tuple(profile[size][which] if isinstance(size, str) else size for size in shape)
+
+        limits = tuple(Limits(*(at(profile, which) for which in range(3))) for profile in ranges)
+        return Binding(name, not output, dtype, shape, limits, of)
+
+    moe_layers = model.num_moe_layers
+    cache = ("batch", model.num_key_value_heads, build.max_seq_len, model.head_dim)
+    pairs = [cache_names(layer, kind) for layer in model.attention_layers for kind in ("key", "value")]
+    return [
+        binding("input_ids", "int64", "batch", "sequence"),
+        binding("position_ids", "int64", "batch", "sequence"),
+        binding("write_indices", "int64", "batch"),
+        binding("logits_indices", "int64", "num_logits"),
+        binding("policy_index", "int32", "num_tokens"),
+        binding("policy_kind", "int32", "num_policies"),
+        binding("thresholds", "float32", moe_layers, "num_policies", "num_limits"),
+        binding("k_values", "int32", moe_layers, "num_policies", "num_choices"),
+        *(binding(past, model.dtype, *cache) for past, _ in pairs),
+        binding("logits", "float32", "num_logits", model.vocab_size, output=True),
+        binding("k", "int32", "num_tokens", moe_layers, output=True),
+        binding("entropy", "float32", "num_tokens", moe_layers, output=True),
+        *(binding(present, model.dtype, *cache, output=True, of=past) for past, present in pairs),
+    ]

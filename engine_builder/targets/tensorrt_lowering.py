@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ONNX graph rewritten for TensorRT: strongly typed, its cache updated in place.
+
+The rewrite works on the file, so every architecture's graph takes the same way and the models know nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN, OP_TYPE
+from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import Binding, make_bindings
+from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
+from adaptive_k_moe.errors import BuildError
+
+TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int32": TensorProto.INT32,
+    "int64": TensorProto.INT64,
+}
+_NUMPY_TYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+# Bytes of a weight converted at once.
+_CHUNK = 1 << 26
+_ALIGNMENT = 4096
+
+# What repeats the cache's heads for the query's; `Attention` does that itself.
+_SPREADING = ("Reshape", "Expand", "Unsqueeze")
+
+
+def lower_graph(path: Path, model: PretrainedConfig, build: BuildConfig) -> onnx.ModelProto:
+    """The graph at `path` as TensorRT gets it, with the operator still having its function body.
+
+    Activations and weights are of the model's dtype; the router's product, the entropies, the policy tables and
+    the logits are float32. Weights that need another type are appended to the graph's data file.
+
+    Args:
+        path: ``model.onnx``, as written for the dtype, or for float32 where the dtype is float16.
+        model: its sizes and dtype; "float32" rewrites the cache alone.
+        build: the engine's sizes.
+
+    Raises:
+        BuildError: the model has layers or weights that this target does not take.
+    """
+    if model.mamba is not None:
+        raise BuildError("the tensorrt target has no Mamba layers yet: build with --target openvino.")
+    proto = onnx.load(path, load_external_data=False)
+    _update_cache_in_place(proto.graph)
+    _use_dtype(proto, path, model.dtype)
+    _drop_unused(proto.graph)
+    _declare(proto.graph, make_bindings(model, build))
+    # Every type and rank of the graph against the operators' rules and the table.
+    onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+    return proto
+
+
+def for_plugin(lowered: onnx.ModelProto) -> onnx.ModelProto:
+    """The lowered graph with the operator left to the plugin: no function body, the plugin's name on each node."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(lowered)
+    del proto.functions[:]
+    for node in _experts(proto.graph):
+        node.attribute.append(helper.make_attribute("plugin_namespace", DOMAIN))
+        node.attribute.append(helper.make_attribute("plugin_version", "1"))
+    return proto
+
+
+def _experts(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    return [node for node in graph.node if node.domain == DOMAIN and node.op_type == OP_TYPE]
+
+
+def _producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
+    return {output: node for node in graph.node for output in node.output}
+
+
+def _update_cache_in_place(graph: onnx.GraphProto) -> None:
+    """`TensorScatter` in place of joining past and new, and `Attention` right on the cache."""
+    producers = _producers(graph)
+    for node in graph.node:
+        if node.op_type == "Concat" and node.input[0].startswith("past_key_values."):
+            past, new = node.input
+            node.CopyFrom(
+                helper.make_node("TensorScatter", [past, new, "write_indices"], node.output, node.name, axis=2)
+            )
+        elif node.op_type == "Attention":
+            for index in (1, 2):
+                producer = producers[node.input[index]]
+                while producer.op_type in _SPREADING:
+                    producer = producers[producer.input[0]]
+                if not producer.output[0].startswith("present."):
+                    raise AssertionError(f"{node.name}: input {index} does not come from a cache")
+                node.input[index] = producer.output[0]
+
+
+def _use_dtype(proto: onnx.ModelProto, path: Path, dtype: str) -> None:
+    """Give activations and weights the engine's dtype and leave float32 what has to be float32."""
+    if dtype == "float32":
+        return
+    graph, element = proto.graph, TYPES[dtype]
+    # Weights are used in the type that they are stored in, not widened.
+    widened = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
+    _replace_nodes(graph, [node for node in graph.node if node.op_type != "Cast"])
+    for node in graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = widened.get(name, name)
+
+    routers = _routers(graph)
+    exact = {name for node in routers for name in node.input} | {
+        name for node in _experts(graph) for name in node.input[8:]
+    }
+    exact |= {node.input[0] for node in graph.node if node.op_type == "Transpose" and node.output[0] in exact}
+    for initializer in graph.initializer:
+        if initializer.data_type == TensorProto.FLOAT and initializer.name not in exact:
+            _convert(initializer, path, dtype)
+
+    nodes: list[onnx.NodeProto] = []
+    router_names = {node.name for node in routers}
+    for node in graph.node:
+        if node.name in router_names and node.op_type == "MatMul":
+            tokens = f"{node.name}.tokens_float"
+            nodes.append(helper.make_node("Cast", [node.input[0]], [tokens], tokens, to=TensorProto.FLOAT))
+            node.input[0] = tokens
+        nodes.append(node)
+        if node.output[0] == "logits":
+            node.output[0] = f"logits.{dtype}"
+            nodes.append(helper.make_node("Cast", [node.output[0]], ["logits"], "logits.float", to=TensorProto.FLOAT))
+    _replace_nodes(graph, nodes)
+    for node in _experts(graph):
+        for attribute in node.attribute:
+            if attribute.name == "weight_format":
+                attribute.CopyFrom(helper.make_attribute("weight_format", dtype))
+    for function in proto.functions:
+        _convert_function(function, element)
+
+
+def _routers(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes that make router logits: a product and, in some models, a sum with a bias."""
+    producers, found = _producers(graph), []
+    for node in _experts(graph):
+        producer = producers[node.input[1]]
+        while producer.op_type == "Add":
+            found.append(producer)
+            producer = producers[producer.input[0]]
+        if producer.op_type != "MatMul":
+            raise AssertionError(f"{node.name}: its router logits come from {producer.op_type}")
+        found.append(producer)
+    return found
+
+
+def _convert_function(function: onnx.FunctionProto, element: int) -> None:
+    """Let a body that computes in float32 take and give hidden states of another type."""
+    for node in function.node:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                if name in ("hidden_states", "output"):
+                    names[index] = f"{name}_float"
+    body = [
+        helper.make_node("Cast", ["hidden_states"], ["hidden_states_float"], to=TensorProto.FLOAT),
+        *function.node,
+        helper.make_node("Cast", ["output_float"], ["output"], to=element),
+    ]
+    del function.node[:]
+    function.node.extend(body)
+
+
+def _convert(tensor: TensorProto, path: Path, dtype: str) -> None:
+    """Give a float32 initializer another type; one in the data file is converted piece by piece onto its end."""
+    type_ = _NUMPY_TYPES[dtype]
+    if tensor.data_location != TensorProto.EXTERNAL:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(type_), tensor.name))
+        return
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    count = int(place["length"]) // 4
+    with (path.parent / place["location"]).open("r+b") as data:
+        begin = data.seek(0, 2)
+        begin += -begin % _ALIGNMENT
+        for start in range(0, count, _CHUNK // 4):
+            data.seek(int(place["offset"]) + 4 * start)
+            values = np.fromfile(data, np.float32, min(count - start, _CHUNK // 4))
+            if dtype == "float16" and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
+                raise BuildError(f"{tensor.name} has values beyond float16's range: build with --dtype bfloat16.")
+            data.seek(begin + type_.itemsize * start)
+            data.write(values.astype(type_).tobytes())
+    tensor.data_type = TYPES[dtype]
+    del tensor.external_data[:]
+    for key, value in (("location", place["location"]), ("offset", begin), ("length", count * type_.itemsize)):
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def _replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
+    kept = list(nodes)
+    del graph.node[:]
+    graph.node.extend(kept)
+
+
+def _drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove the nodes and weights that no output needs any more."""
+    needed = {output.name for output in graph.output}
+    nodes = []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            nodes.append(node)
+    _replace_nodes(graph, reversed(nodes))
+    weights = [initializer for initializer in graph.initializer if initializer.name in needed]
+    del graph.initializer[:]
+    graph.initializer.extend(weights)
+
+
+def _declare(graph: onnx.GraphProto, table: list[Binding]) -> None:
+    """Make the graph's inputs and outputs those of the table."""
+    for values, is_input in ((graph.input, True), (graph.output, False)):
+        del values[:]
+        values.extend(
+            helper.make_tensor_value_info(binding.name, TYPES[binding.dtype], binding.shape)
+            for binding in table
+            if binding.is_input == is_input
+        )

@@ -1,0 +1,491 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TensorRT target without a GPU: the lowered graph's numbers, its bindings, and a real compiler's word on it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+from onnx import TensorProto
+
+from adaptive_k_moe.cli import main
+from adaptive_k_moe.engine_builder import build
+from adaptive_k_moe.engine_builder.build import dry_run
+from adaptive_k_moe.engine_builder.targets import tensorrt as target
+from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import PROFILES, Binding, make_bindings
+from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Tensor, require_bindings
+from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import TYPES, for_plugin, lower_graph
+from adaptive_k_moe.engine_config import BuildConfig, Dtype, EngineConfig, PretrainedConfig, read_engine_config
+from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.policy import PolicySet
+
+from checkpoints import MIXTRAL_SMALL, Shape, make_checkpoint
+
+SIZES: dict[str, Any] = {"max_batch_size": 3, "max_seq_len": 40, "max_num_tokens": 16}
+POLICIES = {"policies": {"mixed": {"kind": "entropy", "thresholds": [1.0, 1.4], "k": [1, 2, 3]}}}
+
+NUMPY = {"float32": np.float32, "float16": np.float16, "int32": np.int32, "int64": np.int64}
+
+# TensorRT's attention has kernels for some head sizes only.
+COMPILED = {"head_dim": 16}
+
+SHAPES = [
+    Shape("plain"),
+    Shape("one KV head, tied, gelu", {"num_key_value_heads": 1, "tie_word_embeddings": True, "hidden_act": "gelu"}),
+    Shape("bias, shared expert, dense layer", {"mlp_only_layers": [0]}, "qwen2_moe"),
+    Shape("norms of heads, window", {"sliding_window": 9, "use_sliding_window": True}, "qwen3_moe"),
+    Shape("no GQA, clipped", {"num_key_value_heads": 4, "clip_qkv": 0.7}, "olmoe"),
+]
+
+
+class Lowered:
+    """A checkpoint's lowered graph, and ONNX Runtime in the place of the engine.
+
+    It binds what the table says and nothing else, and checks every shape and type against the table.
+    """
+
+    def __init__(self, directory: Path, shape: Shape, dtype: Dtype) -> None:
+        self.checkpoint = make_checkpoint(directory / "checkpoint", shape)
+        # The float16 graph is lowered from the float32 one, as `build` does.
+        config = build(
+            self.checkpoint,
+            directory / "engine",
+            target="onnx",
+            dtype="bfloat16" if dtype == "bfloat16" else "float32",
+            policy=PolicySet.model_validate(POLICIES),
+            **SIZES,
+        )
+        self.config: EngineConfig = config
+        self.model: PretrainedConfig = config.pretrained_config.model_copy(update={"dtype": dtype})
+        self.build: BuildConfig = config.build_config
+        self.table = make_bindings(self.model, self.build)
+        self.path = directory / "engine" / "model.onnx"
+        self.proto = lower_graph(self.path, self.model, self.build)
+        onnx.save(self.proto, self.path)
+        self._session: Any = None
+        self.tables = config.policy_tables()
+        self.slots = {
+            b.name: np.zeros((self.build.max_batch_size, *b.shape[1:]), NUMPY[b.dtype])
+            for b in self.table
+            if b.name.startswith("past") and dtype != "bfloat16"
+        }
+
+    def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if self._session is None:
+            self._session = ort.InferenceSession(self.path, providers=["CPUExecutionProvider"])
+        sizes: dict[str, int] = {}
+
+        def check(binding: Binding, array: np.ndarray) -> None:
+            assert array.dtype == NUMPY[binding.dtype], binding
+            assert array.ndim == len(binding.shape), binding
+            for size, found in zip(binding.shape, array.shape, strict=True):
+                expected = sizes.setdefault(size, found) if isinstance(size, str) else size
+                assert found == expected, (binding, array.shape, sizes)
+
+        inputs = [b for b in self.table if b.is_input]
+        outputs = [b for b in self.table if not b.is_input]
+        assert [b.name for b in inputs] == list(feed)
+        for binding in inputs:
+            check(binding, feed[binding.name])
+        given = dict(zip((b.name for b in outputs), self._session.run([b.name for b in outputs], feed), strict=True))
+        for binding in outputs:
+            check(binding, given[binding.name])
+        return given
+
+    def step(
+        self, slots: list[int], tokens: np.ndarray, begins: list[int], asked: list[int], policy: str = "full"
+    ) -> dict[str, np.ndarray]:
+        """One step: `tokens` [B, S] of the sequences in `slots`, written into their caches at `begins`.
+
+        As on a GPU, the cache keeps what lies beyond a sequence's tokens, so padding may leave garbage there.
+        """
+        batch, length = tokens.shape
+        given = self.run(
+            {
+                "input_ids": tokens.astype(np.int64),
+                "position_ids": np.array(begins)[:, None] + np.arange(length),
+                "write_indices": np.array(begins),
+                "logits_indices": np.array(asked),
+                "policy_index": np.full(batch * length, self.tables.index(policy), np.int32),
+                "policy_kind": self.tables.policy_kind,
+                "thresholds": self.tables.thresholds,
+                "k_values": self.tables.k_values,
+                **{name: np.ascontiguousarray(slot[slots]) for name, slot in self.slots.items()},
+            }
+        )
+        for binding in self.table:
+            if binding.in_place_of is not None:
+                self.slots[binding.in_place_of][slots] = given[binding.name]
+        return given
+
+    def reference(self, ids: np.ndarray) -> np.ndarray:
+        """[S, V]: what `transformers` says of one sequence, in float32."""
+        model = _reference(self.checkpoint)
+        with torch.no_grad():
+            return model(torch.tensor(ids[None])).logits[0].numpy()
+
+
+@cache
+def _reference(checkpoint: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+def sequences(lowered: Lowered) -> list[np.ndarray]:
+    """Three sequences: a long one that ends with the cache, a short one, and one as long as a chunk."""
+    rng = np.random.default_rng(7)
+    vocabulary = lowered.model.vocab_size
+    return [rng.integers(0, vocabulary, length) for length in (lowered.build.max_seq_len, 4 + 3, 16 + 5)]
+
+
+def assert_steps_equal_transformers(lowered: Lowered, tolerance: float) -> None:
+    """Prefill alone, in chunks and padded together; then decode ragged batches, through one cache."""
+    texts = sequences(lowered)
+    expected = [lowered.reference(text) for text in texts]
+    largest = max(np.abs(rows).max() for rows in expected)
+    last = lowered.build.max_seq_len
+    filled = [0, 0, 0]
+
+    def close(found: np.ndarray, rows: list[np.ndarray]) -> None:
+        assert np.abs(found - np.array(rows)).max() <= tolerance * largest
+
+    # The garbage that an earlier user of the slot left must not show.
+    for slot in lowered.slots.values():
+        slot[:] = 3.0
+    # A first chunk of three sequences, the short one padded; logits of every real row.
+    padded = np.stack([np.resize(text, 16) for text in texts])
+    rows = [(slot, column) for slot, text in enumerate(texts) for column in range(min(16, (16, 4, 16)[slot]))]
+    given = lowered.step([0, 1, 2], padded, filled, [16 * slot + column for slot, column in rows])
+    close(given["logits"], [expected[slot][column] for slot, column in rows])
+    filled = [16, 4, 16]
+    # The long one goes on alone, in a chunk and in one of a single token, in its slot.
+    for length in (16, 1):
+        chunk = texts[0][None, filled[0] : filled[0] + length]
+        given = lowered.step([0], chunk, [filled[0]], [length - 1])
+        filled[0] += length
+        close(given["logits"], [expected[0][filled[0] - 1]])
+    # Decode: all three, then two of them, then one, up to the last place of the cache.
+    while filled[0] < last:
+        slots = [slot for slot in range(3) if filled[slot] < len(texts[slot])]
+        token = np.array([[texts[slot][filled[slot]]] for slot in slots])
+        given = lowered.step(slots, token, [filled[slot] for slot in slots], list(range(len(slots))))
+        close(given["logits"], [expected[slot][filled[slot]] for slot in slots])
+        for slot in slots:
+            filled[slot] += 1
+    assert filled == [last, 7, 21]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_lowered_graph_equals_transformers(shape: Shape, tmp_path: Path) -> None:
+    assert_steps_equal_transformers(Lowered(tmp_path, shape, "float32"), 1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_the_float16_graph_is_near_transformers_in_float32(shape: Shape, tmp_path: Path) -> None:
+    assert_steps_equal_transformers(Lowered(tmp_path, shape, "float16"), 1e-2)
+
+
+def test_policies_choose_as_in_the_unlowered_graph(tmp_path: Path) -> None:
+    lowered = Lowered(tmp_path, Shape("plain"), "float32")
+    text = sequences(lowered)[2][None, :16]
+    given = lowered.step([1], text, [0], [15], "mixed")
+    assert set(given["k"].ravel()) == {1, 2, 3}
+    limits = np.searchsorted([1.0, 1.4], given["entropy"], side="right")
+    np.testing.assert_array_equal(given["k"], limits + 1)
+
+
+@pytest.mark.parametrize("profile", range(len(PROFILES)), ids=PROFILES)
+@pytest.mark.parametrize("corner", ["min", "opt", "max"])
+def test_the_graph_takes_the_corners_of_each_profile(profile: int, corner: str, lowered_plain: Lowered) -> None:
+    """The shapes must fit each other: so many tokens as sequences have, tables of one size."""
+    shapes = {b.name: getattr(b.profiles[profile], corner) for b in lowered_plain.table}
+    feed = {b.name: np.ones(shapes[b.name], NUMPY[b.dtype]) for b in lowered_plain.table if b.is_input}
+    feed["policy_index"][:], feed["policy_kind"][:] = 0, 0
+    feed["logits_indices"][:], feed["write_indices"][:] = 0, 0
+    given = lowered_plain.run(feed)
+    assert {name: array.shape for name, array in given.items()} == {
+        b.name: shapes[b.name] for b in lowered_plain.table if not b.is_input
+    }
+
+
+def test_the_profiles_are_decode_and_a_chunk_of_one_sequence(lowered_plain: Lowered) -> None:
+    decode, prefill = lowered_plain.table[0].profiles
+    assert (decode.min, decode.opt, decode.max) == ((1, 1), (3, 1), (3, 1))
+    assert (prefill.min, prefill.opt, prefill.max) == ((1, 1), (1, 16), (1, 16))
+    logits = next(b for b in lowered_plain.table if b.name == "logits_indices").profiles
+    assert [limits.max for limits in logits] == [(3,), (16,)]
+    small = BuildConfig(target="tensorrt", max_batch_size=2, max_seq_len=5, max_num_tokens=99)
+    assert make_bindings(lowered_plain.model, small)[0].profiles[1].max == (1, 5)
+
+
+def test_a_cache_goes_in_and_out_in_place(lowered_plain: Lowered) -> None:
+    inputs = {b.name: b for b in lowered_plain.table if b.is_input}
+    pairs = [(b, inputs[b.in_place_of]) for b in lowered_plain.table if b.in_place_of is not None]
+    assert len(pairs) == 2 * len(lowered_plain.model.attention_layers)
+    scatters = {
+        node.output[0]: node.input[0] for node in lowered_plain.proto.graph.node if node.op_type == "TensorScatter"
+    }
+    for present, past in pairs:
+        assert dataclasses.replace(present, name=past.name, is_input=True, in_place_of=None) == past
+        assert scatters[present.name] == past.name
+
+
+@pytest.fixture(scope="module")
+def lowered_plain(tmp_path_factory: pytest.TempPathFactory) -> Lowered:
+    return Lowered(tmp_path_factory.mktemp("plain"), Shape("plain"), "float32")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=str)
+def test_the_graph_for_the_plugin_gives_it_the_types_that_it_takes(shape: Shape, dtype: Dtype, tmp_path: Path) -> None:
+    lowered = Lowered(tmp_path, shape, dtype)
+    typed = onnx.shape_inference.infer_shapes(lowered.proto, strict_mode=True)
+    types = {v.name: v.type.tensor_type.elem_type for v in [*typed.graph.value_info, *typed.graph.input]}
+    types |= {initializer.name: initializer.data_type for initializer in typed.graph.initializer}
+    own, f32, i32 = TYPES[dtype], TensorProto.FLOAT, TensorProto.INT32
+    proto = for_plugin(lowered.proto)
+    assert not proto.functions
+    nodes = [node for node in proto.graph.node if node.op_type == "AdaptiveKMoe"]
+    assert len(nodes) == lowered.model.num_moe_layers
+    for node in nodes:
+        assert [types[name] for name in node.input] == [own, f32, i32, i32, f32, i32, own, own]
+        assert [types[name] for name in node.output] == [own, i32, f32]
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"adaptive_k", b"1")
+        assert attributes["weight_format"] == dtype.encode()
+    # Nothing float32 is left beside the router, the policies and what is reported.
+    wide = {name for name, type_ in types.items() if type_ == f32}
+    products = {n.output[0] for n in proto.graph.node if n.op_type == "MatMul" and n.output[0] in wide}
+    assert products == {node.input[1] for node in nodes}
+
+
+def test_weights_keep_their_values_in_the_new_type(tmp_path: Path) -> None:
+    wide = build(make_checkpoint(tmp_path / "checkpoint", SHAPES[2]), tmp_path / "wide", target="onnx", **SIZES)
+    before = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "wide/model.onnx").graph.initializer}
+    lowered = Lowered(tmp_path / "lowered", SHAPES[2], "float16")
+    assert wide.pretrained_config.dtype == "float32"
+    halves = 0
+    for tensor in onnx.load(lowered.path).graph.initializer:
+        array = onnx.numpy_helper.to_array(tensor)
+        assert tensor.data_type != TensorProto.FLOAT or "gate.weight" in tensor.name, tensor.name
+        halves += array.dtype == np.float16
+        np.testing.assert_array_equal(array, before[tensor.name].astype(array.dtype))
+    assert halves > 20
+
+
+def mutations(table: list[Binding]) -> dict[str, list[Binding]]:
+    """The table with one fault each."""
+
+    def changed(index: int, **changes: Any) -> list[Binding]:
+        return [dataclasses.replace(b, **changes) if i == index else b for i, b in enumerate(table)]
+
+    return {
+        "an input's name": changed(0, name="ids"),
+        "an output's name": changed(-1 % len(table), name="present.9.value"),
+        "an input's type": changed(4, dtype="int64"),
+        "an output's type": changed(len(table) - 1, dtype="float32"),
+        "a fixed size": changed(8, shape=("batch", 2, 41, 12)),
+        "a size that should be open": changed(0, shape=(3, "sequence")),
+        "a rank": changed(2, shape=("batch", 1)),
+        "the order": [table[1], table[0], *table[2:]],
+        "one too few": table[:-1],
+        "one too many": [*table, table[-1]],
+    }
+
+
+FAULTS = list(mutations([Binding(str(i), True, "int32", ("batch",), ()) for i in range(10)]))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_network_with_other_bindings_is_refused(fault: str) -> None:
+    model = PretrainedConfig.model_validate(_plain_model())
+    table = make_bindings(model, BuildConfig(target="tensorrt", **SIZES))
+    tensors = [
+        Tensor(b.name, b.is_input, b.dtype, tuple(-1 if isinstance(size, str) else size for size in b.shape))
+        for b in table
+    ]
+    require_bindings(tensors, table)
+    with pytest.raises(BuildError, match="table of bindings"):
+        require_bindings(tensors, mutations(table)[fault])
+
+
+def _plain_model() -> dict[str, Any]:
+    moe = {
+        "num_experts": 5,
+        "num_experts_per_tok": 3,
+        "intermediate_size": 56,
+        "activation": "swiglu",
+        "layers": [0, 1],
+    }
+    return {
+        "architecture": "MixtralForCausalLM",
+        "dtype": "float16",
+        "vocab_size": 101,
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 12,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "moe": moe,
+    }
+
+
+# A real compiler. ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "capabilities"),
+    [
+        (Shape("GQA", COMPILED), "float16", ("SM89", "SM120")),
+        (Shape("bias, shared expert", {**COMPILED, "mlp_only_layers": [0]}, "qwen2_moe"), "bfloat16", ("SM89",)),
+        (Shape("clipped", {"hidden_size": 64, "num_key_value_heads": 4, "clip_qkv": 0.7}, "olmoe"),
+         "float16", ("SM89",)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tensorrt_for_rtx_compiles_the_graph_with_the_tables_bindings(
+    shape: Shape, dtype: Dtype, capabilities: tuple[str, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    lowered = Lowered(tmp_path, shape, dtype)
+    for capability in capabilities:
+        result = target.compile_ahead(lowered.path, lowered.model, lowered.build, capability)
+        assert "error" not in result, result
+        assert result["capability"] == capability
+        assert result["fused_attention"]
+        assert result["tensors"] == [
+            {
+                "name": b.name,
+                "is_input": b.is_input,
+                "dtype": b.dtype,
+                "shape": [-1 if isinstance(size, str) else size for size in b.shape],
+            }
+            for b in lowered.table
+        ]
+        for index, given in enumerate(result["profiles"]):
+            for binding in lowered.table:
+                if binding.is_input:
+                    limits = binding.profiles[index]
+                    assert given[binding.name] == [list(limits.min), list(limits.opt), list(limits.max)]
+        layers = len(lowered.model.attention_layers)
+        assert result["layers"]["KV_CACHE_UPDATE"] == 2 * layers
+        assert result["layers"]["ATTENTION_INPUT"] == layers
+        assert result["bytes"] > 100_000
+
+
+def test_a_graph_that_the_compiler_refuses_is_reported(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    lowered = Lowered(tmp_path, Shape("plain"), "float16")
+    other = lowered.build.model_copy(update={"max_seq_len": 39})
+    result = target.compile_ahead(lowered.path, lowered.model, other, "SM89")
+    assert "table of bindings" in result["error"]
+
+
+def test_attention_without_a_kernel_is_taken_apart_and_said_so(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    lowered = Lowered(tmp_path, Shape("plain"), "float16")  # heads of 12
+    result = target.compile_ahead(lowered.path, lowered.model, lowered.build, "SM89")
+    assert "error" not in result, result
+    assert not result["fused_attention"]
+    found = target.DryRun(lowered.model, lowered.build, lowered.table, 0, 0, [result], None)
+    assert any("no fused kernel" in line for line in found.lines())
+
+
+# TensorRT for RTX in TensorRT's place: all of a build but the plugin, which it cannot take.
+STAND_IN = """
+import sys
+from pathlib import Path
+from adaptive_k_moe.engine_builder import build
+from adaptive_k_moe.engine_builder.targets import tensorrt as target
+import tensorrt_rtx
+target.require_tensorrt = lambda: tensorrt_rtx
+target.for_plugin = lambda lowered: lowered
+phases = []
+build(sys.argv[1], sys.argv[2], target="tensorrt", max_batch_size=2, max_seq_len=32, timing_cache=sys.argv[3],
+      progress=lambda part, done, total: phases.append(part))
+assert "TensorRT: Building engine" in phases, phases
+"""
+
+
+def test_a_build_writes_the_engine_directory(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape("GQA", {**COMPILED, "num_hidden_layers": 1}))
+    arguments = [str(checkpoint), str(tmp_path / "engine"), str(tmp_path / "timings")]
+    subprocess.run([sys.executable, "-c", STAND_IN, *arguments], check=True)
+    config = read_engine_config(tmp_path / "engine")
+    assert (config.build_config.target, config.pretrained_config.dtype) == ("tensorrt", "float16")
+    assert "rank0.engine" in config.files
+    assert not [name for name in config.files if "onnx" in name]
+    assert (tmp_path / "timings").stat().st_size > 0
+
+
+# The command. ----------------------------------------------------------------------------------------
+
+
+def test_without_tensorrt_a_build_says_what_to_install_and_what_works_here(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    arguments = ["build", "--checkpoint_dir", str(MIXTRAL_SMALL), "--target", "tensorrt"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "engine")]) != 0
+    error = capsys.readouterr().err
+    assert "pip install tensorrt" in error
+    assert "--target openvino works" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_prints_bindings_memory_and_what_was_proved(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "CAPABILITIES", ("SM89",))
+    found = ["build", "--checkpoint_dir", str(MIXTRAL_SMALL), "--target", "tensorrt", "--dry_run"]
+    assert main(found) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "past_key_values.5.value",
+        "[batch,2,1024,32]",
+        "[1,1] [16,1] [16,1]",
+        "cache 1.6 MB a sequence, 25.2 MB for 16",
+        "not checked: the plugin in the engine, numbers on a GPU, speed",
+    ):
+        assert expected in text
+    assert ("compiled by TensorRT for RTX" in text) == (importlib.util.find_spec("tensorrt_rtx") is not None)
+
+
+def test_a_dry_run_without_a_compiler_says_that_only_the_lowering_was_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = dry_run(MIXTRAL_SMALL)
+    assert not found.failed
+    assert not found.compiled
+    assert any(line.startswith("not compiled: TensorRT for RTX is not installed") for line in found.lines())
+
+
+def test_what_the_target_cannot_build_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BuildError, match="no dtype 'float32': it is one of float16, bfloat16"):
+        dry_run(MIXTRAL_SMALL, dtype="float32")
+    with pytest.raises(BuildError, match="openvino target has no dtype 'float16'"):
+        build(MIXTRAL_SMALL, tmp_path / "engine", dtype="float16")
+    assert main(["build", "--checkpoint_dir", str(MIXTRAL_SMALL), "--dry_run"]) != 0
+    checkpoint = make_checkpoint(tmp_path / "large", Shape("plain"))
+    weights = safetensors.numpy.load_file(checkpoint / "model.safetensors")
+    weights["lm_head.weight"][3, 4] = 1e5
+    safetensors.numpy.save_file(weights, checkpoint / "model.safetensors")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BuildError, match=r"lm_head\.weight has values beyond float16's range"):
+        dry_run(checkpoint)
+    dry_run(checkpoint, dtype="bfloat16")
