@@ -25,6 +25,7 @@ enum Fault : int {
   kFaultRouteBarrier,        // no barrier between the warps' partial results and their reading
   kFaultPlanRank,            // ranks within a chunk ignore their own word of the bitmap
   kFaultPlanBase,            // earlier chunks of tokens not counted
+  kFaultPlanStartBarrier,    // no barrier between clearing the bitmap (and routing) and filling it
   kFaultPlanBarrier,         // no barrier between filling the bitmap and reading it
   kFaultDecodeRow,           // the last row of an expert repeats the one before it
   kFaultDecodeTail,          // the end of a weight row left out

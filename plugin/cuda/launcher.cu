@@ -7,6 +7,7 @@
 #include "numeric.h"
 #include "plan.h"
 #include "route.h"
+#include "route_and_plan.h"
 #include "rows.h"
 #include "workspace.h"
 
@@ -162,7 +163,6 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   r.entropy = a.entropy;
   r.experts = integers(w.experts);
   r.weights = floats(w.weights);
-  ADAPTIVE_K_RETURN_IF(route(r, stream));
 
   PlanArguments p = {};
   p.tokens = s.tokens;
@@ -176,7 +176,12 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   p.num_active = integers(w.num_active);
   p.row_token = integers(w.row_token);
   p.token_rows = integers(w.token_rows);
-  ADAPTIVE_K_RETURN_IF(plan(p, stream));
+  if (route_and_plan_fits(s.tokens, s.experts)) {
+    ADAPTIVE_K_RETURN_IF(route_and_plan(r, p, stream));
+  } else {
+    ADAPTIVE_K_RETURN_IF(route(r, stream));
+    ADAPTIVE_K_RETURN_IF(plan(p, stream));
+  }
 
   const int64_t max_rows = s.tokens * capacity;
   if (path == Path::kDecode || quantised) {

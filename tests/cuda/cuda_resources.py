@@ -22,6 +22,7 @@ TABLE = Path(__file__).with_name("resources.json")
 # Threads of a block and the dynamic shared memory that a launch asks for, by the kernel's name; the others
 # are CUTLASS's.
 BLOCKS = {
+    "route_and_plan_kernel": (512, 16 * 2328 + 10368),
     "route_by_warp": (128, 4 * 2328),
     "route_by_block": (128, 8520),
     "plan_one_chunk": (512, 10368),
@@ -93,7 +94,8 @@ def kernel_name(mangled: str) -> str:
     if fill := re.search(r"\d+(fill_sm80|fill_cutlass3)I", mangled):
         return fill[1]
     ours = re.search(
-        r"\d+(route_by_warp|route_by_block|plan_one_chunk|plan_count|plan_scan|plan_place|list_tiles)", mangled
+        r"\d+(route_and_plan_kernel|route_by_warp|route_by_block|plan_one_chunk|plan_count|plan_scan|plan_place|list_tiles)",
+        mangled,
     )
     if ours:
         return ours[1]

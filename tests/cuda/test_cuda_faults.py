@@ -31,6 +31,7 @@ CASES: dict[str, tuple[dict[str, Any], str, Callable[..., None]]] = {
     "kFaultRouteBarrier": ({**SMALL, "experts": 200}, "plain", check_routing),
     "kFaultPlanRank": (MANY, "plain", check_plan),
     "kFaultPlanBase": ({**MANY, "tokens": 300, "hidden": 8, "intermediate": 8, "path": "prefill"}, "plain", check_plan),
+    "kFaultPlanStartBarrier": (SMALL, "plain", check_plan),
     "kFaultPlanBarrier": (MANY, "plain", check_plan),
     "kFaultDecodeRow": ({**MANY, "path": "decode"}, "plain", check_output),
     "kFaultDecodeTail": ({**SMALL, "path": "decode"}, "plain", check_output),

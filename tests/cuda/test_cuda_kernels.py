@@ -24,9 +24,19 @@ def run_and_check(interpreter: Interpreter, layer: Layer, seed: int, logits: str
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("experts", [1, 2, 3, 8, 31, 64, 128, 129, 200, 512])
 def test_routing_follows_the_oracle(interpreter: Interpreter, experts: int, scoring: str, logits: str) -> None:
-    """One warp a token up to 128 experts, a block above; every kind of policy row in each case."""
+    """To 128 experts in one launch with the plan, above a block a token; every kind of policy row in each case."""
     layer = Layer(tokens=14, hidden=8, intermediate=8, experts=experts, element="float32", scoring=scoring)
     run_and_check(interpreter, layer, experts, logits, most=8, bias=scoring == "sigmoid")
+
+
+@pytest.mark.parametrize("logits", ["plain", "ties", "special"])
+@pytest.mark.parametrize(("experts", "scoring", "n_group"), [(8, "softmax", 1), (128, "sigmoid", 8), (1, "softmax", 1)])
+def test_routing_of_more_tokens(
+    interpreter: Interpreter, experts: int, scoring: str, n_group: int, logits: str
+) -> None:
+    """More than are planned in the same launch: a warp a token, in a kernel of its own."""
+    layer = Layer(42, 8, 8, experts, element="float32", scoring=scoring, n_group=n_group, topk_group=(n_group + 1) // 2)
+    run_and_check(interpreter, layer, experts, logits, bias=scoring == "sigmoid")
 
 
 @pytest.mark.parametrize(

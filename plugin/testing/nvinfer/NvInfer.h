@@ -5,7 +5,7 @@
 //
 // What must agree with TensorRT is binary: the order of the virtual methods (a call goes by
 // position), the layout of the plain structures and the values of the enumerations. Names agree as
-// well, so that the plugin's sources compile with either. tests/tensorrt/test_nvinfer_header.py
+// well, so that the plugin's sources compile with either. tests/tensorrt_plugin/test_nvinfer_header.py
 // compares this file with real headers where they are at hand. Methods and values that nothing here
 // uses are left out, except where a later one's position depends on them.
 //
