@@ -172,11 +172,16 @@ def _top_k(logits: FloatArray, top_k: int) -> IntArray:
 
 
 def draw(logits: FloatArray, state: SamplingState) -> int:
-    """One token from the warped distribution, by inversion of one number of the sequence's generator."""
+    """One token from the warped distribution, by a race of exponential clocks (the Gumbel-max trick).
+
+    The token whose clock rings first wins: token i's rings at an exponential time of rate p_i. Each token has
+    its own noise, so rounding in the logits (which depends on who else is in the batch) changes the choice
+    only where two clocks ring together; inverting a cumulative sum would shift at every token's edge.
+    """
     token_ids, probabilities = candidates(logits, state.params)
-    cumulative = np.cumsum(probabilities, dtype=np.float64)
-    position = np.searchsorted(cumulative, state.generator.random() * cumulative[-1], side="right")
-    return int(token_ids[min(position, len(token_ids) - 1)])
+    times = state.generator.standard_exponential(len(logits), dtype=np.float32)[token_ids]
+    times = np.maximum(times, np.finfo(np.float32).tiny)  # 0 / 0 is no number
+    return int(token_ids[(probabilities / times).argmax()])
 
 
 def log_probabilities(logits: FloatArray, token_id: int, num_top: int) -> dict[int, float]:
