@@ -132,6 +132,14 @@ class Calibration:
         """Chosen minus opponent on the reported part, paired by window: below 0 the chosen is better."""
         return compare(self.chosen, self.opponent)
 
+    def pairs(self) -> list[tuple[Point, Point, dict[str, Interval]]]:
+        """Every candidate against the opponent, and every candidate against the one of the chosen kind."""
+        own = next((point for point in self.candidates if point.policy == self.chosen.policy), self.chosen)
+        against_own = [point for point in self.candidates if point is not own]
+        return [(point, self.opponent, compare(point, self.opponent)) for point in self.candidates] + [
+            (point, own, compare(point, own)) for point in against_own
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """Ready for `json.dump`."""
         return {
@@ -146,6 +154,10 @@ class Calibration:
             "chosen": self.chosen.to_json(),
             "opponent": self.opponent.to_json(),
             "chosen_minus_opponent": {name: gap.to_json() for name, gap in self.against_opponent().items()},
+            "paired_differences": [
+                {"policy": left.name, "minus": right.name, **{name: gap.to_json() for name, gap in gaps.items()}}
+                for left, right, gaps in self.pairs()
+            ],
             "candidates": [point.to_json() for point in self.candidates],
             "curves": [point.to_json() for point in self.curves],
             "timings": [timing.to_json() for timing in self.timings],
@@ -176,7 +188,7 @@ def calibrate(
     num_bands: int = 6,
     refine_passes: int = 48,
     curve_points: int = 5,
-    timing_rounds: int = 7,
+    timing_rounds: int = 9,
     report: Report | None = None,
 ) -> Calibration:
     """Find the policy of the kinds asked for that does the least damage within a budget.
@@ -241,6 +253,7 @@ def calibrate(
             heldout,
             evaluator.tables(policies),
             list(policies),
+            batches=(1, 16),
             rounds=timing_rounds,
             progress=lambda what: report(f"timing {what}", 0, None),
         )

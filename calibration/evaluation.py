@@ -65,7 +65,7 @@ def evaluate(
     policies: Sequence[str],
     *,
     batches: Sequence[int] = (1, 4, 16),
-    rounds: int = 7,
+    rounds: int = 15,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[PolicyEvaluation]:
     """Measure policies of the engine; `full` comes first, whether named or not.

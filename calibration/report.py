@@ -91,8 +91,8 @@ def write_report(directory: Path, result: Calibration, evaluator: Evaluator) -> 
             1,
             (
                 "quality_by_time",
-                "Quality against measured time: the median ratio to the full model's in the same round, with its "
-                "95 % interval",
+                "Quality against measured time: the ratio to the full model's in interleaved rounds, with its 95 % "
+                "interval over rounds",
                 lambda figure: _quality_by_time(figure, result),
             ),
         )

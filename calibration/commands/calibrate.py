@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--curve_points", type=int, default=5, help="budgets at which every kind is measured (default: 5)"
     )
-    parser.add_argument("--timing_rounds", type=int, default=7, help="rounds of timing for the report (default: 7)")
+    parser.add_argument("--timing_rounds", type=int, default=9, help="rounds of timing for the report (default: 9)")
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
 
 
@@ -129,6 +129,13 @@ def table(result: Calibration) -> str:
         )
     gap = result.against_opponent()
     verdict = "better than" if gap["kl"].high < 0 else "worse than" if gap["kl"].low > 0 else "no different from"
+    lines.append("differences on the reported part, paired by window (95 %); below 0 the first is better")
+    for left, right, gaps in result.pairs():
+        kl, nll = gaps["kl"], gaps["log_perplexity"]
+        lines.append(
+            f"{f'  {left.name} - {right.name}':<44}KL {kl.value:+.5f} ({kl.low:+.5f} {kl.high:+.5f})  "
+            f"log-perplexity {nll.value:+.4f} ({nll.low:+.4f} {nll.high:+.4f})  average k {gaps['avg_k'].value:+.3f}"
+        )
     lines += [
         f"budget met on the reported part: {result.budget_met}",
         f"{result.chosen.name} ({result.chosen.kind}) is {verdict} {result.opponent.name} by KL: "

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, help="tokens in a window (default: 256, or what the engine takes)")
     parser.add_argument("--max_tokens", type=int, help="use about this many tokens of each text")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="sequences in a step, for the times")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing; 0 takes no times (default: 7)")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of timing; 0 takes no times (default: 15)")
     parser.add_argument(
         "--checkpoint_dir",
         type=Path,
@@ -132,7 +132,7 @@ def table(results: Sequence[PolicyEvaluation]) -> str:
     ]
     columns = [(timing.phase, timing.batch) for timing in results[0].timings]
     if columns:
-        lines.append("\ntime against full in the same round (median, interval), and tokens/s")
+        lines.append("\ntime against full (interval over rounds), and tokens/s")
         lines.append(f"{'policy':<{width}}  " + "  ".join(f"{f'{phase} x{batch}':>28}" for phase, batch in columns))
         for result in results:
             cells = [
