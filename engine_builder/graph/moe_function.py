@@ -202,6 +202,8 @@ def _mask_groups(b: FunctionBody, ranked: str, moe: MoeConfig) -> str:
     ones = b.op("Where", b.op("Equal", index, index), one, one)
     keep = b.op("ScatterElements", zeros, index, ones, axis=1)
     keep = b.op("Equal", b.op("Unsqueeze", keep, b.const([2], "int64")), one)
+    # An expert of a kept group ranks before all others even where its logit is -inf.
+    grouped = b.op("Max", grouped, b.const(np.finfo(np.float32).min))
     masked = b.op("Where", keep, grouped, out)
     return b.op("Reshape", masked, b.const([-1, moe.num_experts], "int64"))
 

@@ -21,6 +21,8 @@ constexpr int64_t kTaskFloats = 16 << 10;
 // Channels that a task of the convolution takes, and products that are worth one.
 constexpr int64_t kTaskChannels = 2048;
 constexpr int64_t kTaskProducts = 16 << 10;
+// The longest convolution; a task keeps the addresses of its rows on the stack.
+constexpr int64_t kMaxTaps = 16;
 
 [[noreturn]] void fail(const std::string& sentence) {
   throw std::invalid_argument("Mamba2: " + sentence);
@@ -193,10 +195,6 @@ class Mixer {
     });
   }
 
- public:
-  static constexpr int64_t kMaxTaps = 16;
-
- private:
   const MambaParams& params_;
   const MambaArguments& args_;
   const MambaSizes& sizes_;
@@ -266,9 +264,9 @@ MambaSizes check_mamba_shapes(const MambaParams& params, const Shape (&shapes)[k
          " but must be [" + expected + "]");
   }
   sizes.taps = kept < 0 ? -1 : kept + 1;
-  if (sizes.taps >= 0 && (sizes.taps < 2 || sizes.taps > Mixer::kMaxTaps))
+  if (sizes.taps >= 0 && (sizes.taps < 2 || sizes.taps > kMaxTaps))
     fail("input conv_weight has " + std::to_string(sizes.taps) + " taps but must have 2 to " +
-         std::to_string(Mixer::kMaxTaps));
+         std::to_string(kMaxTaps));
   if (params.n_groups < 1 || (sizes.heads >= 0 && sizes.heads % params.n_groups != 0))
     fail("attribute n_groups is " + std::to_string(params.n_groups) + " but must divide the heads" +
          (sizes.heads < 0 ? "" : ", which are " + std::to_string(sizes.heads)));

@@ -71,6 +71,19 @@ def test_preempted_sequences_compute_their_states_again(pattern: str, tmp_path: 
         assert_is_the_references(model, prompt, output)
 
 
+def test_generate_with_the_references_own_states(tmp_path: Path) -> None:
+    """Its cached decode has no limit of the step sizes, so the limit is put where no step reaches it."""
+    checkpoint = make_nemotron(tmp_path / "checkpoint", Nemotron("unlimited", "ME*-ME", {"time_step_min": 1e-7}))
+    build(checkpoint, tmp_path / "engine", max_num_tokens=16)
+    prompt = random_prompts(37)[0]
+    with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
+        output = llm.generate(prompt, GREEDY)
+    generated = reference_model(checkpoint).generate(
+        torch.tensor([prompt]), max_new_tokens=NUM_TOKENS, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert output.outputs[0].token_ids == generated[0, len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_fixed_row_below_the_trained_top_k(k: int, tmp_path: Path) -> None:
     checkpoint = make_nemotron(tmp_path / "checkpoint")

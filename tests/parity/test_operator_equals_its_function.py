@@ -211,3 +211,13 @@ def test_many_tokens_with_mixed_rows(rule: Rule) -> None:
     agree = k == expected_k  # a token at a limit may fall to either side by rounding
     assert agree.mean() > 0.99
     np.testing.assert_allclose(output[agree], expected_output[agree], atol=1e-4, rtol=1e-4)
+
+
+def test_an_expert_without_a_chance_in_a_chosen_group_goes_before_those_of_other_groups() -> None:
+    rule = Rule(9, n_group=3, topk_group=1)
+    logits = np.array([[-3, -3, -3, -3, -3, -3, -3, -1, -np.inf]], np.float32)
+    kind, limits, ks = np.array([0], np.int32), np.array([[0.01]], np.float32), np.array([[1, 3]], np.int32)
+    feed = arguments(rule, logits, kind, limits, ks, [0])
+    (expected_output, expected_k, _), (output, k, _) = by_function(rule, feed), by_plugin(rule, feed)
+    assert k.tolist() == expected_k.tolist() == [3]
+    np.testing.assert_allclose(output, expected_output, atol=2e-5, rtol=2e-5)
