@@ -10,8 +10,10 @@ CPP := $(shell find plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name
 
 .PHONY: demo test lint format cuda engine-env test-env clean
 
+MODEL ?= mixtral-small
+
 demo: engine-env
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py --model $(MODEL)
 
 test: test-env
 	$(BIN)/python -m pytest
