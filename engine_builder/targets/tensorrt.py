@@ -121,6 +121,12 @@ class DryRun:
         return sum(_SIZES[cache.dtype] * prod(cache.profiles[0].min) for cache in caches)
 
     @property
+    def step_bytes(self) -> int:
+        """Bytes of all other inputs and outputs in the largest step."""
+        others = [binding for binding in self.table if binding not in _caches(self.table)]
+        return max(sum(_SIZES[b.dtype] * prod(b.profiles[index].max) for b in others) for index in range(len(PROFILES)))
+
+    @property
     def failed(self) -> bool:
         """Whether a compilation was tried and failed."""
         return any("error" in result for result in self.compiled)
@@ -128,18 +134,12 @@ class DryRun:
     def lines(self) -> list[str]:
         """The report as text."""
         batch = self.build.max_batch_size
-        largest = [
-            sum(_SIZES[b.dtype] * prod(b.profiles[p].max) for b in self.table if b.in_place_of is None)
-            - batch * self.cache_bytes * (p == 0)
-            - self.cache_bytes * (p == 1)
-            for p in range(len(PROFILES))
-        ]
         return [
             f"{self.model.architecture} for TensorRT in {self.model.dtype}: {self.nodes} nodes",
             *(f"  {line}" for line in _bindings_text(self.table)),
             f"weights {_megabytes(self.weight_bytes)}; cache {_megabytes(self.cache_bytes)} a sequence, "
             f"{_megabytes(batch * self.cache_bytes)} for {batch}; other inputs and outputs at most "
-            f"{_megabytes(max(largest))}; the engine's workspace is known on the GPU only",
+            f"{_megabytes(self.step_bytes)}; the engine's workspace is known on the GPU only",
             "checked: types and shapes of every node, and inputs and outputs against the table of bindings",
             *(self._compiled_line(result) for result in self.compiled),
             *([f"not compiled: {self.skipped}"] if self.skipped else []),
@@ -174,13 +174,18 @@ def dry_run(
     )
     compiled: list[dict[str, Any]] = []
     skipped = None
-    if importlib.util.find_spec("tensorrt_rtx") is None:
+    if not has_compiler():
         skipped = "TensorRT for RTX is not installed (`pip install tensorrt-rtx`)"
     elif weights > _MOST_COMPILED:
         skipped = f"{weights / 1e9:.0f} GB of weights are too many to compile without a GPU"
     else:
         compiled = [compile_ahead(source, model, build, capability) for capability in capabilities or CAPABILITIES]
     return DryRun(model, build, make_bindings(model, build), weights, len(lowered.graph.node), compiled, skipped)
+
+
+def has_compiler() -> bool:
+    """Whether TensorRT for RTX is installed."""
+    return importlib.util.find_spec("tensorrt_rtx") is not None
 
 
 def compile_ahead(graph: Path, model: PretrainedConfig, build: BuildConfig, capability: str) -> dict[str, Any]:
@@ -198,14 +203,26 @@ def compile_ahead(graph: Path, model: PretrainedConfig, build: BuildConfig, capa
     return result
 
 
+def _caches(table: list[Binding]) -> list[Binding]:
+    """The caches, before and after a step."""
+    given = {binding.in_place_of for binding in table}
+    return [binding for binding in table if binding.in_place_of is not None or binding.name in given]
+
+
 def _bindings_text(table: list[Binding]) -> list[str]:
+    """The table of bindings, with the caches of one layer for all."""
+    caches = _caches(table)
+    layer = caches[0].name.split(".")[1]
     rows = [["", "name", "type", "shape", *PROFILES]]
     for binding in table:
+        if binding in caches and binding.name.split(".")[1] != layer:
+            continue
         limits = [f"{_text(at.min)} {_text(at.opt)} {_text(at.max)}" for at in binding.profiles]
         way = "in" if binding.is_input else "out"
         rows.append([way, binding.name, binding.dtype, _text(binding.shape), *limits])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [*lines, f"and such a cache for each of {len(caches) // 4} layers"]
 
 
 def _text(shape: tuple[int | str, ...]) -> str:
