@@ -104,7 +104,7 @@ class Calibration:
 
     Attributes:
         chosen: the policy for the budget.
-        opponent: fixed k by layer, at the average k nearest to the chosen policy's.
+        opponent: fixed k by layer, at the lowest average k that is not below the chosen policy's.
         candidates: the best of each kind asked for, the chosen among them.
         curves: every kind at several budgets, for the figures; may be empty.
         timings: of the curves' policies; may be empty.
@@ -241,8 +241,8 @@ def calibrate(
 
     found_by_kind = [search.find(kind, budget) for kind in kinds]
     chosen = best_of(found_by_kind, budget)
-    # The opponent gets the average k that the chosen policy really uses.
-    opponent = search.find("static_per_layer", Budget(avg_k=chosen.scores.avg_k))
+    # The opponent gets no fewer experts than the chosen policy really uses.
+    opponent = search.opponent(chosen.scores.avg_k)
     candidates = [point(found, found.candidate.kind) for found in found_by_kind]
     curves = [point(found, label) for label, found in _curves(search, curve_points, report)]
     timings: list[Timing] = []

@@ -330,7 +330,7 @@ def _page(result: Calibration, figures: str, text: str) -> str:
 <p>Asked for {asked}; met on the reported text: <b>{result.budget_met}</b>. Chosen on {len(result.fit)} windows of
 {result.fit.window} tokens of {names}, reported on {len(result.heldout)} windows that the choice did not see, where the
 full model's perplexity is {result.chosen.full.perplexity:.3f}. By KL divergence it {verdict} the best fixed k by
-layer at the nearest average k: {gap.value:+.5f} nats ({gap.low:+.5f} to {gap.high:+.5f}).</p>
+layer with no fewer experts: {gap.value:+.5f} nats ({gap.low:+.5f} to {gap.high:+.5f}).</p>
 <table>
 <tr><th>policy</th><th>average k</th><th>experts saved</th><th>perplexity change, 95 %</th>
 <th>KL to full, nats, 95 %</th><th>same top token</th></tr>

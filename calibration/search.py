@@ -26,7 +26,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -556,18 +556,36 @@ def static_path(damage: Damage, k_values: Sequence[int]) -> list[list[int]]:
     return path
 
 
+SAME_AVG_K = 0.005
+"""Average k closer than this, as a share of the trained top-k, count as the same."""
+
+
 def solve_static_by_layer(
-    laboratory: Laboratory, damage: Damage, k_values: Sequence[int], budget: Budget, passes: int
+    laboratory: Laboratory,
+    damage: Damage,
+    k_values: Sequence[int],
+    budget: Budget,
+    passes: int,
+    *,
+    at_least: bool = False,
 ) -> Measured:
     """The best fixed k by layer within a budget: the cheapest layers first, then exchanges by the real model.
 
-    For an average k the one nearest to it is taken, from above if none is nearer, so that an opponent of an
-    adaptive policy is not given fewer experts by rounding.
+    Args:
+        laboratory: measures.
+        damage: of step 1.
+        k_values: rising, the trained top-k last.
+        budget: the target.
+        passes: most exchanges to measure.
+        at_least: take the lowest average k that is not below the budget's, instead of the highest that is not
+            above it: what an opponent of an adaptive policy must be given, so that it never has fewer experts.
+
+    Raises:
+        CalibrationError: the budget is below the lowest k.
     """
     path = static_path(damage, k_values)
     if budget.avg_k is not None:
-        wanted = budget.avg_k
-        k = min(path, key=lambda ks: (abs(np.mean(ks) - wanted), -np.mean(ks)))
+        k = _nearest_on_one_side(path, [float(np.mean(ks)) for ks in path], budget.avg_k, k_values[-1], at_least)
     else:
         assert budget.perplexity_increase is not None
         limit = laboratory.full().scores.perplexity * (1 + budget.perplexity_increase)
@@ -644,7 +662,7 @@ class Search:
         match kind:
             case "static":
                 members = [laboratory.measure(static(k)) for k in range(1, self.k_values[-1] + 1)]
-                return _static_within(members, budget, laboratory.full().scores.perplexity)
+                return _static_within(members, budget, laboratory.full().scores.perplexity, self.k_values[-1])
             case "static_per_layer":
                 return solve_static_by_layer(laboratory, self.damage, self.k_values, budget, passes)
             case "entropy_per_layer":
@@ -660,6 +678,12 @@ class Search:
                 families = [random_family(lowest, seed) for seed in range(1)]
         found_all = [solve(laboratory, family, budget) for family in families]
         return best_of(found_all, budget)
+
+    def opponent(self, avg_k: float) -> Measured:
+        """The best fixed k by layer with at least this average k: what an adaptive policy has to beat."""
+        return solve_static_by_layer(
+            self.laboratory, self.damage, self.k_values, Budget(avg_k=avg_k), self._refine_passes, at_least=True
+        )
 
     def _quantiles_of(self, found: Measured) -> list[Quantiles]:
         """Where a policy's thresholds lie among the tokens, by looking the policy up along the plan."""
@@ -683,10 +707,29 @@ def best_of(found: Sequence[Measured], budget: Budget) -> Measured:
     return min(found, key=lambda item: item.scores.avg_k)
 
 
-def _static_within(members: Sequence[Measured], budget: Budget, full_perplexity: float) -> Measured:
+def _static_within(members: Sequence[Measured], budget: Budget, full_perplexity: float, full_k: int) -> Measured:
     if budget.avg_k is not None:
-        wanted = budget.avg_k
-        return min(members, key=lambda item: (abs(item.scores.avg_k - wanted), -item.scores.avg_k))
+        averages = [item.scores.avg_k for item in members]
+        return _nearest_on_one_side(members, averages, budget.avg_k, full_k, False)
     assert budget.perplexity_increase is not None
     limit = full_perplexity * (1 + budget.perplexity_increase)
+    # Full k keeps any budget, so there is always one.
     return next(item for item in members if item.scores.perplexity <= limit or item is members[-1])
+
+
+_T = TypeVar("_T")
+
+
+def _nearest_on_one_side(items: Sequence[_T], averages: Sequence[float], wanted: float, full_k: int, above: bool) -> _T:
+    """The item whose average k is nearest to the one wanted, not below it or not above it."""
+    slack = SAME_AVG_K * full_k
+    fitting = [
+        (abs(average - wanted), at)
+        for at, average in enumerate(averages)
+        if (average >= wanted - slack if above else average <= wanted + slack)
+    ]
+    if not fitting:
+        raise CalibrationError(
+            f"an average k of {wanted:g} cannot be reached: the lowest of this kind is {min(averages):.3f}."
+        )
+    return items[min(fitting)[1]]

@@ -114,6 +114,14 @@ def test_static_by_layer_finds_the_cheapest_pair(search: Search) -> None:
     assert found.scores.k.mean(axis=0).tolist() == [1, 2, 1]
 
 
+def test_an_opponent_never_has_fewer_experts_and_a_candidate_never_more(search: Search) -> None:
+    for target in (1.2, 4 / 3, 1.4, 1.5, 1.66, 1.9):
+        assert search.opponent(target).scores.avg_k >= target - 0.01
+        assert search.find("static_per_layer", Budget(avg_k=target)).scores.avg_k <= target + 0.01
+        assert search.find("static", Budget(avg_k=target)).scores.avg_k == 1
+    assert search.opponent(1.4).scores.avg_k == pytest.approx(5 / 3)
+
+
 def test_the_filling_order_takes_thresholds_up_never_down(search: Search) -> None:
     before = [(0.0,)] * LAYERS
     for x in np.linspace(0, 1, 23):
