@@ -50,10 +50,11 @@ def require_tensorrt() -> Any:
             "--target tensorrt needs TensorRT's Python package and an NVIDIA GPU: `pip install tensorrt` there, or add "
             "--dry_run to check the graph here; --target openvino works on this machine."
         ) from None
-    library = plugin_library()
     registry = trt.get_plugin_registry()
-    if registry.get_creator("AdaptiveKMoe", "1", "adaptive_k") is None and registry.load_library(str(library)) is None:
-        raise BuildError(f"TensorRT cannot load the plugin {library}.")
+    if registry.get_creator("AdaptiveKMoe", "1", "adaptive_k") is None:
+        library = plugin_library()
+        if registry.load_library(str(library)) is None:
+            raise BuildError(f"TensorRT cannot load the plugin {library}.")
     return trt
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -451,6 +452,43 @@ def test_without_tensorrt_a_build_says_what_to_install_and_what_works_here(
     assert "pip install tensorrt" in error
     assert "--target openvino works" in error
     assert not list(tmp_path.iterdir())
+
+
+class Registry:
+    """A plugin registry that knows our operator, or comes to know it from a library that it can load."""
+
+    def __init__(self, *, known: bool = False, loads: bool = True) -> None:
+        self.known, self.loads, self.loaded = known, loads, list[str]()
+
+    def get_creator(self, *key: str) -> object | None:
+        assert key == ("AdaptiveKMoe", "1", "adaptive_k")
+        return self if self.known else None
+
+    def load_library(self, path: str) -> object | None:
+        self.loaded.append(path)
+        return self if self.loads else None
+
+
+def test_the_plugin_is_loaded_once_and_its_absence_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_registry(registry: Registry) -> None:
+        module = SimpleNamespace(Builder=object, get_plugin_registry=lambda: registry)
+        monkeypatch.setitem(sys.modules, "tensorrt", module)
+
+    library = tmp_path / "plugin.so"
+    monkeypatch.setenv(target.PLUGIN_VARIABLE, str(library))
+    with_registry(Registry(known=True))
+    target.require_tensorrt()
+    with_registry(Registry())
+    with pytest.raises(BuildError, match=r"plugin\.so is not there: build it .* in ADAPTIVE_K_TENSORRT_LIBRARY"):
+        target.require_tensorrt()
+    library.touch()
+    registry = Registry()
+    with_registry(registry)
+    target.require_tensorrt()
+    assert registry.loaded == [str(library)]
+    with_registry(Registry(loads=False))
+    with pytest.raises(BuildError, match=r"cannot load the plugin .*plugin\.so"):
+        target.require_tensorrt()
 
 
 def test_a_dry_run_prints_bindings_memory_and_what_was_proved(
