@@ -7,6 +7,8 @@ import argparse
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -33,9 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Build, with a progress bar where there is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from adaptive_k_moe.engine_builder import build
     from adaptive_k_moe.errors import BuildError
 
@@ -44,13 +43,8 @@ def run(args: argparse.Namespace) -> int:
     if args.output_dir is None:
         raise BuildError("give --output_dir, the engine directory to make.")
     start = time.monotonic()
-    console = Console(file=sys.stderr)
-    with (
-        warnings.catch_warnings(record=True) as caught,
-        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
-    ):
+    with warnings.catch_warnings(record=True) as caught, _progress_bar() as progress:
         warnings.simplefilter("always", UserWarning)
-        task = bar.add_task("building", total=None)
         config = build(
             args.checkpoint_dir,
             args.output_dir,
@@ -62,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             max_num_tokens=args.max_num_tokens,
             timing_cache=args.timing_cache,
             force=args.force,
-            progress=lambda part, done, total: bar.update(task, description=part, completed=done, total=total),
+            progress=progress,
         )
     for warning in caught:
         if issubclass(warning.category, UserWarning):
@@ -83,12 +77,26 @@ def _dry_run(args: argparse.Namespace) -> int:
 
     if args.target != "tensorrt":
         raise BuildError("--dry_run is for --target tensorrt: the other targets build on every machine.")
-    found = dry_run(
-        args.checkpoint_dir,
-        dtype=args.dtype,
-        max_batch_size=args.max_batch_size,
-        max_seq_len=args.max_seq_len,
-        max_num_tokens=args.max_num_tokens,
-    )
+    with _progress_bar() as progress:
+        found = dry_run(
+            args.checkpoint_dir,
+            dtype=args.dtype,
+            max_batch_size=args.max_batch_size,
+            max_seq_len=args.max_seq_len,
+            max_num_tokens=args.max_num_tokens,
+            progress=progress,
+        )
     print("\n".join(found.lines()))
     return int(found.failed)
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on the error stream where that is a terminal; called with a part, the parts done and their number."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("building", total=None)
+        yield lambda part, done, total: bar.update(task, description=part, completed=done, total=total)
