@@ -6,11 +6,11 @@
 namespace adaptive_k::cuda {
 namespace {
 
-__global__ void __launch_bounds__(kPlanThreads) plan_one_chunk(PlanArguments a) {
+__global__ void __launch_bounds__(kPlanThreads, 1) plan_one_chunk(PlanArguments a) {
   plan_chunk(a, shared_memory<PlanShared>());
 }
 
-__global__ void __launch_bounds__(kPlanThreads) plan_count(PlanArguments a) {
+__global__ void __launch_bounds__(kPlanThreads, 1) plan_count(PlanArguments a) {
   auto& shared = shared_memory<PlanShared>();
   fill_bitmap(a, static_cast<int64_t>(blockIdx.x) * kPlanTokens, shared);
   const int e = threadIdx.x;
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_count(PlanArguments a) {
 }
 
 // One block: turns the counts of each chunk into the number of rows in earlier chunks.
-__global__ void __launch_bounds__(kPlanThreads) plan_scan(PlanArguments a, int32_t chunks) {
+__global__ void __launch_bounds__(kPlanThreads, 1) plan_scan(PlanArguments a, int32_t chunks) {
   auto& shared = shared_memory<PlanShared>();
   const int e = threadIdx.x;
   int rows = 0;
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_scan(PlanArguments a, int32
   scan_experts(a, rows, shared);
 }
 
-__global__ void __launch_bounds__(kPlanThreads) plan_place(PlanArguments a) {
+__global__ void __launch_bounds__(kPlanThreads, 1) plan_place(PlanArguments a) {
   auto& shared = shared_memory<PlanShared>();
   const int e = threadIdx.x;
   if (e < a.num_experts)

@@ -143,7 +143,7 @@ def read(library: Path = LIBRARY) -> dict[str, dict[str, dict[str, Any]]]:
             name = kernel_name(found[1])
         elif found := re.match(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line.strip()):
             registers, stack, shared, local = map(int, found.groups())
-            if int(arch[3:].rstrip("a")) >= 90:
+            if int(arch[3:].rstrip("a")) >= 90 and shared >= 1024:
                 shared -= 1024  # what the system keeps of every block; occupancy() counts it for all
             entry: dict[str, Any] = {"registers": registers, "stack": stack + local}
             if (block := block_of(name)) and arch in MULTIPROCESSOR:
@@ -156,6 +156,16 @@ def read(library: Path = LIBRARY) -> dict[str, dict[str, dict[str, Any]]]:
     return {arch: dict(sorted(kernels.items())) for arch, kernels in sorted(table.items())}
 
 
+def compiler() -> str | None:
+    """The release of the nvcc that is installed; registers are allocated anew with each."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        return None
+    done = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    found = re.search(r"release ([\d.]+)", done.stdout)
+    return found[1] if found else None
+
+
 def main() -> None:
     table = read()
     for arch, kernels in table.items():
@@ -164,7 +174,7 @@ def main() -> None:
             columns = [entry.get(key, "") for key in ("registers", "stack", "threads", "shared", "blocks")]
             print(f"{name:44} {columns[0]:9} {columns[1]:6} {columns[2]!s:>8} {columns[3]!s:>7} {columns[4]!s:>7}")
     if "--update" in sys.argv:
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
+        TABLE.write_text(json.dumps({"nvcc": compiler(), "kernels": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,14 +58,24 @@ def test_holds_every_architecture_and_ptx(library: Path) -> None:
 
 
 def test_no_kernel_spills(table: dict[str, dict[str, dict[str, int]]]) -> None:
+    """Nothing on a stack. Routing may have a frame of a few bytes: its double-precision division is a call."""
     assert set(table) == ARCHITECTURES
-    spilling = [(arch, name) for arch, kernels in table.items() for name, entry in kernels.items() if entry["stack"]]
+    allowed = {"route_and_plan_kernel": 16}
+    spilling = [
+        (arch, name, entry["stack"])
+        for arch, kernels in table.items()
+        for name, entry in kernels.items()
+        if entry["stack"] > allowed.get(name, 0)
+    ]
     assert spilling == []
 
 
 def test_resources_are_those_of_the_table(table: dict[str, dict[str, dict[str, int]]]) -> None:
     """Registers, shared memory and occupancy. After a change that means to alter them: cuda_resources.py --update."""
-    assert table == json.loads(resources.TABLE.read_text())
+    expected = json.loads(resources.TABLE.read_text())
+    if resources.compiler() not in (None, expected["nvcc"]):
+        pytest.skip(f"the table is of nvcc {expected['nvcc']}, here is {resources.compiler()}")
+    assert table == expected["kernels"]
 
 
 def test_blocks_of_the_table_are_those_of_the_launches(interpreter: Interpreter) -> None:
@@ -88,7 +98,9 @@ def test_each_architecture_has_its_products(table: dict[str, dict[str, dict[str,
         families = {name.split("<")[0] for name in kernels if name.startswith("cutlass_")}
         assert families == {{"sm_90a": "cutlass_sm90", "sm_100a": "cutlass_sm100"}.get(arch, "cutlass_sm80")}
         for element in ("float16", "bfloat16"):
-            assert sum(element in name for name in kernels if name.startswith("cutlass_")) == 2  # few rows, many rows
+            assert (
+                sum(f", {element}>" in name for name in kernels if name.startswith("cutlass_")) == 2
+            )  # few rows, many rows
 
 
 def instructions(library: Path, arch: str) -> dict[str, Counter[str]]:
