@@ -159,9 +159,13 @@ def _error_bars(axis: Any, x: Sequence[float], values: Sequence[Any], scale: flo
 
 
 def _quality_by_time(figure: Any, result: Calibration) -> None:
-    wanted: list[tuple[Phase, int]] = sorted({(timing.phase, timing.batch) for timing in result.timings})
-    figure.set_size_inches(11, 3.4 * (1 + (len(wanted) > 3)))
-    axes = figure.subplots(-(-len(wanted) // 3), min(3, len(wanted)), squeeze=False, sharey=True)
+    wanted: list[tuple[Phase, int]] = list(dict.fromkeys((timing.phase, timing.batch) for timing in result.timings))
+    columns = 3 if len(wanted) > 4 else min(2, len(wanted))
+    rows = -(-len(wanted) // columns)
+    figure.set_size_inches(11, 3.6 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
+    for axis in axes.flat[len(wanted) :]:
+        axis.set_axis_off()
     for axis, (phase, batch) in zip(axes.flat, wanted, strict=False):
         times = {t.policy: t for t in result.timings if (t.phase, t.batch) == (phase, batch)}
         for kind in CURVE_KINDS:

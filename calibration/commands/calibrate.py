@@ -133,7 +133,7 @@ def table(result: Calibration) -> str:
     for left, right, gaps in result.pairs():
         kl, nll = gaps["kl"], gaps["log_perplexity"]
         lines.append(
-            f"{f'  {left.name} - {right.name}':<44}KL {kl.value:+.5f} ({kl.low:+.5f} {kl.high:+.5f})  "
+            f"{f'  {left.name} - {right.name}':<50}KL {kl.value:+.5f} ({kl.low:+.5f} {kl.high:+.5f})  "
             f"log-perplexity {nll.value:+.4f} ({nll.low:+.4f} {nll.high:+.4f})  average k {gaps['avg_k'].value:+.3f}"
         )
     lines += [
