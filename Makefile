@@ -34,6 +34,7 @@ format: build/lint.stamp
 
 # The CUDA kernels for all architectures, and the tools with which tests look into the library.
 # CUDA_ARCHITECTURES=90a builds for one; ADAPTIVE_K_CUTLASS_DIR=... takes another CUTLASS.
+cuda: export PATH := $(CURDIR)/$(BIN):$(PATH)
 cuda: $(VENV)/cuda.stamp
 	cmake -S . -B build/cuda -G Ninja -DADAPTIVE_K_CUDA=ON -DADAPTIVE_K_OPENVINO=OFF \
 		-DADAPTIVE_K_PYTHON=OFF -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python \

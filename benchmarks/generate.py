@@ -166,13 +166,11 @@ def transformers_runner(checkpoint: Path, dtype: str, args: argparse.Namespace) 
         return measure
 
     best: tuple[float, str] = (0.0, "")
-    for implementation in ("eager", "grouped_mm", "batched_mm"):
-        try:
-            candidate = runner(implementation)
-            candidate()
-            best = max(best, (candidate()["decode_1"], implementation))
-        except (NotImplementedError, RuntimeError, ValueError) as error:
-            print(f"transformers' {implementation} does not run here: {error}")
+    # batched_mm gathers each token's weights: at 512 tokens of this size it asks for more memory than there is.
+    for implementation in ("eager", "grouped_mm"):
+        candidate = runner(implementation)
+        candidate()
+        best = max(best, (candidate()["decode_1"], implementation))
     print(f"{dtype}: transformers' fastest experts are {best[1]}")
     return runner(best[1])
 

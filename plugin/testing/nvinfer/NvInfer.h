@@ -5,9 +5,10 @@
 //
 // What must agree with TensorRT is binary: the order of the virtual methods (a call goes by
 // position), the layout of the plain structures and the values of the enumerations. Names agree as
-// well, so that the plugin's sources compile with either. tests/tensorrt_plugin/test_nvinfer_header.py
-// compares this file with real headers where they are at hand. Methods and values that nothing here
-// uses are left out, except where a later one's position depends on them.
+// well, so that the plugin's sources compile with either.
+// tests/tensorrt_plugin/test_nvinfer_header.py compares this file with real headers where they are
+// at hand. Methods and values that nothing here uses are left out, except where a later one's
+// position depends on them.
 //
 // TensorRT 11 gave the logger and its finder the versioned base class that the plugin interfaces
 // have had since 10. NV_TENSORRT_MAJOR, 10 or 11, chooses between the two layouts.
