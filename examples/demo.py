@@ -75,9 +75,9 @@ def demo(args: argparse.Namespace, console: Console) -> None:
     table = measure(engine_dir, checkpoint / "heldout.txt", args.heldout_tokens)
     console.print(table)
     console.print(
-        "experts saved is a count; time saved is the wall clock of the same run on this machine. A model this small "
-        "spends much of its time outside the experts.\nstatic_half runs k = 2 in the first half of the layers and "
-        "k = 1 in the rest: the plain opponent near balanced's average k."
+        "experts saved is a count; time saved is the wall clock of the same run on this machine, reading the text in "
+        "windows.\nA model this small spends much of its time outside the experts. balanced_static is balanced's plain "
+        "opponent: a fixed k in each layer, the same average. docs/results.md has the figures with their intervals."
     )
 
 
