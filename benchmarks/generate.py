@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=Path("build/benchmarks/generate.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/generate.json"))
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint = args.checkpoint_dir or random_checkpoint(Path(scratch) / "mixtral-random")
@@ -72,7 +73,7 @@ def random_checkpoint(directory: Path) -> Path:
 
 
 def run(args: argparse.Namespace, checkpoint: Path, scratch: Path) -> None:
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     bandwidth = read_bandwidth(args.num_threads)
     console.print(f"{args.num_threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s, {cpu_name()}")
     rows = []
