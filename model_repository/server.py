@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import shutil
@@ -54,6 +55,8 @@ class TritonServer:
         log_verbose: Triton's verbosity, 0 is none.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
         ready_timeout: seconds that the server may take to load the engine.
+        end_with_thread: on Linux, have the server end when the thread that calls `start` ends for whatever
+            reason, `kill -9` of this process among them. For a thread that lives as long as the server should.
 
     Raises:
         EngineError: the engine directory is missing, incomplete, or of another version.
@@ -75,6 +78,7 @@ class TritonServer:
         log_verbose: int = 0,
         num_threads: int | None = None,
         ready_timeout: float = 600.0,
+        end_with_thread: bool = False,
     ) -> None:
         self.engine_dir = Path(engine_dir)
         self.host = host
@@ -85,6 +89,7 @@ class TritonServer:
         self._log_verbose = log_verbose
         self._num_threads = num_threads
         self._ready_timeout = ready_timeout
+        self._end_with_thread = end_with_thread
         self._process: subprocess.Popen[bytes] | None = None
         self._log_tail: deque[str] = deque(maxlen=400)
         self._resources = contextlib.ExitStack()
@@ -214,6 +219,7 @@ class TritonServer:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # its own group: Ctrl-C reaches us only, and we can end all of it
+                preexec_fn=_end_with_parent if self._end_with_thread and sys.platform == "linux" else None,
             )
         except OSError as error:
             raise ServerError(f"cannot start {command[0]}: {error.strerror}.") from None
@@ -265,6 +271,12 @@ class TritonServer:
             if not any(message in other or other in message for other in found):
                 found.append(message)
         return "; ".join(found[:2]) or "its log says nothing of an error."
+
+
+def _end_with_parent() -> None:
+    """Ask Linux, in the child, for a SIGTERM when the parent's thread ends."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _reserve_ports(host: str, asked: tuple[int, ...]) -> list[int]:

@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         log_file=args.log_file,
         log_verbose=args.log_verbose,
         num_threads=args.num_threads,
+        end_with_thread=True,
     )
     try:
         if server.start(stop_asked):

@@ -150,6 +150,16 @@ def test_sigint_while_it_starts(engine_dir: Path, tmp_path: Path) -> None:
     assert eventually(lambda: not _living(server), 2)
 
 
+def test_a_serve_command_that_is_killed_takes_its_server_with_it(engine_dir: Path, tmp_path: Path) -> None:
+    with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
+        process.stdout.readline()
+        server = _child(process)
+        assert _living(server)
+        process.kill()
+        process.wait(30)
+    assert eventually(lambda: not _living(server), 20)
+
+
 def test_a_server_that_dies_is_reported_to_both_sides(engine_dir: Path, tmp_path: Path) -> None:
     with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
         url = process.stdout.readline().partition("grpc ")[2].partition(",")[0]
