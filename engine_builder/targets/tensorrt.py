@@ -186,7 +186,7 @@ def dry_run(
 
 def has_compiler() -> bool:
     """Whether TensorRT for RTX is installed."""
-    return importlib.util.find_spec("tensorrt_rtx") is not None
+    return importlib.util.find_spec("tensorrt_rtx_bindings") is not None
 
 
 def compile_ahead(graph: Path, model: PretrainedConfig, build: BuildConfig, capability: str) -> dict[str, Any]:

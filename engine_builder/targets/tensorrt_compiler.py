@@ -66,7 +66,7 @@ def compile_graph(
     """Parse a lowered graph, compare it with the table, and build an engine.
 
     Args:
-        trt: the module ``tensorrt`` or ``tensorrt_rtx``.
+        trt: the module ``tensorrt`` or ``tensorrt_rtx_bindings``.
         graph: the ONNX file; its weights are read from beside it.
         table: the bindings, which the parsed network must have exactly.
         capability: what TensorRT for RTX builds for, such as "SM89"; None is the GPU at hand.
@@ -167,7 +167,7 @@ def _monitor(trt: Any, progress: Progress) -> Any:
 
 def main() -> int:
     """Compile ``argv[1]`` ahead of time for each capability of ``argv[4:]``; the model and sizes are JSON before."""
-    trt: Any = importlib.import_module("tensorrt_rtx")
+    trt: Any = importlib.import_module("tensorrt_rtx_bindings")
     graph, capabilities = Path(sys.argv[1]), sys.argv[4:]
     model = PretrainedConfig.model_validate_json(sys.argv[2])
     table = make_bindings(model, BuildConfig.model_validate_json(sys.argv[3]))

@@ -417,7 +417,7 @@ from pathlib import Path
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.targets import tensorrt as target
 from adaptive_k_moe.engine_builder.targets import tensorrt_lowering as lowering
-import tensorrt_rtx
+import tensorrt_rtx_bindings as tensorrt_rtx
 target.require_tensorrt = lambda: tensorrt_rtx
 target.for_plugin = lambda lowered: lowered
 phases = []
