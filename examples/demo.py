@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--heldout_tokens", type=int, default=8192, help="held-out tokens for the perplexity")
     args = parser.parse_args()
     try:
-        demo(args, Console(highlight=False, soft_wrap=True))
+        demo(args, Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120))
     except AdaptiveKError as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
@@ -77,7 +77,8 @@ def demo(args: argparse.Namespace, console: Console) -> None:
     console.print(
         "experts saved is a count; time saved is the wall clock of the same run on this machine, reading the text in "
         "windows.\nA model this small spends much of its time outside the experts. balanced_static is balanced's plain "
-        "opponent: a fixed k in each layer, the same average. docs/results.md has the figures with their intervals."
+        "opponent: a fixed k in each layer, the same average. Half of this text's windows were calibrated on: "
+        "docs/results.md has the figures of the other half, with intervals."
     )
 
 
