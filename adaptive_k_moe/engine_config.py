@@ -206,6 +206,14 @@ class PretrainedConfig(_Model):
         """Layers that have experts."""
         return len(self.moe.layers)
 
+    def fit_policies(self, policies: PolicySet) -> PolicySet:
+        """The policies checked against this model and with `full` among them; see `PolicySet.for_model`."""
+        return policies.for_model(
+            num_experts=self.num_experts,
+            num_experts_per_tok=self.num_experts_per_tok,
+            num_moe_layers=self.num_moe_layers,
+        )
+
 
 class BuildConfig(_Model):
     """The sizes an engine is built for; the words are TensorRT-LLM's.
@@ -241,12 +249,7 @@ class EngineConfig(_Model):
 
     def policies_for_model(self) -> PolicySet:
         """The policies checked against the model and with `full` among them."""
-        model = self.pretrained_config
-        return self.adaptive_k.for_model(
-            num_experts=model.num_experts,
-            num_experts_per_tok=model.num_experts_per_tok,
-            num_moe_layers=model.num_moe_layers,
-        )
+        return self.pretrained_config.fit_policies(self.adaptive_k)
 
     def policy_tables(self) -> PolicyTables:
         """The policies as the engine's inputs."""

@@ -284,11 +284,7 @@ def policy_tables(config: EngineConfig, policies: Mapping[str, Policy]) -> Polic
     with warnings.catch_warnings():
         # A k above the trained top-k is capped, which whoever made the policy has been told.
         warnings.simplefilter("ignore", UserWarning)
-        fitted = PolicySet(policies={name: rule for name, rule in policies.items() if name != FULL}).for_model(
-            num_experts=model.num_experts,
-            num_experts_per_tok=model.num_experts_per_tok,
-            num_moe_layers=model.num_moe_layers,
-        )
+        fitted = model.fit_policies(PolicySet(policies={name: rule for name, rule in policies.items() if name != FULL}))
     return compile_policies(fitted, num_experts_per_tok=model.num_experts_per_tok, num_moe_layers=model.num_moe_layers)
 
 

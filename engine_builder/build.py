@@ -97,11 +97,7 @@ def build(
 
         require_tensorrt()  # before hours of writing weights
     policies = policy if isinstance(policy, PolicySet) else read_policy_file(policy) if policy else PolicySet()
-    policies = policies.for_model(
-        num_experts=model.num_experts,
-        num_experts_per_tok=model.num_experts_per_tok,
-        num_moe_layers=model.num_moe_layers,
-    )
+    policies = model.fit_policies(policies)
 
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -143,9 +139,7 @@ def build(
             )
             write_engine_config(temporary, config)
             temporary.chmod(0o755)
-            if output.exists():
-                shutil.rmtree(output)
-            temporary.rename(output)
+            _replace(output, temporary)
         except OSError as error:
             raise BuildError(f"cannot write the engine to {output}: {error.strerror or error}.") from error
     return config
@@ -243,6 +237,21 @@ def _write_graph(plan: _Plan, path: Path, report: Callable[[str], None]) -> None
                 "the checkpoint does not match its config.json."
             )
         graph.save({"adaptive_k.pretrained_config": json.dumps(model.model_dump(mode="json"))})
+
+
+def _replace(output: Path, new: Path) -> None:
+    """Put `new` where `output` is; what was there is lost only once the new one is in its place."""
+    if not output.exists():
+        new.rename(output)
+        return
+    old = new.with_name(f"{new.name}-old")
+    output.rename(old)
+    try:
+        new.rename(output)
+    except OSError:
+        old.rename(output)
+        raise
+    shutil.rmtree(old)
 
 
 def _check_output(output: Path, *, force: bool) -> None:
