@@ -12,7 +12,6 @@ measured in the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -31,6 +30,7 @@ from adaptive_k_moe.engine_config import PretrainedConfig
 from adaptive_k_moe.policy import PolicySet
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
+from _results import cpu_name, write_results
 from _roofline import read_bandwidth
 
 PREFILL, PROMPT, DECODE = 512, 128, 32
@@ -104,10 +104,7 @@ def run(args: argparse.Namespace, checkpoint: Path, scratch: Path) -> None:
                 row["of_roofline"] = row["decode_1"] * row["bytes_per_token"] / bandwidth
             rows.append(row)
     print_table(console, rows, args.batch_sizes)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    content = {"cpu": cpu_name(), "threads": args.num_threads, "read_bandwidth": bandwidth, "rows": rows}
-    args.output.write_text(json.dumps(content, indent=2) + "\n")
-    console.print(f"written to {args.output}")
+    write_results(args.output, {"threads": args.num_threads, "read_bandwidth": bandwidth, "rows": rows})
 
 
 def engine_runner(llm: LLM, policy: str, batch_sizes: list[int]) -> Measure:
@@ -196,13 +193,6 @@ def print_table(console: Console, rows: list[dict[str, Any]], batch_sizes: list[
         share = f"{row['of_roofline']:.0%}" if "of_roofline" in row else ""
         table.add_row(row["dtype"], row["stack"], *(f"{figure:.1f} tok/s" for figure in figures), share)
     console.print(table)
-
-
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown CPU"
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.plugin import instruction_set, mamba2
+
+from _results import write_results
 
 Array = npt.NDArray[Any]
 
@@ -230,15 +230,8 @@ def main() -> None:
             f"{r.kind:8} {r.sequences:9} {r.tokens:6} {r.microseconds_per_token:9.1f} {bytes_matter}{compared}",
             flush=True,
         )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "threads": args.threads,
-        "clock": args.clock,
-        "instruction_set": instruction_set(),
-        "machine": platform.platform(),
-    }
-    args.output.write_text(json.dumps({**machine, "results": [asdict(r) for r in results]}, indent=1) + "\n")
-    print(f"Written to {args.output}")
+    settings = {"threads": args.threads, "clock": args.clock, "instruction_set": instruction_set()}
+    write_results(args.output, {**settings, "results": [asdict(r) for r in results]})
 
 
 if __name__ == "__main__":

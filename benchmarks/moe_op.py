@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -29,6 +27,7 @@ import numpy.typing as npt
 
 from adaptive_k_moe.plugin import instruction_set, moe, route
 
+from _results import cpu_name, write_results
 from _roofline import GemmProbe, ReadProbe
 
 Array = npt.NDArray[Any]
@@ -280,9 +279,7 @@ def main() -> None:
 
     clock = Clock(args.clock, args.threads)
     probes = ReadProbe(args.threads), GemmProbe(args.threads)
-    print(
-        f"{args.threads} threads, {args.clock} time, {instruction_set()}, {platform.processor() or platform.machine()}"
-    )
+    print(f"{args.threads} threads, {args.clock} time, {instruction_set()}, {cpu_name()}")
     print(HEADER, flush=True)
     results: list[Result] = []
     for layer in (LAYERS[name] for name in args.layers.split(",")):
@@ -303,15 +300,8 @@ def main() -> None:
                     print(line(result), flush=True)
             del up, down, peer_calls
 
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    machine = {
-        "threads": args.threads,
-        "clock": args.clock,
-        "instruction_set": instruction_set(),
-        "machine": platform.platform(),
-    }
-    args.output.write_text(json.dumps({**machine, "results": [asdict(r) for r in results]}, indent=1) + "\n")
-    print(f"Written to {args.output}")
+    settings = {"threads": args.threads, "clock": args.clock, "instruction_set": instruction_set()}
+    write_results(args.output, {**settings, "results": [asdict(r) for r in results]})
 
 
 if __name__ == "__main__":
