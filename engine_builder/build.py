@@ -222,12 +222,11 @@ def _plan(
 
 
 def _write_graph(plan: _Plan, path: Path, report: Callable[[str], None]) -> None:
-    """Write the one graph, which every target starts from; a float16 one is first written in float32."""
+    """Write the one graph, which every target starts from."""
     architecture, model = plan.architecture, plan.model
     tensors = CheckpointTensors(plan.source)
-    written = model.model_copy(update={"dtype": "float32"}) if model.dtype == "float16" else model
     with GraphBuilder(path, architecture.__name__) as graph:
-        architecture(written, plan.build_config, tensors, graph).build(report)
+        architecture(model, plan.build_config, tensors, graph).build(report)
         ignored = re.compile("|".join(architecture.ignored_tensors))
         unused = [name for name in tensors.unused() if not ignored.fullmatch(name)]
         if unused and not (model.tie_word_embeddings and unused == [architecture.lm_head_name]):
@@ -268,7 +267,7 @@ def _dtype(config: HfConfig, target: Target, asked: Dtype | None) -> Dtype:
 
     On CPUs float16 widens to float32, which holds all of it; TensorRT's attention has only 16-bit kernels.
     """
-    choices = ("float16", "bfloat16") if target == "tensorrt" else ("float32", "bfloat16")
+    choices = {"tensorrt": ("float16", "bfloat16"), "openvino": ("float32", "bfloat16")}.get(target, get_args(Dtype))
     if asked is not None and asked not in choices:
         raise BuildError(f"the {target} target has no dtype {asked!r}: it is one of {', '.join(choices)}.")
     own = config.optional("dtype", str) or config.optional("torch_dtype", str)

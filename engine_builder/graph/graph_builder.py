@@ -13,16 +13,23 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from adaptive_k_moe.errors import BuildError
+
 OPSET = 24
 IR_VERSION = 11
 
 DATA_TYPES = {
     "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
 }
-_NUMPY_TYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_NUMPY_TYPES = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 
 # Weights start at page boundaries, so that a runtime can map each of them.
 _ALIGNMENT = 4096
@@ -93,13 +100,18 @@ class GraphBuilder:
 
         Args:
             name: the initializer's name.
-            dtype: "float32" or "bfloat16"; pieces of another float dtype are converted.
+            dtype: "float32", "float16" or "bfloat16"; pieces of another float dtype are converted.
             shape: the whole weight's shape.
             pieces: its values in C order, in pieces of any shape that together have its size.
+
+        Raises:
+            BuildError: a finite value is beyond the range of "float16".
         """
         self._data.write(b"\0" * (-self._data.tell() % _ALIGNMENT))
         offset = self._data.tell()
         for piece in pieces:
+            if dtype == "float16":
+                require_float16(name, piece)
             self._data.write(np.ascontiguousarray(piece, dtype=_NUMPY_TYPES[dtype]).view(np.uint8).data)
         length = self._data.tell() - offset
         expected = int(np.prod(shape)) * _NUMPY_TYPES[dtype].itemsize
@@ -134,3 +146,16 @@ class GraphBuilder:
         helper.set_model_props(model, metadata)
         onnx.save(model, self.path)
         return model
+
+
+def require_float16(name: str, values: Array) -> None:
+    """Refuse a weight that float16 cannot hold.
+
+    Raises:
+        BuildError: a finite value is beyond float16's range.
+    """
+    if (
+        values.dtype != np.float16
+        and np.abs(values).max(initial=0.0, where=np.isfinite(values)) > np.finfo(np.float16).max
+    ):
+        raise BuildError(f"{name} has values beyond float16's range: build with --dtype bfloat16.")

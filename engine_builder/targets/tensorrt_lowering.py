@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from adaptive_k_moe.engine_builder.graph.graph_builder import require_float16
 from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN, OP_TYPE
 from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import Binding, make_bindings
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
@@ -28,10 +29,6 @@ TYPES = {
 }
 _NUMPY_TYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
-# Bytes of a weight converted at once.
-_CHUNK = 1 << 26
-_ALIGNMENT = 4096
-
 # What repeats the cache's heads for the query's; `Attention` does that itself.
 _SPREADING = ("Reshape", "Expand", "Unsqueeze")
 
@@ -40,10 +37,10 @@ def lower_graph(path: Path, model: PretrainedConfig, build: BuildConfig) -> onnx
     """The graph at `path` as TensorRT gets it, with the operator still having its function body.
 
     Activations and weights are of the model's dtype; the router's product, the entropies, the policy tables and
-    the logits are float32. Weights that need another type are appended to the graph's data file.
+    the logits are float32.
 
     Args:
-        path: ``model.onnx``, as written for the dtype, or for float32 where the dtype is float16.
+        path: ``model.onnx``, as written for the dtype.
         model: its sizes and dtype; "float32" rewrites the cache alone.
         build: the engine's sizes.
 
@@ -133,10 +130,6 @@ def _use_dtype(proto: onnx.ModelProto, path: Path, dtype: str) -> None:
             node.output[0] = f"logits.{dtype}"
             nodes.append(helper.make_node("Cast", [node.output[0]], ["logits"], "logits.float", to=TensorProto.FLOAT))
     _replace_nodes(graph, nodes)
-    for node in _experts(graph):
-        for attribute in node.attribute:
-            if attribute.name == "weight_format":
-                attribute.CopyFrom(helper.make_attribute("weight_format", dtype))
     for function in proto.functions:
         _convert_function(function, element)
 
@@ -172,27 +165,11 @@ def _convert_function(function: onnx.FunctionProto, element: int) -> None:
 
 
 def _convert(tensor: TensorProto, path: Path, dtype: str) -> None:
-    """Give a float32 initializer another type; one in the data file is converted piece by piece onto its end."""
-    type_ = _NUMPY_TYPES[dtype]
-    if tensor.data_location != TensorProto.EXTERNAL:
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(type_), tensor.name))
-        return
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    count = int(place["length"]) // 4
-    with (path.parent / place["location"]).open("r+b") as data:
-        begin = data.seek(0, 2)
-        begin += -begin % _ALIGNMENT
-        for start in range(0, count, _CHUNK // 4):
-            data.seek(int(place["offset"]) + 4 * start)
-            values = np.fromfile(data, np.float32, min(count - start, _CHUNK // 4))
-            if dtype == "float16" and np.abs(values).max(initial=0.0) > np.finfo(np.float16).max:
-                raise BuildError(f"{tensor.name} has values beyond float16's range: build with --dtype bfloat16.")
-            data.seek(begin + type_.itemsize * start)
-            data.write(values.astype(type_).tobytes())
-    tensor.data_type = TYPES[dtype]
-    del tensor.external_data[:]
-    for key, value in (("location", place["location"]), ("offset", begin), ("length", count * type_.itemsize)):
-        tensor.external_data.add(key=key, value=str(value))
+    """Give a float32 initializer (a norm, a bias, a table: all are small) another type, in the model file itself."""
+    values = numpy_helper.to_array(tensor, str(path.parent))
+    if dtype == "float16":
+        require_float16(tensor.name, values)
+    tensor.CopyFrom(numpy_helper.from_array(values.astype(_NUMPY_TYPES[dtype]), tensor.name))
 
 
 def _replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:

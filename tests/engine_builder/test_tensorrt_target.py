@@ -24,7 +24,6 @@ from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.build import dry_run
 from adaptive_k_moe.engine_builder.targets import tensorrt as target
-from adaptive_k_moe.engine_builder.targets import tensorrt_lowering as lowering
 from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import PROFILES, Binding, make_bindings
 from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Tensor, require_bindings
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import TYPES, for_plugin, lower_graph
@@ -59,17 +58,16 @@ class Lowered:
 
     def __init__(self, directory: Path, shape: Shape, dtype: Dtype) -> None:
         self.checkpoint = make_checkpoint(directory / "checkpoint", shape)
-        # The float16 graph is lowered from the float32 one, as `build` does.
         config = build(
             self.checkpoint,
             directory / "engine",
             target="onnx",
-            dtype="bfloat16" if dtype == "bfloat16" else "float32",
+            dtype=dtype,
             policy=PolicySet.model_validate(POLICIES),
             **SIZES,
         )
         self.config: EngineConfig = config
-        self.model: PretrainedConfig = config.pretrained_config.model_copy(update={"dtype": dtype})
+        self.model: PretrainedConfig = config.pretrained_config
         self.build: BuildConfig = config.build_config
         self.table = make_bindings(self.model, self.build)
         self.path = directory / "engine" / "model.onnx"
@@ -275,8 +273,7 @@ def test_the_graph_for_the_plugin_gives_it_the_types_that_it_takes(shape: Shape,
     assert products == {node.input[1] for node in nodes}
 
 
-def test_weights_keep_their_values_in_the_new_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lowering, "_CHUNK", 1000)  # so that weights are converted in several pieces
+def test_weights_keep_their_values_in_the_new_type(tmp_path: Path) -> None:
     wide = build(make_checkpoint(tmp_path / "checkpoint", SHAPES[2]), tmp_path / "wide", target="onnx", **SIZES)
     before = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "wide/model.onnx").graph.initializer}
     lowered = Lowered(tmp_path / "lowered", SHAPES[2], "float16")
