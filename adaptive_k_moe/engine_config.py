@@ -256,6 +256,7 @@ class EngineConfig(_Model):
         model = self.pretrained_config
         return compile_policies(
             self.policies_for_model(),
+            num_experts=model.num_experts,
             num_experts_per_tok=model.num_experts_per_tok,
             num_moe_layers=model.num_moe_layers,
         )

@@ -8,10 +8,13 @@ A policy file is JSON::
                   "balanced": {"kind": "entropy", "thresholds": [0.6, 1.2], "k": [1, 2, 4]},
                   "tuned":    {"kind": "entropy", "thresholds": [0.5], "k": [1, 2],
                                "layers": {"0": {"thresholds": [0.4], "k": [1, 2]}}},
-                  "mass":     {"kind": "top_p", "p": 0.9, "k_min": 1},
-                  "relative": {"kind": "ratio", "ratio": 0.2}}}
+                  "mass":     {"kind": "top_p", "p": 0.9, "k_min": 1, "layers": {"3": {"p": 0.8}}},
+                  "relative": {"kind": "ratio", "ratio": 0.2},
+                  "weighed":  {"kind": "contribution", "p": 0.9}},
+     "expert_norms": [[0.8, 1.2, 1.1, 0.9], ...]}
 
-Layers are numbered over the model's MoE layers from 0. `full`, the trained top-k, always exists.
+Layers are numbered over the model's MoE layers from 0. `full`, the trained top-k, always exists. `contribution`
+policies need `expert_norms`, the mean norm of each expert's output in each layer, which `adaptive-k calibrate` measures.
 """
 
 from __future__ import annotations
@@ -36,8 +39,19 @@ FULL = "full"
 MAX_K = 32
 """Most experts a token may run: the operator's limit on every target."""
 
+MAX_POLICIES = 64
+"""Most policies of an engine, `full` among them: the rows that every target's tables have room for."""
+
+MAX_CHOICES = MAX_K + 1
+"""Most choices of a policy: the columns that every target's tables have room for."""
+
 # The operator's policy kinds (input `policy_kind`).
-KIND_ENTROPY, KIND_TOP_P, KIND_RATIO = 0, 1, 2
+KIND_ENTROPY, KIND_TOP_P, KIND_RATIO, KIND_CONTRIBUTION = 0, 1, 2, 3
+
+_K = Annotated[int, Field(ge=1)]
+_Layer = Annotated[int, Field(ge=0)]
+_Share = Annotated[float, Field(gt=0, le=1)]
+_Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Model(BaseModel):
@@ -95,34 +109,140 @@ class FixedPolicy(_Model):
     k: Annotated[int, Field(ge=1)]
 
 
-class TopPPolicy(_Model):
+class ShareChoices(_Model):
+    """The fewest experts that reach the share `p`, within [k_min, k_max]; without k_max up to the trained top-k."""
+
+    p: _Share
+    k_min: _K = 1
+    k_max: _K | None = None
+
+    @property
+    def parameter(self) -> float:
+        """What the operator finds first among the row's thresholds."""
+        return self.p
+
+
+class RatioChoices(_Model):
+    """The experts that reach `ratio`, within [k_min, k_max]; without k_max up to the trained top-k."""
+
+    ratio: _Ratio
+    k_min: _K = 1
+    k_max: _K | None = None
+
+    @property
+    def parameter(self) -> float:
+        """What the operator finds first among the row's thresholds."""
+        return self.ratio
+
+
+class _SharePolicy(_Model):
+    """A share to reach: one for all layers, single layers' own, or both."""
+
+    kind: str
+    p: _Share | None = None
+    k_min: _K = 1
+    k_max: _K | None = None
+    layers: dict[_Layer, ShareChoices] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> _SharePolicy:
+        _check_common_rule(self, "p")
+        return self
+
+    @property
+    def parameter(self) -> float | None:
+        """Of the rule for all layers; None where there is none."""
+        return self.p
+
+    def choices(self, layer: int, full_k: int) -> ShareChoices:
+        """The rule of one MoE layer; a layer that the policy does not name runs `full_k`."""
+        if layer in self.layers:
+            return self.layers[layer]
+        if self.p is None:
+            return ShareChoices(p=1.0, k_min=full_k, k_max=full_k)
+        return ShareChoices(p=self.p, k_min=self.k_min, k_max=self.k_max)
+
+
+class TopPPolicy(_SharePolicy):
     """The fewest experts whose router probability reaches `p`, within [k_min, k_max]."""
 
     kind: Literal["top_p"]
-    p: Annotated[float, Field(gt=0, le=1)]
-    k_min: Annotated[int, Field(ge=1)] = 1
-    k_max: Annotated[int, Field(ge=1)] | None = None
+
+
+class ContributionPolicy(_SharePolicy):
+    """Of the best k_max experts the fewest that hold the share `p` of their contribution, k_min at least.
+
+    An expert's contribution is its score times the mean norm of its output (`PolicySet.expert_norms`).
+    """
+
+    kind: Literal["contribution"]
 
 
 class RatioPolicy(_Model):
     """The experts whose score is at least `ratio` times the best one's, within [k_min, k_max]."""
 
     kind: Literal["ratio"]
-    ratio: Annotated[float, Field(ge=0, le=1)]
-    k_min: Annotated[int, Field(ge=1)] = 1
-    k_max: Annotated[int, Field(ge=1)] | None = None
+    ratio: _Ratio | None = None
+    k_min: _K = 1
+    k_max: _K | None = None
+    layers: dict[_Layer, RatioChoices] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RatioPolicy:
+        _check_common_rule(self, "ratio")
+        return self
+
+    @property
+    def parameter(self) -> float | None:
+        """Of the rule for all layers; None where there is none."""
+        return self.ratio
+
+    def choices(self, layer: int, full_k: int) -> RatioChoices:
+        """The rule of one MoE layer; a layer that the policy does not name runs `full_k`."""
+        if layer in self.layers:
+            return self.layers[layer]
+        if self.ratio is None:
+            return RatioChoices(ratio=0.0, k_min=full_k, k_max=full_k)
+        return RatioChoices(ratio=self.ratio, k_min=self.k_min, k_max=self.k_max)
 
 
-Policy = Annotated[EntropyPolicy | FixedPolicy | TopPPolicy | RatioPolicy, Field(discriminator="kind")]
+def _check_common_rule(policy: _SharePolicy | RatioPolicy, name: str) -> None:
+    """Refuse a policy with neither a rule for all layers nor layers, or with limits that no rule goes with."""
+    if policy.parameter is not None:
+        return
+    if not policy.layers:
+        raise ValueError(f"give {name}, or layers")
+    if policy.k_min != 1 or policy.k_max is not None:
+        raise ValueError(f"k_min and k_max need {name} beside them: say them in layers, or give {name}")
+
+
+Policy = Annotated[
+    EntropyPolicy | FixedPolicy | TopPPolicy | RatioPolicy | ContributionPolicy, Field(discriminator="kind")
+]
+
+_KINDS = {"top_p": KIND_TOP_P, "ratio": KIND_RATIO, "contribution": KIND_CONTRIBUTION}
 
 
 class PolicySet(_Model):
-    """A policy file: named policies, the unit of their thresholds, and which one is the default."""
+    """A policy file: named policies, the unit of their thresholds, and which one is the default.
+
+    Attributes:
+        expert_norms: [L][E] mean norm of each expert's output in each MoE layer, in any unit; the mean of a layer is
+            taken as 1. None where nobody has measured it.
+    """
 
     unit: Literal["nats", "bits"] = "nats"
     default: str = FULL
     allow_above_top_k: bool = False
     policies: dict[Annotated[str, Field(min_length=1, max_length=64)], Policy] = Field(default_factory=dict)
+    expert_norms: list[list[Annotated[float, Field(ge=0)]]] | None = None
+
+    @model_validator(mode="after")
+    def _norms_are_some(self) -> PolicySet:
+        for layer, norms in enumerate(self.expert_norms or []):
+            if not any(norms):
+                raise ValueError(f"the expert_norms of layer {layer} are all 0 or none at all")
+        return self
 
     @model_validator(mode="after")
     def _default_exists(self) -> PolicySet:
@@ -134,14 +254,16 @@ class PolicySet(_Model):
         """This set made to fit a model: `full` present, every k within the trained top-k, layers checked.
 
         Raises:
-            PolicyError: `full` is not the trained top-k, a layer does not exist, or a k exceeds the
-                number of experts or the operator's limit.
+            PolicyError: `full` is not the trained top-k, a layer does not exist, a k exceeds the number of experts
+                or the operator's limit, the tables would be too large, or `expert_norms` are of another model or
+                missing.
 
         Warns:
             UserWarning: a k above the trained top-k was capped (without `allow_above_top_k`).
         """
         limit = min(num_experts, MAX_K)
         cap = limit if self.allow_above_top_k else min(num_experts_per_tok, limit)
+        self._check_norms(num_moe_layers, num_experts)
         fitted: dict[str, Any] = {FULL: FixedPolicy(kind="fixed", k=num_experts_per_tok)}
         for name, policy in self.policies.items():
             if name == FULL:
@@ -151,13 +273,34 @@ class PolicySet(_Model):
                         f'{{"kind": "fixed", "k": {num_experts_per_tok}}}: give other rules another name.'
                     )
                 continue
-            if isinstance(policy, EntropyPolicy) and max(policy.layers, default=0) >= num_moe_layers:
+            layers = {} if isinstance(policy, FixedPolicy) else policy.layers
+            if max(layers, default=0) >= num_moe_layers:
                 raise PolicyError(
-                    f"policy {name!r} names layer {max(policy.layers)}, but the model's {num_moe_layers} MoE "
+                    f"policy {name!r} names layer {max(layers)}, but the model's {num_moe_layers} MoE "
                     f"layers are 0 to {num_moe_layers - 1}."
                 )
             fitted[name] = _capped(name, policy, cap=cap, limit=limit)
+        if len(fitted) > MAX_POLICIES:
+            raise PolicyError(
+                f"{len(fitted)} policies, {FULL!r} among them, are too many: an engine holds at most {MAX_POLICIES}."
+            )
         return self.model_copy(update={"policies": fitted})
+
+    def _check_norms(self, num_moe_layers: int, num_experts: int) -> None:
+        """Refuse norms of another model, and policies that need norms where there are none."""
+        if self.expert_norms is None:
+            for name, policy in self.policies.items():
+                if isinstance(policy, ContributionPolicy):
+                    raise PolicyError(
+                        f"policy {name!r} weighs experts by the norm of their output, but there are no expert_norms: "
+                        "`adaptive-k calibrate` measures them and writes them into its policy file."
+                    )
+        elif len(self.expert_norms) != num_moe_layers or any(len(norms) != num_experts for norms in self.expert_norms):
+            sizes = sorted({len(norms) for norms in self.expert_norms})
+            raise PolicyError(
+                f"the expert_norms are of {len(self.expert_norms)} layers of {' or '.join(map(str, sizes))} experts, "
+                f"but the model has {num_moe_layers} MoE layers of {num_experts}."
+            )
 
     def with_policy(self, name: str, definition: dict[str, Any], *, default: bool = False) -> PolicySet:
         """A copy with one policy added or replaced, checked as if it had stood in the file."""
@@ -188,6 +331,8 @@ class PolicyTables:
         policy_kind: [P] int32.
         thresholds: [L, P, C - 1] float32, in nats; a row with fewer choices is padded with +inf.
         k_values: [L, P, C] int32; a row with fewer choices is padded with its last k.
+        expert_norms: [L, E] float32, what each expert's score is multiplied by in rows of the kind `contribution`;
+            each layer's mean is 1, and all are 1 where nobody has measured them.
     """
 
     names: list[str]
@@ -195,6 +340,7 @@ class PolicyTables:
     policy_kind: npt.NDArray[np.int32]
     thresholds: npt.NDArray[np.float32]
     k_values: npt.NDArray[np.int32]
+    expert_norms: npt.NDArray[np.float32]
 
     def index(self, name: str | None) -> int:
         """The row of a policy; None is the default.
@@ -212,7 +358,9 @@ class PolicyTables:
             ) from None
 
 
-def compile_policies(policies: PolicySet, *, num_experts_per_tok: int, num_moe_layers: int) -> PolicyTables:
+def compile_policies(
+    policies: PolicySet, *, num_experts: int, num_experts_per_tok: int, num_moe_layers: int
+) -> PolicyTables:
     """The tables of a set that already fits the model (see `PolicySet.for_model`)."""
     per_nat = math.log(2) if policies.unit == "bits" else 1.0
     kinds: list[int] = []
@@ -226,12 +374,10 @@ def compile_policies(policies: PolicySet, *, num_experts_per_tok: int, num_moe_l
             case FixedPolicy():
                 kinds.append(KIND_ENTROPY)
                 rows.append([([], [policy.k])] * num_moe_layers)
-            case TopPPolicy():
-                kinds.append(KIND_TOP_P)
-                rows.append([([policy.p], [policy.k_min, policy.k_max or num_experts_per_tok])] * num_moe_layers)
-            case RatioPolicy():
-                kinds.append(KIND_RATIO)
-                rows.append([([policy.ratio], [policy.k_min, policy.k_max or num_experts_per_tok])] * num_moe_layers)
+            case TopPPolicy() | RatioPolicy() | ContributionPolicy():
+                kinds.append(_KINDS[policy.kind])
+                bounded = [policy.choices(layer, num_experts_per_tok) for layer in range(num_moe_layers)]
+                rows.append([([b.parameter], [b.k_min, b.k_max or num_experts_per_tok]) for b in bounded])
     num_choices = max([2, *(len(ks) for row in rows for _, ks in row)])
     thresholds = np.full((num_moe_layers, len(rows), num_choices - 1), np.inf, np.float32)
     k_values = np.empty((num_moe_layers, len(rows), num_choices), np.int32)
@@ -240,7 +386,22 @@ def compile_policies(policies: PolicySet, *, num_experts_per_tok: int, num_moe_l
             thresholds[layer, index, : len(limits)] = limits
             k_values[layer, index] = ks + [ks[-1]] * (num_choices - len(ks))
     names = list(policies.policies)
-    return PolicyTables(names, names.index(policies.default), np.array(kinds, np.int32), thresholds, k_values)
+    return PolicyTables(
+        names=names,
+        default=names.index(policies.default),
+        policy_kind=np.array(kinds, np.int32),
+        thresholds=thresholds,
+        k_values=k_values,
+        expert_norms=_norms(policies, num_moe_layers, num_experts),
+    )
+
+
+def _norms(policies: PolicySet, num_moe_layers: int, num_experts: int) -> npt.NDArray[np.float32]:
+    """[L, E], each layer's mean 1."""
+    if policies.expert_norms is None:
+        return np.ones((num_moe_layers, num_experts), np.float32)
+    norms = np.array(policies.expert_norms)
+    return (norms / norms.mean(axis=1, keepdims=True)).astype(np.float32)
 
 
 def parse_policy_set(content: Any, source: str) -> PolicySet:
@@ -290,8 +451,20 @@ def _capped(name: str, policy: Any, *, cap: int, limit: int) -> Any:
         )
         return cap
 
+    def bounded(rule: Any) -> Any:
+        k_max = cap if rule.k_max is None else capped(rule.k_max)
+        k_min = capped(rule.k_min)
+        if k_min > k_max:
+            raise PolicyError(f"policy {name!r}: k_min {k_min} is above k_max {k_max}.")
+        return rule.model_copy(update={"k_min": k_min, "k_max": k_max})
+
     match policy:
         case EntropyPolicy():
+            for rule in (policy, *policy.layers.values()):
+                if len(rule.k or []) > MAX_CHOICES:
+                    raise PolicyError(
+                        f"policy {name!r} has {len(rule.k)} values of k, but a rule has at most {MAX_CHOICES}."
+                    )
             layers = {
                 layer: choices.model_copy(update={"k": [capped(k) for k in choices.k]})
                 for layer, choices in policy.layers.items()
@@ -301,8 +474,6 @@ def _capped(name: str, policy: Any, *, cap: int, limit: int) -> Any:
         case FixedPolicy():
             return policy.model_copy(update={"k": capped(policy.k)})
         case _:
-            k_max = cap if policy.k_max is None else capped(policy.k_max)
-            k_min = capped(policy.k_min)
-            if k_min > k_max:
-                raise PolicyError(f"policy {name!r}: k_min {k_min} is above k_max {k_max}.")
-            return policy.model_copy(update={"k_min": k_min, "k_max": k_max})
+            layers = {layer: bounded(rule) for layer, rule in policy.layers.items()}
+            common = policy if policy.parameter is None else bounded(policy)
+            return common.model_copy(update={"layers": layers})

@@ -285,7 +285,12 @@ def policy_tables(config: EngineConfig, policies: Mapping[str, Policy]) -> Polic
         # A k above the trained top-k is capped, which whoever made the policy has been told.
         warnings.simplefilter("ignore", UserWarning)
         fitted = model.fit_policies(PolicySet(policies={name: rule for name, rule in policies.items() if name != FULL}))
-    return compile_policies(fitted, num_experts_per_tok=model.num_experts_per_tok, num_moe_layers=model.num_moe_layers)
+    return compile_policies(
+        fitted,
+        num_experts=model.num_experts,
+        num_experts_per_tok=model.num_experts_per_tok,
+        num_moe_layers=model.num_moe_layers,
+    )
 
 
 def log_softmax(logits: FloatArray) -> FloatArray:

@@ -27,7 +27,7 @@ def tables(content: dict[str, Any], *, experts: int = 8, top_k: int = 2, layers:
     fitted = parse_policy_set(content, "policies").for_model(
         num_experts=experts, num_experts_per_tok=top_k, num_moe_layers=layers
     )
-    return compile_policies(fitted, num_experts_per_tok=top_k, num_moe_layers=layers)
+    return compile_policies(fitted, num_experts=experts, num_experts_per_tok=top_k, num_moe_layers=layers)
 
 
 def test_full_is_always_there_and_is_the_default() -> None:

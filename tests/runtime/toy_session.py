@@ -32,7 +32,7 @@ def toy_policies(**more: dict[str, Any]) -> PolicyTables:
     fitted = parse_policy_set({"policies": policies}, "toy").for_model(
         num_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, num_moe_layers=NUM_LAYERS
     )
-    return compile_policies(fitted, num_experts_per_tok=TOP_K, num_moe_layers=NUM_LAYERS)
+    return compile_policies(fitted, num_experts=NUM_EXPERTS, num_experts_per_tok=TOP_K, num_moe_layers=NUM_LAYERS)
 
 
 def toy_config(
