@@ -22,6 +22,7 @@ lint: test-env build/lint.stamp
 	build/lint/bin/ruff check .
 	build/lint/bin/ruff format --check .
 	build/lint/bin/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/hadolint Dockerfile
 	@# mypy follows the folder mapping only in an installed package.
 	rm -rf build/mypy && $(PIP) install --no-build-isolation --no-deps --target build/mypy .
 	cd build/mypy && MYPYPATH=. ../lint/bin/mypy --config-file ../../pyproject.toml \
