@@ -50,6 +50,11 @@ class Binding:
 
 def cache_names(layer: int, kind: str) -> tuple[str, str]:
     """Names of a layer's cache ("key" or "value") before and after a step."""
+def state_names(layer: int, kind: str) -> tuple[str, str]:
+    """Names of a Mamba layer's states ("conv" or "ssm") before and after a step."""
+    return f"{kind}_state.{layer}", f"present_{kind}_state.{layer}"
+
+
     return f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
 
 
@@ -67,7 +72,10 @@ def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
     """The engine's inputs and outputs, in order.
 
     The caches are [batch, heads, max_seq_len, head_dim]; a step writes each sequence's new keys and values at
-    its `write_indices` and returns the same memory.
+    its `write_indices` and returns the same memory. Of a model with Mamba layers the states are as the caches,
+    one place a sequence in the first dimension, [batch, conv_kernel - 1, channels] and [batch, heads, state_size,
+    head_dim]; `state_slots` names each sequence's place in what is bound, so 0, 1, 2 and so on, and -1 for a
+    sequence whose states must stay as they are.
     """
     ranges = symbol_ranges(build)
 
@@ -82,10 +90,17 @@ def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
     cache = ("batch", model.num_key_value_heads, build.max_seq_len, model.head_dim)
     pairs = [cache_names(layer, kind) for layer in model.attention_layers for kind in ("key", "value")]
     return [
+    states: list[tuple[str, str, str, tuple[int | str, ...]]] = []
+    if model.mamba is not None:
+        for layer in model.mamba.layers:
+            conv, ssm = model.mamba.conv_state_shape, model.mamba.ssm_state_shape
+            states.append((*state_names(layer, "conv"), model.dtype, ("batch", *conv)))
+            states.append((*state_names(layer, "ssm"), "float32", ("batch", *ssm)))
         binding("input_ids", "int64", "batch", "sequence"),
         binding("position_ids", "int64", "batch", "sequence"),
         binding("write_indices", "int64", "batch"),
         binding("logits_indices", "int64", "num_logits"),
+        *([binding("state_slots", "int32", "batch")] if states else []),
         binding("policy_index", "int32", "num_tokens"),
         binding("policy_kind", "int32", "num_policies"),
         binding("thresholds", "float32", moe_layers, "num_policies", "num_limits"),
@@ -93,6 +108,8 @@ def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
         *(binding(past, model.dtype, *cache) for past, _ in pairs),
         binding("logits", "float32", "num_logits", model.vocab_size, output=True),
         binding("k", "int32", "num_tokens", moe_layers, output=True),
+        *(binding(past, dtype, *shape) for past, _, dtype, shape in states),
         binding("entropy", "float32", "num_tokens", moe_layers, output=True),
         *(binding(present, model.dtype, *cache, output=True, of=past) for past, present in pairs),
     ]
+        *(binding(present, dtype, *shape, output=True, of=past) for past, present, dtype, shape in states),
