@@ -7,7 +7,7 @@ the `Sampler` choose the tokens.
 
 from adaptive_k_moe.runtime.handle import GenerationHandle
 from adaptive_k_moe.runtime.llm import LLM, KvCacheConfig
-from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from adaptive_k_moe.runtime.outputs import CompletionOutput, Enrollment, RequestMetrics, RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, StepRecord
 
@@ -15,6 +15,7 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "EngineStats",
+    "Enrollment",
     "GenerationHandle",
     "KvCacheConfig",
     "Observer",

@@ -15,7 +15,7 @@ from adaptive_k_moe.errors import PolicyError, RequestError
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.block_manager import BlockManager
 from adaptive_k_moe.runtime.detokenizer import AnswerText
-from adaptive_k_moe.runtime.outputs import FinishReason, RequestMetrics, RequestOutput
+from adaptive_k_moe.runtime.outputs import Enrollment, FinishReason, RequestMetrics, RequestOutput
 from adaptive_k_moe.runtime.sampler import FloatArray, SamplingState, sample
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 from adaptive_k_moe.runtime.scheduler import Chunk, Scheduler
@@ -99,6 +99,7 @@ class Engine:
         request_id: str,
         *,
         streaming: bool = False,
+        enrollment: Enrollment | None = None,
     ) -> Request:
         """Check a request and make it ready for `add`; changes nothing.
 
@@ -146,6 +147,7 @@ class Engine:
             end_ids=end_ids,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
             full_k=self._full_k,
+            enrollment=enrollment,
         )
         if not params.exclude_input_from_output:
             request.prompt_text = text if text is not None else self._decode(token_ids, params)

@@ -16,7 +16,7 @@ from adaptive_k_moe.errors import EngineError, RequestError
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.handle import GenerationHandle, OnOutput
-from adaptive_k_moe.runtime.outputs import RequestOutput
+from adaptive_k_moe.runtime.outputs import Enrollment, RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 from adaptive_k_moe.runtime.session.base import Session
 from adaptive_k_moe.runtime.telemetry import EngineStats, Observer
@@ -227,6 +227,7 @@ class LLM:
         streaming: bool = False,
         request_id: str | None = None,
         on_output: OnOutput | None = None,
+        enrollment: Enrollment | None = None,
     ) -> GenerationHandle:
         """Start to answer a prompt.
 
@@ -237,6 +238,7 @@ class LLM:
             request_id: unique among the running; None makes one.
             on_output: called with each output on the engine's own thread, so it must be quick and must
                 not wait for another request; if it raises, that is logged and the request is aborted.
+            enrollment: the request's place in an A/B test; its outputs carry it.
 
         Returns:
             A handle to iterate over, await, or abort.
@@ -245,7 +247,11 @@ class LLM:
             RequestError, PolicyError: the prompt or its parameters are unusable.
         """
         request = self._engine.prepare(
-            inputs, sampling_params or SamplingParams(), request_id or _new_id(), streaming=streaming
+            inputs,
+            sampling_params or SamplingParams(),
+            request_id or _new_id(),
+            streaming=streaming,
+            enrollment=enrollment,
         )
         return self._worker.submit(request, on_output, self)
 

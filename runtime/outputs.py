@@ -67,6 +67,21 @@ class RequestMetrics:
     num_preemptions: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Enrollment:
+    """A request's place in an A/B test. The runtime only passes it on.
+
+    Attributes:
+        experiment: the test's name.
+        variant: name of the variant that the request was assigned to.
+        unit: what was assigned: the request's id, or its user.
+    """
+
+    experiment: str
+    variant: str
+    unit: str
+
+
 @dataclass(slots=True)
 class RequestOutput:
     """A request's state after a step: with streaming one comes after each, else one at the end.
@@ -84,6 +99,7 @@ class RequestOutput:
         context_logits: [len(prompt_token_ids), V] if asked for.
         metrics: when things happened.
         error: the sentence, where `finish_reason` is "error".
+        enrollment: its place in an A/B test; None if it is in none.
     """
 
     request_id: str
@@ -99,6 +115,12 @@ class RequestOutput:
     error: str | None = None
     # Trained top-k of the model: what a token would have run under the policy `full`.
     full_k: int = field(default=0)
+    enrollment: Enrollment | None = None
+
+    @property
+    def variant(self) -> str | None:
+        """The variant of an A/B test that the request belongs to; None if it is in no test."""
+        return None if self.enrollment is None else self.enrollment.variant
 
     @property
     def avg_k(self) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.runtime.detokenizer import AnswerText
-from adaptive_k_moe.runtime.outputs import CompletionOutput, FinishReason, RequestMetrics, RequestOutput
+from adaptive_k_moe.runtime.outputs import CompletionOutput, Enrollment, FinishReason, RequestMetrics, RequestOutput
 from adaptive_k_moe.runtime.sampler import SamplingState
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 
@@ -65,6 +65,7 @@ class Request:
         metrics: when things happened.
         full_k: the trained top-k.
         error: why it ended in an error.
+        enrollment: its place in an A/B test.
     """
 
     request_id: str
@@ -80,6 +81,7 @@ class Request:
     prompt_text: str = ""
     sequences: list[Sequence] = field(default_factory=list)
     error: str | None = None
+    enrollment: Enrollment | None = None
 
     @property
     def finished(self) -> bool:
@@ -103,6 +105,7 @@ class Request:
             context_logits=None if first.context_logits is None else first.context_logits.view(),
             error=self.error,
             full_k=self.full_k,
+            enrollment=self.enrollment,
         )
 
 
