@@ -50,12 +50,12 @@ class Binding:
 
 def cache_names(layer: int, kind: str) -> tuple[str, str]:
     """Names of a layer's cache ("key" or "value") before and after a step."""
+    return f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
+
+
 def state_names(layer: int, kind: str) -> tuple[str, str]:
     """Names of a Mamba layer's states ("conv" or "ssm") before and after a step."""
     return f"{kind}_state.{layer}", f"present_{kind}_state.{layer}"
-
-
-    return f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}"
 
 
 def symbol_ranges(build: BuildConfig) -> tuple[Mapping[str, tuple[int, int, int]], ...]:
@@ -89,27 +89,27 @@ def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
     moe_layers = model.num_moe_layers
     cache = ("batch", model.num_key_value_heads, build.max_seq_len, model.head_dim)
     pairs = [cache_names(layer, kind) for layer in model.attention_layers for kind in ("key", "value")]
-    return [
     states: list[tuple[str, str, str, tuple[int | str, ...]]] = []
     if model.mamba is not None:
         for layer in model.mamba.layers:
             conv, ssm = model.mamba.conv_state_shape, model.mamba.ssm_state_shape
             states.append((*state_names(layer, "conv"), model.dtype, ("batch", *conv)))
             states.append((*state_names(layer, "ssm"), "float32", ("batch", *ssm)))
+    return [
         binding("input_ids", "int64", "batch", "sequence"),
         binding("position_ids", "int64", "batch", "sequence"),
         binding("write_indices", "int64", "batch"),
-        binding("logits_indices", "int64", "num_logits"),
         *([binding("state_slots", "int32", "batch")] if states else []),
+        binding("logits_indices", "int64", "num_logits"),
         binding("policy_index", "int32", "num_tokens"),
         binding("policy_kind", "int32", "num_policies"),
         binding("thresholds", "float32", moe_layers, "num_policies", "num_limits"),
         binding("k_values", "int32", moe_layers, "num_policies", "num_choices"),
         *(binding(past, model.dtype, *cache) for past, _ in pairs),
+        *(binding(past, dtype, *shape) for past, _, dtype, shape in states),
         binding("logits", "float32", "num_logits", model.vocab_size, output=True),
         binding("k", "int32", "num_tokens", moe_layers, output=True),
-        *(binding(past, dtype, *shape) for past, _, dtype, shape in states),
         binding("entropy", "float32", "num_tokens", moe_layers, output=True),
         *(binding(present, model.dtype, *cache, output=True, of=past) for past, present in pairs),
-    ]
         *(binding(present, dtype, *shape, output=True, of=past) for past, present, dtype, shape in states),
+    ]
