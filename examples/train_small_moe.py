@@ -55,6 +55,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import (
     MixtralConfig,
+    NemotronHConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
@@ -330,42 +332,128 @@ def consecutive_windows(stream: Tensor, context: int) -> list[Tensor]:
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """How to configure one architecture and where its routers are."""
+    """How to configure one architecture and where its routers are.
+
+    Attributes:
+        config: from the arguments to its config.
+        router_class: name of the module that scores the experts; it returns the [tokens, experts] logits first.
+        sizes: defaults of the size options for it.
+        facts: rows of the model card that only it has.
+    """
 
     config: Callable[[argparse.Namespace], PreTrainedConfig]
-    router_class: str  # name of the module that scores the experts
-    router_logits: Callable[[Any], Tensor]  # from what that module returns to [tokens, experts] logits
+    router_class: str
+    sizes: dict[str, int]
+    facts: Callable[[PreTrainedConfig], list[list[str]]] = lambda _config: []
+
+
+def common_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """What every architecture's config calls by the same name."""
+    return {
+        "vocab_size": args.vocab_size,
+        "hidden_size": args.hidden_size,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads,
+        "max_position_embeddings": args.max_positions,
+        "num_experts_per_tok": args.top_k,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+    }
 
 
 def mixtral_config(args: argparse.Namespace) -> PreTrainedConfig:
     """A Mixtral of about seven million parameters at the default sizes."""
     return MixtralConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
+        **common_fields(args),
         intermediate_size=args.intermediate_size,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
         head_dim=args.head_dim,
-        max_position_embeddings=args.max_positions,
         num_local_experts=args.experts,
-        num_experts_per_tok=args.top_k,
         router_aux_loss_coef=args.router_aux_loss_coef,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         tie_word_embeddings=True,
         sliding_window=None,
-        bos_token_id=BOS_ID,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
     )
 
 
-# To add an architecture: a function from the arguments to its config, and where its router logits appear.
+def olmoe_config(args: argparse.Namespace) -> PreTrainedConfig:
+    """An OLMoE of about five million parameters at the default sizes; its head size is hidden size / heads."""
+    return OlmoeConfig(
+        **common_fields(args),
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_experts=args.experts,
+        router_aux_loss_coef=args.router_aux_loss_coef,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+    )
+
+
+def nemotron_layers(layers: int) -> list[str]:
+    """Mamba and experts in turn, as in Nemotron 3 Nano, with attention after every second Mamba layer."""
+    kinds: list[str] = []
+    while len(kinds) < layers:
+        kinds += ["mamba", "moe", "mamba", "attention", "moe"]
+    return kinds[:layers]
+
+
+def nemotron_config(args: argparse.Namespace) -> PreTrainedConfig:
+    """A Nemotron 3 of about six million parameters at the default sizes."""
+    return NemotronHConfig(
+        **common_fields(args),
+        layers_block_type=nemotron_layers(args.layers),
+        head_dim=args.head_dim,
+        n_routed_experts=args.experts,
+        moe_intermediate_size=args.intermediate_size,
+        moe_shared_expert_intermediate_size=2 * args.intermediate_size,
+        routed_scaling_factor=2.5,
+        norm_topk_prob=True,
+        mamba_num_heads=8,
+        mamba_head_dim=args.hidden_size // 4,
+        ssm_state_size=32,
+        n_groups=2,
+        conv_kernel=4,
+        chunk_size=32,
+        tie_word_embeddings=False,
+    )
+
+
+def nemotron_facts(config: Any) -> list[list[str]]:
+    """Its layers and the shapes of its Mamba-2 mixers."""
+    kinds = config.layers_block_type
+    return [
+        ["layers by kind", ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))],
+        [
+            "Mamba-2 heads, head size, state size, groups",
+            f"{config.mamba_num_heads}, {config.mamba_head_dim}, {config.ssm_state_size}, {config.n_groups}",
+        ],
+        ["width of the shared expert", str(config.moe_shared_expert_intermediate_size)],
+    ]
+
+
+# To add an architecture: a function from the arguments to its config, the name of its routers' class, its sizes.
 ARCHITECTURES: dict[str, Architecture] = {
     "mixtral": Architecture(
-        config=mixtral_config, router_class="MixtralTopKRouter", router_logits=lambda output: output[0]
+        mixtral_config,
+        "MixtralTopKRouter",
+        dict(hidden_size=192, intermediate_size=224, layers=6, experts=8, top_k=2, heads=6, kv_heads=2, head_dim=32),
+    ),
+    "olmoe": Architecture(
+        olmoe_config,
+        "OlmoeTopKRouter",
+        dict(hidden_size=160, intermediate_size=32, layers=4, experts=64, top_k=8, heads=5, kv_heads=5, head_dim=32),
+    ),
+    "nemotron_h": Architecture(
+        nemotron_config,
+        "NemotronHTopkRouter",
+        dict(hidden_size=160, intermediate_size=72, layers=12, experts=32, top_k=6, heads=6, kv_heads=2, head_dim=32),
+        nemotron_facts,
     ),
 }
+
+
+SIZE_HELP = {"intermediate_size": "width of one expert", "top_k": "experts that a token runs"}
 
 
 def routers(model: nn.Module, architecture: Architecture) -> list[nn.Module]:
@@ -379,7 +467,7 @@ def recorded_router_logits(model: nn.Module, architecture: Architecture) -> Iter
     record: list[Tensor] = []
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        logits = architecture.router_logits(output)
+        logits = output[0]
         record.append(logits.reshape(-1, logits.shape[-1]))
 
     handles = [router.register_forward_hook(hook) for router in routers(model, architecture)]
@@ -396,15 +484,39 @@ def mean_entropies(router_logits: list[Tensor]) -> list[float]:
     return [round(float(torch.special.entr(p).sum(dim=-1).mean()), 3) for p in probabilities]
 
 
-def load_balancing_loss(router_logits: list[Tensor], top_k: int) -> Tensor:
-    """Switch load-balancing loss (Fedus et al. 2021) of each layer, averaged; 1 when balanced."""
+def choice(router: nn.Module, logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The experts' scores, which sum to one for a token, and those that it runs ([tokens, top_k]).
+
+    A router with a correction bias scores by a sigmoid and adds the bias for the choice alone.
+    """
+    bias = getattr(router, "e_score_correction_bias", None)
+    if bias is None:
+        scores = logits.float().softmax(dim=-1)
+        return scores, scores.topk(top_k, dim=-1).indices
+    sigmoid = logits.float().sigmoid()
+    return sigmoid / sigmoid.sum(dim=-1, keepdim=True), (sigmoid.detach() + bias).topk(top_k, dim=-1).indices
+
+
+def expert_load(chosen: Tensor, experts: int) -> Tensor:
+    """Each expert's share of the choices [tokens, top_k]."""
+    return torch.bincount(chosen.flatten(), minlength=experts).float() / chosen.numel()
+
+
+def load_balancing_loss(gates: list[nn.Module], router_logits: list[Tensor], top_k: int, bias_rate: float) -> Tensor:
+    """Switch load-balancing loss (Fedus et al. 2021) of each layer, averaged; 1 when balanced.
+
+    On the way the correction biases, where there are any, move by `bias_rate` towards the experts that were
+    chosen too seldom (Wang et al. 2024, "Auxiliary-loss-free load balancing").
+    """
     losses = []
-    for logits in router_logits:
-        probabilities = logits.float().softmax(dim=-1)
+    for gate, logits in zip(gates, router_logits, strict=True):
+        scores, chosen = choice(gate, logits, top_k)
         experts = logits.shape[-1]
-        chosen = probabilities.topk(top_k, dim=-1).indices.flatten()
-        load = torch.bincount(chosen, minlength=experts).float() / chosen.numel()
-        losses.append(experts * torch.dot(load, probabilities.mean(dim=0)))
+        load = expert_load(chosen, experts)
+        losses.append(experts * torch.dot(load, scores.mean(dim=0)))
+        bias: Any = getattr(gate, "e_score_correction_bias", None)
+        if bias is not None:
+            bias += bias_rate * torch.sign(1 / experts - load)
     return torch.stack(losses).mean()
 
 
@@ -446,12 +558,11 @@ def router_statistics(
             for layer, logits in enumerate(record):
                 per_layer[layer].append(logits.float())
     statistics = []
-    for layer, pieces in enumerate(per_layer):
-        probabilities = torch.cat(pieces).softmax(dim=-1)
-        experts = probabilities.shape[-1]
+    for layer, (gate, pieces) in enumerate(zip(routers(model, architecture), per_layer, strict=True)):
+        logits = torch.cat(pieces)
+        probabilities = logits.softmax(dim=-1)
         entropy = torch.special.entr(probabilities).sum(dim=-1)
-        top = probabilities.topk(top_k, dim=-1)
-        load = torch.bincount(top.indices.flatten(), minlength=experts).float() / top.indices.numel()
+        load = expert_load(choice(gate, logits, top_k)[1], logits.shape[-1])
         quantiles = torch.quantile(entropy, torch.tensor(PERCENTILES, dtype=torch.float32) / 100)
         statistics.append(
             {
@@ -462,7 +573,7 @@ def router_statistics(
                     f"p{percent}": round(value, 4)
                     for percent, value in zip(PERCENTILES, quantiles.tolist(), strict=True)
                 },
-                "top1_probability_mean": round(float(top.values[:, 0].mean()), 4),
+                "top1_probability_mean": round(float(probabilities.amax(dim=-1).mean()), 4),
             }
         )
     return statistics
@@ -540,8 +651,9 @@ def model_card(facts: dict[str, Any]) -> str:
                     "attention heads, key/value heads, head size",
                     f"{model['heads']}, {model['kv_heads']}, {model['head_dim']}",
                 ],
-                ["vocabulary", f"{model['vocab_size']} (byte-level BPE), embeddings tied"],
+                ["vocabulary", f"{model['vocab_size']} (byte-level BPE), embeddings {model['embeddings']}"],
                 ["positions", f"{model['max_positions']} configured, {run['context']} trained on"],
+                *model["facts"],
             ],
         ),
         "## Text",
@@ -651,7 +763,7 @@ def save_checkpoint(
     model.load_state_dict(weights)
     model.to(torch.bfloat16)
     model.generation_config = GenerationConfig(bos_token_id=BOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID)
-    model.save_pretrained(output)
+    model.save_pretrained(output, save_original_format=True)  # the hub's layout
     save_tokenizer(tokenizer, output)
     heldout_text = "\n".join(corpus.heldout)
     (output / "heldout.txt").write_text(heldout_text, encoding="utf-8")
@@ -661,7 +773,7 @@ def save_checkpoint(
     windows = consecutive_windows(ids, args.context)
     by_k: dict[str, dict[str, float]] = {}
     facts: dict[str, Any] = {"name": output.name}
-    for k in dict.fromkeys((args.top_k, 1)):
+    for k in range(args.top_k, 0, -1):
         saved = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32, num_experts_per_tok=k).eval()
         loss = mean_loss(saved, windows)
         by_k[str(k)] = {"loss": round(loss, 5), "perplexity": round(math.exp(loss), 4)}
@@ -679,6 +791,8 @@ def save_checkpoint(
                 "kv_heads": args.kv_heads,
                 "head_dim": args.head_dim,
                 "vocab_size": config.vocab_size,
+                "embeddings": "tied" if config.tie_word_embeddings else "not tied",
+                "facts": architecture.facts(config),
                 "max_positions": args.max_positions,
             }
             facts["routers"] = router_statistics(saved, architecture, windows, k)
@@ -795,6 +909,7 @@ def train(args: argparse.Namespace) -> None:
                     nn.init.normal_(parameter, std=args.gate_init_std)
     log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
     optimizer = make_optimizer(model, architecture, args)
+    gates = routers(model, architecture)
     model.train()
     curve, earlier_runs = continued_curve(earlier)
     first_step = curve[-1]["step"] if curve else 0
@@ -818,7 +933,7 @@ def train(args: argparse.Namespace) -> None:
             with recorded_router_logits(model, architecture) as router_logits:
                 logits = model(input_ids=ids[:, :-1], use_cache=False).logits
                 loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-                balance = load_balancing_loss(router_logits, args.top_k)
+                balance = load_balancing_loss(gates, router_logits, args.top_k, args.bias_rate)
             (loss + args.router_aux_loss_coef * balance).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -865,6 +980,7 @@ def train(args: argparse.Namespace) -> None:
                 "warmup": args.warmup,
                 "weight_decay": args.weight_decay,
                 "router_aux_loss_coef": args.router_aux_loss_coef,
+                "bias_rate": args.bias_rate,
                 "gate_init_std": args.gate_init_std,
                 "gate_lr_scale": args.gate_lr_scale,
                 "seed": args.seed,
@@ -896,14 +1012,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
     size = parser.add_argument_group("model size")
     size.add_argument("--vocab_size", type=int, default=2048)
-    size.add_argument("--hidden_size", type=int, default=192)
-    size.add_argument("--intermediate_size", type=int, default=224, help="width of one expert")
-    size.add_argument("--layers", type=int, default=6)
-    size.add_argument("--experts", type=int, default=8)
-    size.add_argument("--top_k", type=int, default=2)
-    size.add_argument("--heads", type=int, default=6)
-    size.add_argument("--kv_heads", type=int, default=2)
-    size.add_argument("--head_dim", type=int, default=32)
+    for name in sorted({name for architecture in ARCHITECTURES.values() for name in architecture.sizes}):
+        size.add_argument(f"--{name}", type=int, help=SIZE_HELP.get(name, "") + " (default: the architecture's)")
     size.add_argument("--max_positions", type=int, default=1024)
 
     run = parser.add_argument_group("training")
@@ -920,6 +1030,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--warmup", type=int, default=200, help="steps of linear warmup")
     run.add_argument("--weight_decay", type=float, default=0.1)
     run.add_argument("--router_aux_loss_coef", type=float, default=0.01)
+    run.add_argument("--bias_rate", type=float, default=1e-3, help="step of the routers' correction biases")
     run.add_argument("--gate_init_std", type=float, default=0.1)
     run.add_argument("--gate_lr_scale", type=float, default=0.1, help="the routers' share of the learning rate")
     run.add_argument("--experts_implementation", default="grouped_mm", choices=("eager", "grouped_mm", "batched_mm"))
@@ -930,6 +1041,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     run.add_argument("--first_save_minutes", type=float, default=8.0, help="when to write the first checkpoint")
     run.add_argument("--save_minutes", type=float, default=15.0, help="time between later checkpoints")
     args = parser.parse_args(arguments)
+    for name, value in ARCHITECTURES[args.architecture].sizes.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if "cache_dir" not in args:
         args.cache_dir = default_cache
     if args.validate_every % args.log_every:

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+BUNDLED_MODELS = sorted((REPOSITORY / "examples" / "models").iterdir())
+"""Checkpoints of the trained models in the repository; each has a policy file of its name beside them."""
+
 MIXTRAL_SMALL = REPOSITORY / "examples" / "models" / "mixtral-small"
 
 # Small sizes that share nothing: no dimension is a multiple of another where it need not be.

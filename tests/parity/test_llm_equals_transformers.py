@@ -89,16 +89,6 @@ def test_bfloat16_weights_are_computed_in_float32(shape: Shape, tmp_path: Path) 
     assert_greedy(model, prompt, output.outputs[0].token_ids)
 
 
-def test_the_trained_model(engine_dir: Path, checkpoint_dir: Path) -> None:
-    model = reference_model(checkpoint_dir)
-    prompt = "And it came to pass in those days, that the king"
-    sampling = SamplingParams(max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True)
-    with LLM(engine_dir) as llm:
-        output = llm.generate(prompt, sampling)
-    assert_context_logits(output, model, output.prompt_token_ids)
-    assert_greedy(model, output.prompt_token_ids, output.outputs[0].token_ids)
-
-
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone(engine_dir: Path) -> None:
     rng = np.random.default_rng(3)
     prompts = [rng.integers(4, 2000, int(n)).tolist() for n in rng.integers(1, 120, 12)]

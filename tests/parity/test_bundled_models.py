@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trained models in the repository: what their cards and policies say, and their answers against `transformers`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from adaptive_k_moe.engine_builder import build
+from adaptive_k_moe.policy import PolicySet, read_policy_file
+from adaptive_k_moe.runtime import LLM, SamplingParams
+
+from checkpoints import BUNDLED_MODELS, REPOSITORY
+
+NUM_TOKENS = 64
+PROMPTS = ["And it came to pass in those days, that the king", "The following example shows how to", "a"]
+
+
+@pytest.fixture(scope="module", params=BUNDLED_MODELS, ids=lambda path: path.name)
+def checkpoint(request: pytest.FixtureRequest) -> Path:
+    return Path(request.param)
+
+
+def facts_of(checkpoint: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((checkpoint / "training.json").read_text())
+    return facts
+
+
+def assert_equal(model: Any, output: Any) -> None:
+    """The prompt's logits, and every token of the answer as the argmax after those before it."""
+    prompt, answer = output.prompt_token_ids, output.outputs[0].token_ids
+    assert len(answer) == NUM_TOKENS
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+    reference = logits[: len(prompt)].numpy()
+    assert np.abs(output.context_logits - reference).max() <= 1e-4 * np.abs(reference).max()
+    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def test_logits_and_greedy_tokens_at_each_k(checkpoint: Path, tmp_path: Path) -> None:
+    top_k = facts_of(checkpoint)["model"]["top_k"]
+    lower = {f"k{k}": {"kind": "fixed", "k": k} for k in range(1, top_k)}
+    build(
+        checkpoint,
+        tmp_path / "engine",
+        policy=PolicySet.model_validate({"policies": lower}),
+        dtype="float32",
+        max_num_tokens=48,
+        max_seq_len=256,
+    )
+    with LLM(tmp_path / "engine") as llm:
+        for k, name in [(top_k, "full"), (1, "k1"), (top_k - 1, f"k{top_k - 1}")]:
+            sampling = SamplingParams(
+                max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True, adaptive_k_policy=name
+            )
+            outputs = llm.generate(PROMPTS, sampling)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint, dtype=torch.float32, num_experts_per_tok=k
+            ).eval()
+            for output in outputs:
+                assert_equal(model, output)
+                assert (output.outputs[0].k == k).all()
+
+
+def test_the_policies_fit_the_model(checkpoint: Path) -> None:
+    facts = facts_of(checkpoint)
+    policies = read_policy_file(REPOSITORY / "examples" / "policies" / f"{checkpoint.name}.json")
+    assert {"balanced", "fast"} <= set(policies.policies)
+    fitted = policies.for_model(
+        num_experts=facts["model"]["experts"],
+        num_experts_per_tok=facts["model"]["top_k"],
+        num_moe_layers=len(facts["routers"]),
+    )
+    assert fitted.default == "balanced"
+
+
+def test_no_expert_was_left_without_work(checkpoint: Path) -> None:
+    """What the card says of the routers: each expert is chosen, and no router is certain of all or of nothing."""
+    facts = facts_of(checkpoint)
+    experts = facts["model"]["experts"]
+    for row in facts["routers"]:
+        assert len(row["expert_load"]) == experts
+        assert sum(row["expert_load"]) == pytest.approx(1, abs=1e-3 * experts)
+        assert min(row["expert_load"]) > 0
+        assert 0.05 * np.log(experts) < row["entropy_mean"] < 0.99 * np.log(experts)
+
+
+def test_they_are_small() -> None:
+    sizes = {model.name: sum(file.stat().st_size for file in model.iterdir()) for model in BUNDLED_MODELS}
+    assert sizes.pop("mixtral-small") <= 16e6
+    assert sum(sizes.values()) <= 24e6
