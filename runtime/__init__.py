@@ -7,9 +7,15 @@ the `Sampler` choose the tokens.
 
 from adaptive_k_moe.runtime.handle import GenerationHandle
 from adaptive_k_moe.runtime.llm import LLM, KvCacheConfig
-from adaptive_k_moe.runtime.outputs import CompletionOutput, Enrollment, RequestMetrics, RequestOutput
+from adaptive_k_moe.runtime.outputs import (
+    CompletionOutput,
+    Enrollment,
+    RequestContext,
+    RequestMetrics,
+    RequestOutput,
+)
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
-from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, StepRecord
+from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, Refusal, StepRecord
 
 __all__ = [
     "LLM",
@@ -19,6 +25,8 @@ __all__ = [
     "GenerationHandle",
     "KvCacheConfig",
     "Observer",
+    "Refusal",
+    "RequestContext",
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",

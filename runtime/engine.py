@@ -15,7 +15,15 @@ from adaptive_k_moe.errors import PolicyError, RequestError
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.block_manager import BlockManager
 from adaptive_k_moe.runtime.detokenizer import AnswerText
-from adaptive_k_moe.runtime.outputs import Enrollment, FinishReason, RequestMetrics, RequestOutput
+from adaptive_k_moe.runtime.outputs import (
+    NO_CONTEXT,
+    Enrollment,
+    ErrorKind,
+    FinishReason,
+    RequestContext,
+    RequestMetrics,
+    RequestOutput,
+)
 from adaptive_k_moe.runtime.sampler import FloatArray, SamplingState, sample
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 from adaptive_k_moe.runtime.scheduler import Chunk, Scheduler
@@ -100,6 +108,7 @@ class Engine:
         *,
         streaming: bool = False,
         enrollment: Enrollment | None = None,
+        context: RequestContext = NO_CONTEXT,
     ) -> Request:
         """Check a request and make it ready for `add`; changes nothing.
 
@@ -148,6 +157,7 @@ class Engine:
             metrics=RequestMetrics(arrival_time=time.monotonic()),
             full_k=self._full_k,
             enrollment=enrollment,
+            context=context,
         )
         if not params.exclude_input_from_output:
             request.prompt_text = text if text is not None else self._decode(token_ids, params)
@@ -199,7 +209,14 @@ class Engine:
     def fail(self, request_id: str, error: str) -> RequestOutput | None:
         """End a request now with finish reason "error"; its last output, or None if it is not running."""
         request = self._requests.get(request_id)
-        return None if request is None else self._end(request, "error", error)
+        return None if request is None else self._end(request, "error", error, "engine")
+
+    def refuse(self, request: Request, error: str) -> RequestOutput:
+        """The last output of a prepared request that `add` did not take."""
+        request.error, request.error_kind = error, "policy"
+        for sequence in request.sequences:
+            sequence.finish("error")
+        return self._last_output(request)
 
     @property
     def request_ids(self) -> list[str]:
@@ -225,11 +242,13 @@ class Engine:
         except Exception as error:
             logger.exception("the session failed on a step of %d sequences", len(chunks))
             requests = {chunk.sequence.request.request_id: chunk.sequence.request for chunk in chunks}
-            return [self._end(request, "error", f"the engine failed: {error}") for request in requests.values()]
+            sentence = f"the engine failed: {error}"
+            return [self._end(request, "error", sentence, "engine") for request in requests.values()]
         session_seconds = time.monotonic() - session_started
 
         num_decode = sum(1 for sequence, n in chunks if n == 1 and sequence.num_computed >= sequence.num_prompt_tokens)
         ready, rows = self._record(chunks, step, wanted, result)
+        previous_tokens = _last_token_times(ready) if self.observers else []
         outputs = self._choose(ready, rows)
 
         num_tokens = len(step.input_ids)
@@ -237,6 +256,7 @@ class Engine:
         counters.steps_total += 1
         counters.last_batch_size, counters.last_num_tokens = len(chunks), num_tokens
         if self.observers:
+            now = time.monotonic()
             self.observers.step(
                 StepRecord(
                     num_sequences=len(chunks),
@@ -245,7 +265,12 @@ class Engine:
                     num_generated_tokens=len(ready),
                     num_preempted=self._scheduler.preemptions_total - preemptions,
                     session_seconds=session_seconds,
-                    total_seconds=time.monotonic() - started,
+                    total_seconds=now - started,
+                    token_intervals=[now - previous for previous in previous_tokens],
+                    k=result.k,
+                    entropy=result.entropy,
+                    policy_index=step.policy_index,
+                    policies=self.policies.names,
                 )
             )
         return outputs
@@ -377,7 +402,7 @@ class Engine:
             if request.request_id not in self._requests:
                 continue  # a sibling's error ended it in this very step
             if choice.error is not None:
-                outputs.append(self._end(request, "error", choice.error))
+                outputs.append(self._end(request, "error", choice.error, "sampling"))
                 continue
             self._counters.generation_tokens_total += 1
             request.metrics.last_token_time = now
@@ -392,7 +417,7 @@ class Engine:
                 self._end_if_done(sequence, choice.token_id)
             except Exception as error:
                 logger.exception("the text of request %s failed", request.request_id)
-                outputs.append(self._end(request, "error", f"the answer's text failed: {error}"))
+                outputs.append(self._end(request, "error", f"the answer's text failed: {error}", "text"))
                 continue
             changed[request.request_id] = request
         for request_id, request in changed.items():
@@ -417,9 +442,11 @@ class Engine:
         if sequence.finish_reason is not None:
             self._scheduler.remove(sequence)
 
-    def _end(self, request: Request, reason: FinishReason, error: str | None = None) -> RequestOutput:
+    def _end(
+        self, request: Request, reason: FinishReason, error: str | None = None, kind: ErrorKind | None = None
+    ) -> RequestOutput:
         """End what still runs of a request, for a reason other than its own tokens."""
-        request.error = error
+        request.error, request.error_kind = error, kind
         for sequence in request.sequences:
             if sequence.finish_reason is None:
                 sequence.finish(reason)
@@ -430,8 +457,11 @@ class Engine:
 
     def _finished(self, request: Request) -> RequestOutput:
         del self._requests[request.request_id]
-        request.metrics.finished_time = time.monotonic()
         self._counters.finished_total += 1
+        return self._last_output(request)
+
+    def _last_output(self, request: Request) -> RequestOutput:
+        request.metrics.finished_time = time.monotonic()
         output = request.output()
         if self.observers:
             self.observers.request_finished(output)
@@ -486,3 +516,9 @@ class Engine:
         if words and max(max(word) for word in words) >= self._session.vocab_size:
             raise RequestError("a bad word has tokens outside the model's vocabulary: leave it out.")
         return words
+
+
+def _last_token_times(sequences: list[Sequence]) -> list[float]:
+    """When each of the sequences that had a token got its latest."""
+    times = [sequence.request.metrics.last_token_time for sequence in sequences if sequence.num_generated]
+    return [seconds for seconds in times if seconds is not None]

@@ -3,23 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
-from adaptive_k_moe.errors import EngineError, RequestError
+from adaptive_k_moe.errors import AdaptiveKError, EngineError, PolicyError, RequestError
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.handle import GenerationHandle, OnOutput
-from adaptive_k_moe.runtime.outputs import Enrollment, RequestOutput
+from adaptive_k_moe.runtime.outputs import NO_CONTEXT, Enrollment, ErrorKind, RequestContext, RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 from adaptive_k_moe.runtime.session.base import Session
-from adaptive_k_moe.runtime.telemetry import EngineStats, Observer
+from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, Refusal
 from adaptive_k_moe.runtime.tokenizer import Tokenizer, TokenizerLike
 from adaptive_k_moe.runtime.worker import EngineThread
 
@@ -206,9 +207,11 @@ class LLM:
             params = list(sampling_params)
             if len(params) != len(prompts):
                 raise RequestError(f"{len(prompts)} prompts came with {len(params)} sampling_params: give as many.")
-        requests = [
-            self._engine.prepare(prompt, param, _new_id()) for prompt, param in zip(prompts, params, strict=True)
-        ]
+        requests = []
+        for prompt, param in zip(prompts, params, strict=True):
+            request_id = _new_id()
+            with self._telling_of_a_refusal(request_id, param):
+                requests.append(self._engine.prepare(prompt, param, request_id))
         handles: list[GenerationHandle] = []
         try:
             handles.extend(self._worker.submit(request, None, self) for request in requests)
@@ -228,6 +231,7 @@ class LLM:
         request_id: str | None = None,
         on_output: OnOutput | None = None,
         enrollment: Enrollment | None = None,
+        context: RequestContext = NO_CONTEXT,
     ) -> GenerationHandle:
         """Start to answer a prompt.
 
@@ -239,6 +243,7 @@ class LLM:
             on_output: called with each output on the engine's own thread, so it must be quick and must
                 not wait for another request; if it raises, that is logged and the request is aborted.
             enrollment: the request's place in an A/B test; its outputs carry it.
+            context: what the request's records shall say of it.
 
         Returns:
             A handle to iterate over, await, or abort.
@@ -246,14 +251,12 @@ class LLM:
         Raises:
             RequestError, PolicyError: the prompt or its parameters are unusable.
         """
-        request = self._engine.prepare(
-            inputs,
-            sampling_params or SamplingParams(),
-            request_id or _new_id(),
-            streaming=streaming,
-            enrollment=enrollment,
-        )
-        return self._worker.submit(request, on_output, self)
+        params, request_id = sampling_params or SamplingParams(), request_id or _new_id()
+        with self._telling_of_a_refusal(request_id, params, enrollment, context):
+            request = self._engine.prepare(
+                inputs, params, request_id, streaming=streaming, enrollment=enrollment, context=context
+            )
+            return self._worker.submit(request, on_output, self)
 
     def stats(self) -> EngineStats:
         """Counts and totals at this moment."""
@@ -262,6 +265,23 @@ class LLM:
     def add_observer(self, observer: Observer) -> None:
         """Tell an observer about steps and ended requests, on the engine's own thread."""
         self._engine.observers.add(observer)
+
+    @contextlib.contextmanager
+    def _telling_of_a_refusal(
+        self,
+        request_id: str,
+        params: SamplingParams,
+        enrollment: Enrollment | None = None,
+        context: RequestContext = NO_CONTEXT,
+    ) -> Iterator[None]:
+        try:
+            yield
+        except AdaptiveKError as error:
+            refusal = Refusal(
+                request_id, params.adaptive_k_policy, str(error), error_kind_of(error), enrollment, context
+            )
+            self._engine.observers.request_refused(refusal)
+            raise
 
     def reload_policies(self) -> None:
         """Read the engine directory's policies again; running requests keep following theirs by name.
@@ -285,6 +305,13 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.shutdown()
+
+
+def error_kind_of(error: AdaptiveKError) -> ErrorKind:
+    """What a refused request was refused for."""
+    if isinstance(error, PolicyError):
+        return "policy"
+    return "request" if isinstance(error, RequestError) else "engine"
 
 
 def _limits(config: EngineConfig, max_batch_size: int | None, max_num_tokens: int | None) -> EngineLimits:

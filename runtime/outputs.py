@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,28 @@ import numpy as np
 import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+ErrorKind = Literal["request", "policy", "engine", "sampling", "text", "server"]
+"""What a request failed at: its own parameters, its policy, the model's step, the choice of a token, the
+answer's text, or the server around the runtime."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestContext:
+    """What a caller wants the records of its request to say; nothing of it changes the answer.
+
+    Attributes:
+        client_id: the caller's own name for the request, which need not be unique; "" is none.
+        batch_index: which one it is of several prompts that came together.
+        trace_headers: the W3C trace context that it came with (`traceparent`, `tracestate`).
+    """
+
+    client_id: str = ""
+    batch_index: int = 0
+    trace_headers: Mapping[str, str] = field(default_factory=dict)
+
+
+NO_CONTEXT = RequestContext()
 
 
 @dataclass(slots=True)
@@ -99,6 +122,8 @@ class RequestOutput:
         context_logits: [len(prompt_token_ids), V] if asked for.
         metrics: when things happened.
         error: the sentence, where `finish_reason` is "error".
+        error_kind: what failed, where `finish_reason` is "error".
+        context: what the caller said of the request.
         enrollment: its place in an A/B test; None if it is in none.
     """
 
@@ -113,6 +138,8 @@ class RequestOutput:
     metrics: RequestMetrics
     context_logits: npt.NDArray[np.float32] | None = None
     error: str | None = None
+    error_kind: ErrorKind | None = None
+    context: RequestContext = NO_CONTEXT
     # Trained top-k of the model: what a token would have run under the policy `full`.
     full_k: int = field(default=0)
     enrollment: Enrollment | None = None

@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.runtime.detokenizer import AnswerText
-from adaptive_k_moe.runtime.outputs import CompletionOutput, Enrollment, FinishReason, RequestMetrics, RequestOutput
+from adaptive_k_moe.runtime.outputs import (
+    NO_CONTEXT,
+    CompletionOutput,
+    Enrollment,
+    ErrorKind,
+    FinishReason,
+    RequestContext,
+    RequestMetrics,
+    RequestOutput,
+)
 from adaptive_k_moe.runtime.sampler import SamplingState
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 
@@ -64,7 +73,8 @@ class Request:
         sequences: `params.n` sequences.
         metrics: when things happened.
         full_k: the trained top-k.
-        error: why it ended in an error.
+        error, error_kind: why it ended in an error.
+        context: what the caller said of it.
         enrollment: its place in an A/B test.
     """
 
@@ -81,6 +91,8 @@ class Request:
     prompt_text: str = ""
     sequences: list[Sequence] = field(default_factory=list)
     error: str | None = None
+    error_kind: ErrorKind | None = None
+    context: RequestContext = NO_CONTEXT
     enrollment: Enrollment | None = None
 
     @property
@@ -104,6 +116,8 @@ class Request:
             metrics=self.metrics,
             context_logits=None if first.context_logits is None else first.context_logits.view(),
             error=self.error,
+            error_kind=self.error_kind,
+            context=self.context,
             full_k=self.full_k,
             enrollment=self.enrollment,
         )

@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-from adaptive_k_moe.runtime.outputs import RequestOutput
+import numpy as np
+import numpy.typing as npt
+
+from adaptive_k_moe.runtime.outputs import NO_CONTEXT, Enrollment, ErrorKind, RequestContext, RequestOutput
 
 logger = logging.getLogger("adaptive_k_moe.runtime")
 
@@ -17,7 +20,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step of the engine.
+    """One step of the engine. T tokens in the step, L MoE layers.
 
     Attributes:
         num_sequences: sequences in the step.
@@ -27,6 +30,11 @@ class StepRecord:
         num_preempted: sequences that lost their KV blocks when the step was planned.
         session_seconds: time in the session, that is in the model.
         total_seconds: time of the whole step: planning, model, sampling, text.
+        token_intervals: seconds since the token before, for each sequence that got one and had one.
+        k: [T, L] experts that ran for each token; a token computed again after a preemption is there again.
+        entropy: [T, L] the routers' entropies, in nats.
+        policy_index: [T] the policy that each token followed, into `policies`.
+        policies: names of the engine's policies in this step.
     """
 
     num_sequences: int
@@ -36,6 +44,32 @@ class StepRecord:
     num_preempted: int
     session_seconds: float
     total_seconds: float
+    token_intervals: list[float]
+    k: npt.NDArray[np.int32]
+    entropy: npt.NDArray[np.float32]
+    policy_index: npt.NDArray[np.int32]
+    policies: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A request that was not accepted.
+
+    Attributes:
+        request_id: the runtime's id; "" where it had none yet.
+        policy: the policy that it named, which need not exist; None is the default.
+        error: the sentence.
+        error_kind: what was wrong.
+        enrollment: its place in an A/B test; None if it is in none.
+        context: what the caller said of the request.
+    """
+
+    request_id: str
+    policy: str | None
+    error: str
+    error_kind: ErrorKind
+    enrollment: Enrollment | None = None
+    context: RequestContext = NO_CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +128,11 @@ class Counters:
     last_num_tokens: int = 0
 
 
-class Observer(Protocol):
+class Observer:
     """Told about steps and ended requests, on the engine's thread: be quick, do not block.
 
-    An exception from an observer is logged and otherwise ignored.
+    A subclass has the methods for what it cares about. An exception from an observer is logged and otherwise
+    ignored.
     """
 
     def on_request_finished(self, output: RequestOutput) -> None:
@@ -105,6 +140,9 @@ class Observer(Protocol):
 
     def on_step(self, record: StepRecord) -> None:
         """A step is done."""
+
+    def on_request_refused(self, refusal: Refusal) -> None:
+        """A request was not accepted; told on the thread that asked."""
 
 
 class Observers:
@@ -129,6 +167,11 @@ class Observers:
         """Pass on that a step is done."""
         for observer in self._observers:
             _tell(observer.on_step, record)
+
+    def request_refused(self, refusal: Refusal) -> None:
+        """Pass on that a request was not accepted."""
+        for observer in self._observers:
+            _tell(observer.on_request_refused, refusal)
 
 
 def _tell(method: Callable[[_T], None], news: _T) -> None:

@@ -140,10 +140,7 @@ class EngineThread:
             self.engine.add(request)
         except AdaptiveKError as error:
             # Its policy was removed between the check and now.
-            request.error = str(error)
-            for sequence in request.sequences:
-                sequence.finish("error")
-            self._deliver(request.output())
+            self._deliver(self.engine.refuse(request, str(error)))
 
     def _abort(self, request: Request, handle: GenerationHandle) -> None:
         # Another request may have taken the id by now.

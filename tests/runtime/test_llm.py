@@ -19,7 +19,16 @@ from toy_session import ToySession, toy_config, toy_policies
 
 from adaptive_k_moe.errors import EngineError, PolicyError, RequestError
 from adaptive_k_moe.policy import PolicyTables
-from adaptive_k_moe.runtime import LLM, EngineStats, RequestOutput, SamplingParams, StepRecord
+from adaptive_k_moe.runtime import (
+    LLM,
+    EngineStats,
+    Observer,
+    Refusal,
+    RequestContext,
+    RequestOutput,
+    SamplingParams,
+    StepRecord,
+)
 
 FOREVER = SamplingParams(max_tokens=50, end_id=-1)
 
@@ -287,10 +296,14 @@ def test_a_policy_in_use_stays() -> None:
         llm.reload_policies()
 
 
-class _Watcher:
+class _Watcher(Observer):
     def __init__(self) -> None:
         self.steps: list[StepRecord] = []
         self.ends: list[RequestOutput] = []
+        self.refusals: list[Refusal] = []
+
+    def on_request_refused(self, refusal: Refusal) -> None:
+        self.refusals.append(refusal)
 
     def on_request_finished(self, output: RequestOutput) -> None:
         self.ends.append(output)
@@ -311,6 +324,26 @@ def test_observers_and_stats_count_the_same(llm: LLM) -> None:
     assert stats.generation_tokens_total == sum(step.num_generated_tokens for step in watcher.steps) == 12
     assert sum(step.num_decode_tokens for step in watcher.steps) == 10
     assert len(watcher.ends) == stats.finished_total == 2
+    assert sum(len(step.token_intervals) for step in watcher.steps) == 10
+    # The steps hold each token's k once, in the order in which the tokens were computed.
+    ks = np.concatenate([step.k for step in watcher.steps])
+    assert len(ks) == 5 + 10
+    assert ks.sum() == sum(output.prompt_k.sum() + output.outputs[0].k[1:].sum() for output in watcher.ends)
+
+
+def test_observers_are_told_of_refusals(llm: LLM) -> None:
+    watcher = _Watcher()
+    llm.add_observer(watcher)
+    context = RequestContext(client_id="mine")
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        llm.generate_async([], request_id="one", context=context)
+    with pytest.raises(PolicyError):
+        llm.generate([[1], [2]], SamplingParams(adaptive_k_policy="none such"))
+    first, second = watcher.refusals
+    assert (first.request_id, first.error_kind, first.context) == ("one", "request", context)
+    assert "the prompt is empty" in first.error
+    assert (second.policy, second.error_kind) == ("none such", "policy")
+    assert not watcher.ends
 
 
 def test_metrics_are_in_order(llm: LLM) -> None:
