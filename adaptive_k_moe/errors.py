@@ -28,6 +28,14 @@ class EngineError(AdaptiveKError):
     """An engine directory is missing, incomplete, altered, or of another version."""
 
 
+class DeviceError(AdaptiveKError):
+    """A GPU is missing, or failed a call; what the call was for has ended, and the server goes on if the GPU does."""
+
+
+class DeviceMemoryError(DeviceError):
+    """A GPU has no memory left for what was asked."""
+
+
 class RequestError(AdaptiveKError):
     """A generation request asks for something impossible; the engine goes on serving others."""
 

@@ -50,12 +50,21 @@ def require_tensorrt() -> Any:
             "--target tensorrt needs TensorRT's Python package and an NVIDIA GPU: `pip install tensorrt` there, or add "
             "--dry_run to check the graph here; --target openvino works on this machine."
         ) from None
+    load_plugin(trt)
+    return trt
+
+
+def load_plugin(trt: Any) -> None:
+    """Make our operators known to TensorRT, unless they are.
+
+    Raises:
+        BuildError: the plugin's library is not there, or TensorRT cannot load it.
+    """
     registry = trt.get_plugin_registry()
     if registry.get_creator("AdaptiveKMoe", "1", "adaptive_k") is None:
         library = plugin_library()
         if registry.load_library(str(library)) is None:
             raise BuildError(f"TensorRT cannot load the plugin {library}.")
-    return trt
 
 
 def plugin_library() -> Path:

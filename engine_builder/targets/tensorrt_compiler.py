@@ -21,7 +21,8 @@ from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import PROFILES, Bi
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 from adaptive_k_moe.errors import BuildError
 
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
+"""TensorRT's names of types, and ours."""
 
 Progress = Callable[[str], None]
 
@@ -129,7 +130,7 @@ def _tensors(network: Any) -> list[Tensor]:
     inputs = [(network.get_input(index), True) for index in range(network.num_inputs)]
     outputs = [(network.get_output(index), False) for index in range(network.num_outputs)]
     return [
-        Tensor(t.name, is_input, _DTYPES.get(t.dtype.name, t.dtype.name), tuple(t.shape))
+        Tensor(t.name, is_input, DTYPES.get(t.dtype.name, t.dtype.name), tuple(t.shape))
         for t, is_input in inputs + outputs
     ]
 
