@@ -95,6 +95,7 @@ class Engine:
             max_num_tokens=limits.max_num_tokens,
         )
         self._requests: dict[str, Request] = {}
+        self._ended: list[RequestOutput] = []  # between steps, for the next one to tell
         self._counters = Counters()
         session.set_policies(policies)
 
@@ -109,6 +110,7 @@ class Engine:
         streaming: bool = False,
         enrollment: Enrollment | None = None,
         context: RequestContext = NO_CONTEXT,
+        background: bool = False,
     ) -> Request:
         """Check a request and make it ready for `add`; changes nothing.
 
@@ -138,8 +140,9 @@ class Engine:
                 f"{self._blocks.num_blocks * self._blocks.block_size}: ask for fewer max_tokens or open the "
                 "engine with a larger KV cache."
             )
-        if params.logprobs is not None and params.logprobs > session.vocab_size:
-            raise RequestError(f"logprobs is {params.logprobs}, but the vocabulary has {session.vocab_size} tokens.")
+        for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+            if count is not None and count > session.vocab_size:
+                raise RequestError(f"{name} is {count}, but the vocabulary has {session.vocab_size} tokens.")
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need the tokenizer, and this engine was opened without one.")
         end_ids = self._end_ids(params)
@@ -158,6 +161,7 @@ class Engine:
             full_k=self._full_k,
             enrollment=enrollment,
             context=context,
+            background=background,
         )
         if not params.exclude_input_from_output:
             request.prompt_text = text if text is not None else self._decode(token_ids, params)
@@ -196,8 +200,9 @@ class Engine:
             raise RequestError(f"a request with the id {request.request_id!r} is still running: give another id.")
         request.policy_index = self.policies.index(request.policy)
         self._requests[request.request_id] = request
-        self._counters.requests_total += 1
-        self._counters.prompt_tokens_total += len(request.prompt_token_ids)
+        if not request.background:
+            self._counters.requests_total += 1
+            self._counters.prompt_tokens_total += len(request.prompt_token_ids)
         for sequence in request.sequences:
             self._scheduler.add(sequence)
 
@@ -227,6 +232,10 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step; what it brought: streaming requests' progress, and the ends of all kinds."""
+        ended, self._ended = self._ended, []
+        return ended + self._step()
+
+    def _step(self) -> list[RequestOutput]:
         started = time.monotonic()
         preemptions = self._scheduler.preemptions_total
         chunks = self._scheduler.schedule()
@@ -250,6 +259,8 @@ class Engine:
         ready, rows = self._record(chunks, step, wanted, result)
         previous_tokens = _last_token_times(ready) if self.observers else []
         outputs = self._choose(ready, rows)
+        if chunks[0].sequence.request.background:
+            return outputs
 
         num_tokens = len(step.input_ids)
         counters = self._counters
@@ -278,15 +289,18 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
-        return bool(self._requests)
+        return bool(self._requests or self._ended)
 
     def set_policies(self, tables: PolicyTables) -> None:
         """Follow these policies from the next step on; running requests keep theirs by name.
 
+        A request of the background whose policy is gone ends with an error.
+
         Raises:
             PolicyError: a running request follows a policy that is not among them; nothing is changed.
         """
-        in_use = {request.policy for request in self._requests.values()}
+        requests = list(self._requests.values())
+        in_use = {request.policy for request in requests if not request.background}
         if missing := sorted(in_use - set(tables.names)):
             raise PolicyError(
                 f"the policy {missing[0]!r} cannot be removed while a running request follows it: "
@@ -294,8 +308,12 @@ class Engine:
             )
         self._session.set_policies(tables)
         self.policies = tables
-        for request in self._requests.values():
-            request.policy_index = tables.index(request.policy)
+        for request in requests:
+            if request.policy in tables.names:
+                request.policy_index = tables.index(request.policy)
+            else:
+                error = f"the policy {request.policy!r} was removed."
+                self._ended.append(self._end(request, "error", error, "policy"))
 
     def stats(self) -> EngineStats:
         """Counts and totals; safe from any thread, if a step old in parts."""
@@ -345,10 +363,7 @@ class Engine:
             begins.append(begin + num_tokens)
             block_tables.append(sequence.block_table[: self._blocks.blocks_for(end)])
             first_row = len(logits_indices)
-            if sequence.context_logits is not None:
-                # After a preemption the first rows are known already.
-                missing = range(max(start, len(sequence.context_logits)), min(end, sequence.num_prompt_tokens))
-                logits_indices += [begin + position - start for position in missing]
+            logits_indices += [begin + position - start for position in sequence.prompt_rows(start, end)]
             context = slice(first_row, len(logits_indices))
             last_row = None
             if end == len(sequence.token_ids):
@@ -383,8 +398,8 @@ class Engine:
         begins = step.subsequence_begins.tolist()
         for (sequence, num_tokens), begin, (context, last) in zip(chunks, begins, wanted, strict=False):
             sequence.record(result.k[begin : begin + num_tokens], result.entropy[begin : begin + num_tokens])
-            if sequence.context_logits is not None:
-                sequence.context_logits.append(result.logits[context])
+            if context.stop > context.start:
+                sequence.record_prompt_rows(result.logits[context])
             if last is not None:
                 ready.append(sequence)
                 rows.append(last)
@@ -404,7 +419,7 @@ class Engine:
             if choice.error is not None:
                 outputs.append(self._end(request, "error", choice.error, "sampling"))
                 continue
-            self._counters.generation_tokens_total += 1
+            self._counters.generation_tokens_total += not request.background
             request.metrics.last_token_time = now
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
@@ -451,19 +466,20 @@ class Engine:
             if sequence.finish_reason is None:
                 sequence.finish(reason)
                 self._scheduler.remove(sequence)
-        self._counters.cancellations_total += reason == "cancelled"
-        self._counters.errors_total += reason == "error"
+        if not request.background:
+            self._counters.cancellations_total += reason == "cancelled"
+            self._counters.errors_total += reason == "error"
         return self._finished(request)
 
     def _finished(self, request: Request) -> RequestOutput:
         del self._requests[request.request_id]
-        self._counters.finished_total += 1
+        self._counters.finished_total += not request.background
         return self._last_output(request)
 
     def _last_output(self, request: Request) -> RequestOutput:
         request.metrics.finished_time = time.monotonic()
         output = request.output()
-        if self.observers:
+        if self.observers and not request.background:
             self.observers.request_finished(output)
         return output
 

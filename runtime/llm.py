@@ -232,6 +232,7 @@ class LLM:
         on_output: OnOutput | None = None,
         enrollment: Enrollment | None = None,
         context: RequestContext = NO_CONTEXT,
+        background: bool = False,
     ) -> GenerationHandle:
         """Start to answer a prompt.
 
@@ -244,6 +245,9 @@ class LLM:
                 not wait for another request; if it raises, that is logged and the request is aborted.
             enrollment: the request's place in an A/B test; its outputs carry it.
             context: what the request's records shall say of it.
+            background: compute it only in steps in which no other request is there, a small part in each, so
+                that others never wait for it longer than for one such step; no total counts it and no
+                observer is told.
 
         Returns:
             A handle to iterate over, await, or abort.
@@ -254,7 +258,13 @@ class LLM:
         params, request_id = sampling_params or SamplingParams(), request_id or _new_id()
         with self._telling_of_a_refusal(request_id, params, enrollment, context):
             request = self._engine.prepare(
-                inputs, params, request_id, streaming=streaming, enrollment=enrollment, context=context
+                inputs,
+                params,
+                request_id,
+                streaming=streaming,
+                enrollment=enrollment,
+                context=context,
+                background=background,
             )
             return self._worker.submit(request, on_output, self)
 

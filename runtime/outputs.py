@@ -120,6 +120,8 @@ class RequestOutput:
             once the prompt has been processed.
         prompt_entropy: [len(prompt_token_ids), L] the router's entropies for them, in nats.
         context_logits: [len(prompt_token_ids), V] if asked for.
+        prompt_logprobs: for each prompt token after the first, token id to log-probability of it and of the
+            likeliest tokens in its place, if asked for.
         metrics: when things happened.
         error: the sentence, where `finish_reason` is "error".
         error_kind: what failed, where `finish_reason` is "error".
@@ -143,6 +145,7 @@ class RequestOutput:
     # Trained top-k of the model: what a token would have run under the policy `full`.
     full_k: int = field(default=0)
     enrollment: Enrollment | None = None
+    prompt_logprobs: list[dict[int, float]] | None = None
 
     @property
     def variant(self) -> str | None:

@@ -37,6 +37,8 @@ class SamplingParams:
         pad_id: accepted for compatibility; nothing is padded.
         logprobs: number of likeliest tokens whose log-probabilities are returned with each token;
             0 is the chosen token's alone, None is nothing.
+        prompt_logprobs: number of likeliest tokens whose log-probabilities are returned in the place of each
+            prompt token after the first; 0 is the prompt's own token alone, None is nothing.
         return_context_logits: return the logits of every prompt token.
         return_generation_logits: return the logits that each generated token was chosen from.
         exclude_input_from_output: leave the prompt out of the answer's text and token ids.
@@ -67,6 +69,7 @@ class SamplingParams:
     end_id: int | None = None
     pad_id: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     return_context_logits: bool = False
     return_generation_logits: bool = False
     exclude_input_from_output: bool = True
@@ -87,6 +90,7 @@ class SamplingParams:
         self._check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens")
         self._check("n", self.n >= 1, "at least 1")
         self._check("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more")
+        self._check("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more")
         self._check("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")
         self._check("stop", "" not in self.stop_strings, "strings that are not empty")
         self._check("bad", "" not in self.bad_strings, "strings that are not empty")

@@ -10,6 +10,9 @@ from adaptive_k_moe.runtime.block_manager import BlockManager
 from adaptive_k_moe.runtime.sequence import Sequence
 from adaptive_k_moe.runtime.state_slots import StateSlots
 
+# Tokens of the background in a step: what a request that comes in this moment waits for.
+_BACKGROUND_TOKENS = 64
+
 
 class Chunk(NamedTuple):
     """The next `num_tokens` tokens of a sequence that a step computes: one in decode, more in prefill."""
@@ -24,6 +27,9 @@ class Scheduler:
     Sequences wait until a place in the batch, a state slot if the model needs one, and the blocks for all
     their tokens are free, and then run until they end. `running` and `waiting` are in order of arrival and
     every running sequence is older than every waiting one, so the oldest always advances and nobody starves.
+
+    Sequences of the background run only in steps in which nobody else has anything to compute, one at a
+    time, and give up what they hold as soon as another needs it.
 
     Args:
         block_manager: the KV cache's blocks.
@@ -41,11 +47,12 @@ class Scheduler:
         self.max_num_tokens = max_num_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.background: deque[Sequence] = deque()
         self.preemptions_total = 0
 
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence."""
-        self.waiting.append(sequence)
+        (self.background if sequence.request.background else self.waiting).append(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Drop a sequence that ended or was cancelled; what it holds is free at once."""
@@ -53,10 +60,14 @@ class Scheduler:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+        elif sequence in self.background:
+            self.background.remove(sequence)
         self._release(sequence)
 
     def schedule(self) -> list[Chunk]:
         """The next step: decode tokens of the running, then prefill of the running, then of the waiting."""
+        if not self.running and not self.waiting:
+            return self._background_chunk()
         chunks: list[Chunk] = []
         budget = self.max_num_tokens
 
@@ -74,9 +85,9 @@ class Scheduler:
                 budget -= num_tokens
 
         # One preempted just now is first in this queue, and cannot come back: it lacks the block it gave up.
-        while self.waiting and budget > 0 and len(self.running) < self.max_batch_size and self.state_slots.available:
+        while self.waiting and budget > 0 and len(self.running) < self.max_batch_size and self._has_slot():
             sequence = self.waiting[0]
-            if not self.block_manager.grow(sequence.block_table, len(sequence.token_ids)):
+            if not self._grow(sequence, len(sequence.token_ids)):
                 break
             sequence.state_slot = self.state_slots.acquire()
             self.running.append(self.waiting.popleft())
@@ -92,7 +103,7 @@ class Scheduler:
         a block, so an empty table means that the sequence was a victim itself.
         """
         while sequence.block_table:
-            if self.block_manager.grow(sequence.block_table, sequence.num_computed + 1):
+            if self._grow(sequence, sequence.num_computed + 1):
                 return True
             self._preempt(self.running[-1])
         return False
@@ -105,6 +116,35 @@ class Scheduler:
         sequence.request.metrics.num_preemptions += 1
         self.waiting.appendleft(sequence)
         self.preemptions_total += 1
+
+    def _background_chunk(self) -> list[Chunk]:
+        """A small part of the oldest sequence of the background: everything that it may need is free."""
+        if not self.background:
+            return []
+        sequence = self.background[0]
+        self.block_manager.grow(sequence.block_table, len(sequence.token_ids))
+        if sequence.state_slot is None:
+            sequence.state_slot = self.state_slots.acquire()
+        return [Chunk(sequence, min(_BACKGROUND_TOKENS, self.max_num_tokens, sequence.num_uncomputed))]
+
+    def _has_slot(self) -> bool:
+        return self.state_slots.available or self._take_from_background()
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Blocks for a sequence's first tokens, at the expense of the background; False if there are too few."""
+        grow = self.block_manager.grow
+        return grow(sequence.block_table, num_tokens) or (
+            self._take_from_background() and grow(sequence.block_table, num_tokens)
+        )
+
+    def _take_from_background(self) -> bool:
+        """Take what the background holds, which it will compute again; whether it held anything."""
+        holder = next((sequence for sequence in self.background if sequence.block_table), None)
+        if holder is None:
+            return False
+        self._release(holder)
+        holder.num_computed = 0
+        return True
 
     def _release(self, sequence: Sequence) -> None:
         self.block_manager.release(sequence.block_table)

@@ -20,7 +20,7 @@ from adaptive_k_moe.runtime.outputs import (
     RequestMetrics,
     RequestOutput,
 )
-from adaptive_k_moe.runtime.sampler import SamplingState
+from adaptive_k_moe.runtime.sampler import SamplingState, log_probabilities
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 
 
@@ -57,6 +57,33 @@ class RowBuffer:
         return rows
 
 
+class PromptLogprobs:
+    """The log-probabilities of a prompt's tokens, as the logits for them come.
+
+    Args:
+        token_ids: the prompt, n tokens.
+        num_top: likeliest tokens to keep in each place.
+
+    Attributes:
+        entries: for each token after the first, as far as computed: token id to log-probability.
+    """
+
+    def __init__(self, token_ids: list[int], num_top: int) -> None:
+        self.entries: list[dict[int, float]] = []
+        self._token_ids = token_ids
+        self._num_top = num_top
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def append(self, rows: npt.NDArray[np.float32]) -> None:
+        """Take the logits [t, V] that follow the next t tokens; those that follow the last are no use here."""
+        followed = self._token_ids[len(self.entries) + 1 :]
+        self.entries += [
+            log_probabilities(row, token_id, self._num_top) for row, token_id in zip(rows, followed, strict=False)
+        ]
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A checked request.
@@ -76,6 +103,7 @@ class Request:
         error, error_kind: why it ended in an error.
         context: what the caller said of it.
         enrollment: its place in an A/B test.
+        background: whether it is computed only while nothing else is there, and counted nowhere.
     """
 
     request_id: str
@@ -94,6 +122,7 @@ class Request:
     error_kind: ErrorKind | None = None
     context: RequestContext = NO_CONTEXT
     enrollment: Enrollment | None = None
+    background: bool = False
 
     @property
     def finished(self) -> bool:
@@ -120,6 +149,7 @@ class Request:
             context=self.context,
             full_k=self.full_k,
             enrollment=self.enrollment,
+            prompt_logprobs=None if first.prompt_logprobs is None else list(first.prompt_logprobs.entries),
         )
 
 
@@ -137,6 +167,7 @@ class Sequence:
         k, entropy: [computed tokens, L], a row for each token that was ever computed; a token computed
             again after a preemption keeps its first row.
         context_logits: [prompt tokens computed, V], if asked for (of the first sequence alone).
+        prompt_logprobs: likewise, of the prompt tokens after the first.
         generation_logits: [generated tokens, V], if asked for.
         sampling: the sampler's state.
         text: the answer's text.
@@ -169,6 +200,11 @@ class Sequence:
             if params.return_context_logits and index == 0
             else None
         )
+        self.prompt_logprobs = (
+            PromptLogprobs(request.prompt_token_ids, params.prompt_logprobs)
+            if params.prompt_logprobs is not None and index == 0
+            else None
+        )
         self.generation_logits = (
             RowBuffer(vocab_size, np.float32, min(params.max_tokens, 64)) if params.return_generation_logits else None
         )
@@ -193,6 +229,24 @@ class Sequence:
     def num_generated(self) -> int:
         """Tokens of the answer."""
         return len(self.token_ids) - self.num_prompt_tokens
+
+    def prompt_rows(self, start: int, end: int) -> range:
+        """Of the tokens from `start` to `end`, those of the prompt whose logits are wanted and not known yet.
+
+        After a preemption the first rows are known already.
+        """
+        if self.context_logits is not None:
+            return range(max(start, len(self.context_logits)), min(end, self.num_prompt_tokens))
+        if self.prompt_logprobs is not None:
+            return range(max(start, len(self.prompt_logprobs)), min(end, self.num_prompt_tokens - 1))
+        return range(0)
+
+    def record_prompt_rows(self, logits: npt.NDArray[np.float32]) -> None:
+        """Take the logits [t, V] of the next `prompt_rows`."""
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs.append(logits)
+        if self.context_logits is not None:
+            self.context_logits.append(logits)
 
     def record(self, k: npt.NDArray[np.int32], entropy: npt.NDArray[np.float32]) -> None:
         """Note that the next tokens were computed: their k and entropy, [t, L] each."""
