@@ -14,7 +14,7 @@ A policy file is JSON::
      "expert_norms": [[0.8, 1.2, 1.1, 0.9], ...]}
 
 Layers are numbered over the model's MoE layers from 0. `full`, the trained top-k, always exists. `contribution`
-policies need `expert_norms`, the mean norm of each expert's output in each layer, which `adaptive-k calibrate` measures.
+policies need `expert_norms`, the mean norm of each expert's output in each layer: `adaptive-k calibrate` measures them.
 """
 
 from __future__ import annotations

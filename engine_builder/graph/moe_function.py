@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from adaptive_k_moe.engine_config import MoeConfig
-from adaptive_k_moe.policy import KIND_RATIO, KIND_TOP_P
+from adaptive_k_moe.policy import KIND_CONTRIBUTION, KIND_RATIO, KIND_TOP_P
 
 DOMAIN = "adaptive_k"
 OP_TYPE = "AdaptiveKMoe"
@@ -25,8 +25,15 @@ INPUTS = ["hidden_states", "router_logits", "policy_index", "policy_kind", "thre
 OUTPUTS = ["output", "k", "entropy"]
 
 
-def moe_attributes(moe: MoeConfig, *, max_k: int, weight_format: str) -> dict[str, Any]:
-    """The operator's attributes for a model's MoE layers."""
+def moe_attributes(moe: MoeConfig, *, max_k: int, weight_format: str, expert_norms: bool = False) -> dict[str, Any]:
+    """The operator's attributes for a model's MoE layers.
+
+    Args:
+        moe: the router's rule and the activation.
+        max_k: most experts a token may run.
+        weight_format: the weights' type.
+        expert_norms: whether the operator's last input is `expert_norms`.
+    """
     return {
         "activation": moe.activation,
         "scoring": moe.scoring,
@@ -36,6 +43,7 @@ def moe_attributes(moe: MoeConfig, *, max_k: int, weight_format: str) -> dict[st
         "topk_group": moe.topk_group,
         "max_k": max_k,
         "weight_format": weight_format,
+        "has_expert_norms": int(expert_norms),
     }
 
 
@@ -71,14 +79,18 @@ class FunctionBody:
         return first, second
 
 
-def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> onnx.FunctionProto:
+def make_moe_function(
+    moe: MoeConfig, *, max_k: int, correction_bias: bool, expert_norms: bool = False
+) -> onnx.FunctionProto:
     """The operator's body for one configuration of its attributes.
 
     Args:
         moe: the router's rule and the activation.
         max_k: most experts a token may run, whatever the policy tables say.
-        correction_bias: whether the operator has its ninth input, [E] float32, added to the scores for
-            the choice only.
+        correction_bias: whether the operator has the input of that name after `down`: [E] float32, added to the
+            scores for the choice only.
+        expert_norms: whether the operator has the input of that name as its last: [E] float32, by which rows of the
+            kind `contribution` multiply the scores; without it all are 1.
     """
     b = FunctionBody()
     f32 = onnx.TensorProto.FLOAT
@@ -130,7 +142,8 @@ def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> o
     k_max = b.op("Slice", k_values, last, b.const([np.iinfo(np.int64).max], "int64"), axis1)
     whole = b.op("ReduceSum", ordered, last, keepdims=1)
     mass = b.op("CumSum", b.op("Div", ordered, whole), b.const(1, "int64"))
-    below = b.op("Cast", b.op("Less", mass, parameter), to=onnx.TensorProto.INT64)
+    # NaN (all scores 0) reaches no share.
+    below = b.op("Cast", b.op("Not", b.op("GreaterOrEqual", mass, parameter)), to=onnx.TensorProto.INT64)
     by_mass = b.op("Add", b.op("ReduceSum", below, last, keepdims=1), b.const(1, "int64"))
     best = b.op("ReduceMax", scores, last, keepdims=1)
     strong = b.op("GreaterOrEqual", ordered, b.op("Mul", parameter, best))
@@ -144,20 +157,41 @@ def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> o
     k = b.op("Where", b.op("Equal", kind, b.const(KIND_TOP_P, "int32")), within(by_mass), by_entropy)
     k = b.op("Where", b.op("Equal", kind, b.const(KIND_RATIO, "int32")), within(by_ratio), k)
     selectable = moe.num_experts * moe.topk_group // moe.n_group
-    limit = min(max_k, selectable)
-    k = b.op("Min", b.op("Max", k, b.const(1, "int64")), b.const(limit, "int64"))  # [T, 1]
-    b.op("Reshape", b.op("Cast", k, to=onnx.TensorProto.INT32), flat, name="k")
 
-    # The model's own weight rule over the first k of the order.
+    def runnable(k: str) -> str:
+        return b.op("Min", b.op("Max", k, b.const(1, "int64")), b.const(min(max_k, selectable), "int64"))
+
     position = b.op("Unsqueeze", b.op("Range", b.const(0, "int64"), b.const(moe.num_experts, "int64"),
                                       b.const(1, "int64")), b.const([0], "int64"))  # fmt: skip
-    chosen = b.op("Less", position, k)  # [T, E], in the order of choice
+    # Contribution rows choose among the most experts that they may run, by score times norm. The others rank last,
+    # and a NaN (of the norms) makes the share NaN, which is not reached.
+    contribution = ordered
+    if expert_norms:
+        contribution = b.op("Mul", ordered, b.op("Gather", "expert_norms", order, axis=0))
+    candidate = b.op("Less", position, runnable(k_max))
+    share = b.op("ReduceSum", b.op("Where", candidate, contribution, zero), last, keepdims=1)
+    contribution = b.op("Where", b.op("IsNaN", contribution), zero, contribution)
+    contribution = b.op("Where", candidate, contribution, b.const(-1.0))
+    largest, places = b.pair("TopK", contribution, num_experts, axis=-1, largest=1, sorted=1)
+    reached = b.op("CumSum", b.op("Max", largest, zero), b.const(1, "int64"))
+    short = b.op("Not", b.op("GreaterOrEqual", reached, b.op("Mul", parameter, share)))
+    short = b.op("ReduceSum", b.op("Cast", short, to=onnx.TensorProto.INT64), last, keepdims=1)
+    by_contribution = b.op("Add", short, b.const(1, "int64"))
+    weighs = b.op("Equal", kind, b.const(KIND_CONTRIBUTION, "int32"))
+    k = runnable(b.op("Where", weighs, within(by_contribution), k))  # [T, 1]
+    b.op("Reshape", b.op("Cast", k, to=onnx.TensorProto.INT32), flat, name="k")
+
+    # The model's own weight rule over those chosen: the first k of the order, or the k largest contributions.
+    empty = b.op("Mul", b.op("Cast", order, to=f32), zero)  # zeros [T, E]
+    chosen = b.op("Cast", b.op("Less", position, k), to=f32)  # [T, E], in the order of choice
+    by_size = b.op("ScatterElements", empty, places, chosen, axis=1)
+    chosen = b.op("Where", b.op("And", weighs, b.op("Not", broken)), by_size, chosen)
+    chosen = b.op("Equal", chosen, one)
     weights = b.op("Where", chosen, ordered, zero)
     if moe.norm_topk_prob:
         kept = b.op("Add", b.op("ReduceSum", weights, last, keepdims=1), b.const(1e-20))
         weights = b.op("Div", weights, kept)
     weights = b.op("Mul", weights, b.const(moe.routed_scaling_factor))
-    empty = b.op("Mul", b.op("Cast", order, to=f32), zero)  # zeros [T, E]
     weights = b.op("ScatterElements", empty, order, weights, axis=1)
     chosen = b.op("ScatterElements", empty, order, b.op("Cast", chosen, to=f32), axis=1)
 
@@ -175,7 +209,7 @@ def make_moe_function(moe: MoeConfig, *, max_k: int, correction_bias: bool) -> o
     kept = b.op("Where", b.op("Equal", per_expert(chosen), one), weighted, zero)
     b.op("ReduceSum", kept, b.const([0], "int64"), name="output", keepdims=0)
 
-    inputs = [*INPUTS, *(["correction_bias"] if correction_bias else [])]
+    inputs = [*INPUTS, *(["correction_bias"] if correction_bias else []), *(["expert_norms"] if expert_norms else [])]
     attributes = list(moe_attributes(moe, max_k=max_k, weight_format="float32"))
     return helper.make_function(DOMAIN, OP_TYPE, inputs, OUTPUTS, b.nodes, [helper.make_opsetid("", 24)], attributes)
 

@@ -245,7 +245,8 @@ class Decoder:
         g.input("policy_kind", "int32", ["num_policies"])
         g.input("thresholds", "float32", [m.num_moe_layers, "num_policies", "num_limits"])
         g.input("k_values", "int32", [m.num_moe_layers, "num_policies", "num_choices"])
-        g.function(make_moe_function(m.moe, max_k=self.max_k, correction_bias=m.moe.correction_bias))
+        g.input("expert_norms", "float32", [m.num_moe_layers, m.num_experts])
+        g.function(make_moe_function(m.moe, max_k=self.max_k, correction_bias=m.moe.correction_bias, expert_norms=True))
         if m.rope is not None:
             self.make_rope(m.rope)
 
@@ -398,12 +399,13 @@ class Decoder:
         index = g.constant(moe_layer)
         thresholds = g.node("Gather", ["thresholds", index], f"{name}.thresholds", axis=0)
         k_values = g.node("Gather", ["k_values", index], f"{name}.k_values", axis=0)
+        norms = g.node("Gather", ["expert_norms", index], f"{name}.expert_norms", axis=0)
         output, k, entropy = g.nodes(
             OP_TYPE,
-            [hidden, router_logits, "policy_index", "policy_kind", thresholds, k_values, *weights],
+            [hidden, router_logits, "policy_index", "policy_kind", thresholds, k_values, *weights, norms],
             [f"{name}.output", f"{name}.k", f"{name}.entropy"],
             domain=DOMAIN,
-            **moe_attributes(m.moe, max_k=self.max_k, weight_format=m.dtype),
+            **moe_attributes(m.moe, max_k=self.max_k, weight_format=m.dtype, expert_norms=True),
         )
         self._k.append(k)
         self._entropy.append(entropy)

@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
-from adaptive_k_moe.policy import MAX_K
+from adaptive_k_moe.policy import MAX_CHOICES, MAX_POLICIES
 
 PROFILES = ("decode", "prefill")
 """The engine's optimization profiles, by index: one token for each sequence, and a chunk of one sequence."""
-
-MAX_POLICIES = 64
-"""Most rows of the policy tables; the tables are inputs, so this only bounds what a session may bind."""
 
 Shape = tuple[int, ...]
 
@@ -61,7 +58,11 @@ def state_names(layer: int, kind: str) -> tuple[str, str]:
 def symbol_ranges(build: BuildConfig) -> tuple[Mapping[str, tuple[int, int, int]], ...]:
     """The smallest, usual and largest value of every size that is known only at run time, for each profile."""
     batch, chunk = build.max_batch_size, min(build.max_num_tokens, build.max_seq_len)
-    tables = {"num_policies": (1, 4, MAX_POLICIES), "num_choices": (2, 4, MAX_K + 1), "num_limits": (1, 3, MAX_K)}
+    tables = {
+        "num_policies": (1, 4, MAX_POLICIES),
+        "num_choices": (2, 4, MAX_CHOICES),
+        "num_limits": (1, 3, MAX_CHOICES - 1),
+    }
     decode = dict.fromkeys(("batch", "num_tokens", "num_logits"), (1, batch, batch))
     # One sequence a prefill step: its cache is bound at its slot, and the chunk needs no padding.
     prefill = {"sequence": (1, chunk, chunk), "num_tokens": (1, chunk, chunk), "num_logits": (1, 1, chunk)}
@@ -105,6 +106,7 @@ def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
         binding("policy_kind", "int32", "num_policies"),
         binding("thresholds", "float32", moe_layers, "num_policies", "num_limits"),
         binding("k_values", "int32", moe_layers, "num_policies", "num_choices"),
+        binding("expert_norms", "float32", moe_layers, model.num_experts),
         *(binding(past, model.dtype, *cache) for past, _ in pairs),
         *(binding(past, dtype, *shape) for past, _, dtype, shape in states),
         binding("logits", "float32", "num_logits", model.vocab_size, output=True),

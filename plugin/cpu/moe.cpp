@@ -247,8 +247,9 @@ void route(const MoeParams& params, const RoutingArguments& args, int32_t* k, fl
     int32_t* chosen = experts + t * capacity;
     float* weight = weights + t * capacity;
     k[t] = route_token(params, args.router_logits + t * args.experts, args.experts,
-                       args.correction_bias, row, buffers->get(args.experts, params.n_group),
-                       capacity, chosen, weight, entropy + t);
+                       args.correction_bias, args.expert_norms, row,
+                       buffers->get(args.experts, params.n_group), capacity, chosen, weight,
+                       entropy + t);
     std::fill(chosen + k[t], chosen + capacity, -1);
     std::fill(weight + k[t], weight + capacity, 0.0f);
   });

@@ -24,6 +24,7 @@ struct RoutingArguments {
   const float* thresholds = nullptr;       // [P, C - 1]
   const int32_t* k_values = nullptr;       // [P, C]
   const float* correction_bias = nullptr;  // [E] or null
+  const float* expert_norms = nullptr;     // [E] or null, which is as all ones
 };
 
 struct ExpertArguments {

@@ -93,6 +93,7 @@ Sizes check_shapes(const MoeParams& params, const InputShapes& s) {
     b.bind("down", s.down, {E, H, I});
   }
   if (s.has_correction_bias) b.bind("correction_bias", s.correction_bias, {E});
+  if (s.has_expert_norms) b.bind("expert_norms", s.expert_norms, {E});
 
   const Sizes sizes{b.value('T'), b.value('H'), b.value('E'),
                     b.value('P'), b.value('C'), b.value('I')};

@@ -16,9 +16,10 @@ using Shape = std::optional<std::vector<int64_t>>;
 struct InputShapes {
   Shape hidden_states, router_logits, policy_index, policy_kind, thresholds, k_values;
   Shape up, down;  // up is gate_up for the gated activations
-  Shape correction_bias;
+  Shape correction_bias, expert_norms;
   bool has_experts = true;  // false: routing alone, no hidden_states, up and down
   bool has_correction_bias = false;
+  bool has_expert_norms = false;
 };
 
 // The sizes that follow; -1 where they are not yet known.

@@ -19,15 +19,27 @@ enum Input : size_t {
   kKValues,
   kUp,
   kDown,
-  kCorrectionBias,
+  kNumRequired,
 };
 
-const char* input_name(size_t index, bool gated) {
-  constexpr const char* kNames[] = {
-      "hidden_states",  "router_logits", "policy_index", "policy_kind",
-      "thresholds",     "k_values",      "up",           "down",
-      "correction_bias"};
-  return index == kUp && gated ? "gate_up" : kNames[index];
+// Where the optional inputs are, 0 where not: correction_bias, then expert_norms. Their number and
+// has_expert_norms tell which there are.
+struct OptionalInputs {
+  size_t correction_bias = 0, expert_norms = 0;
+
+  OptionalInputs(size_t count, bool has_expert_norms) {
+    const bool has_correction_bias = count > kNumRequired + has_expert_norms;
+    if (has_correction_bias) correction_bias = kNumRequired;
+    if (has_expert_norms) expert_norms = kNumRequired + has_correction_bias;
+  }
+};
+
+const char* input_name(size_t index, bool gated, const OptionalInputs& optional) {
+  constexpr const char* kNames[] = {"hidden_states", "router_logits", "policy_index", "policy_kind",
+                                    "thresholds",    "k_values",      "up",           "down"};
+  if (index == kUp && gated) return "gate_up";
+  if (index < kNumRequired) return kNames[index];
+  return index == optional.expert_norms ? "expert_norms" : "correction_bias";
 }
 
 template <typename Enum>
@@ -66,7 +78,7 @@ cpu::Shape weight_shape(cpu::Shape shape, const ov::element::Type& type) {
 }
 
 template <typename ShapeOf>
-cpu::InputShapes input_shapes(size_t count, const ShapeOf& shape) {
+cpu::InputShapes input_shapes(const OptionalInputs& optional, const ShapeOf& shape) {
   cpu::InputShapes s;
   s.hidden_states = shape(kHiddenStates);
   s.router_logits = shape(kRouterLogits);
@@ -76,8 +88,10 @@ cpu::InputShapes input_shapes(size_t count, const ShapeOf& shape) {
   s.k_values = shape(kKValues);
   s.up = shape(kUp);
   s.down = shape(kDown);
-  s.has_correction_bias = count > kCorrectionBias;
-  if (s.has_correction_bias) s.correction_bias = shape(kCorrectionBias);
+  s.has_correction_bias = optional.correction_bias != 0;
+  if (s.has_correction_bias) s.correction_bias = shape(optional.correction_bias);
+  s.has_expert_norms = optional.expert_norms != 0;
+  if (s.has_expert_norms) s.expert_norms = shape(optional.expert_norms);
   return s;
 }
 
@@ -91,9 +105,12 @@ AdaptiveKMoe::AdaptiveKMoe(const ov::OutputVector& inputs, Attributes attributes
 void AdaptiveKMoe::validate_and_infer_types() {
   params_ = parse_attributes(this, attributes_);
   const bool gated = is_gated(params_.activation);
-  NODE_VALIDATION_CHECK(
-      this, get_input_size() == kDown + 1 || get_input_size() == kCorrectionBias + 1,
-      "AdaptiveKMoe: has ", get_input_size(), " inputs but takes 8, or 9 with correction_bias");
+  const size_t fewest = kNumRequired + (attributes_.has_expert_norms != 0);
+  NODE_VALIDATION_CHECK(this, get_input_size() == fewest || get_input_size() == fewest + 1,
+                        "AdaptiveKMoe: has ", get_input_size(), " inputs but takes ", fewest,
+                        ", or ", fewest + 1, " with correction_bias",
+                        attributes_.has_expert_norms != 0 ? " (expert_norms is the last)" : "");
+  const OptionalInputs optional(get_input_size(), attributes_.has_expert_norms != 0);
   for (size_t i = 0; i < get_input_size(); ++i) {
     const ov::element::Type type = get_input_element_type(i);
     const bool is_weight = i == kUp || i == kDown;
@@ -103,13 +120,14 @@ void AdaptiveKMoe::validate_and_infer_types() {
         integer ? ov::element::i32 : (bits ? ov::element::u8 : ov::element::f32);
     NODE_VALIDATION_CHECK(
         this, type.is_dynamic() || type == expected || (bits && type == ov::element::bf16),
-        "AdaptiveKMoe: input ", input_name(i, gated), " has element type ", type, " but must be ",
+        "AdaptiveKMoe: input ", input_name(i, gated, optional), " has element type ", type,
+        " but must be ",
         bits ? "u8 (the bytes of bfloat16) or bf16, by weight_format bfloat16"
              : expected.get_type_name());
   }
   cpu::Sizes sizes;
   try {
-    sizes = cpu::check_shapes(params_, input_shapes(get_input_size(), [this](size_t i) {
+    sizes = cpu::check_shapes(params_, input_shapes(optional, [this](size_t i) {
                                 return weight_shape(shape_of(get_input_partial_shape(i)),
                                                     get_input_element_type(i));
                               }));
@@ -131,6 +149,7 @@ bool AdaptiveKMoe::visit_attributes(ov::AttributeVisitor& visitor) {
   visitor.on_attribute("n_group", attributes_.n_group);
   visitor.on_attribute("topk_group", attributes_.topk_group);
   visitor.on_attribute("max_k", attributes_.max_k);
+  visitor.on_attribute("has_expert_norms", attributes_.has_expert_norms);
   return true;
 }
 
@@ -140,10 +159,11 @@ std::shared_ptr<ov::Node> AdaptiveKMoe::clone_with_new_inputs(
 }
 
 bool AdaptiveKMoe::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
+  const OptionalInputs optional(inputs.size(), attributes_.has_expert_norms != 0);
   cpu::Sizes sizes;
   try {
     sizes =
-        cpu::check_shapes(params_, input_shapes(inputs.size(), [&](size_t i) -> cpu::Shape {
+        cpu::check_shapes(params_, input_shapes(optional, [&](size_t i) -> cpu::Shape {
                             const ov::Shape& shape = inputs[i].get_shape();
                             return weight_shape(std::vector<int64_t>(shape.begin(), shape.end()),
                                                 inputs[i].get_element_type());
@@ -167,8 +187,10 @@ bool AdaptiveKMoe::evaluate(ov::TensorVector& outputs, const ov::TensorVector& i
   routing.policy_kind = inputs[kPolicyKind].data<const int32_t>();
   routing.thresholds = inputs[kThresholds].data<const float>();
   routing.k_values = inputs[kKValues].data<const int32_t>();
-  if (inputs.size() > kCorrectionBias)
-    routing.correction_bias = inputs[kCorrectionBias].data<const float>();
+  if (optional.correction_bias != 0)
+    routing.correction_bias = inputs[optional.correction_bias].data<const float>();
+  if (optional.expert_norms != 0)
+    routing.expert_norms = inputs[optional.expert_norms].data<const float>();
   cpu::ExpertArguments experts;
   experts.hidden = sizes.hidden;
   experts.intermediate = sizes.intermediate;

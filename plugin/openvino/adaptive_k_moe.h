@@ -19,6 +19,7 @@ struct Attributes {
   int64_t n_group = 1;
   int64_t topk_group = 1;
   int64_t max_k = 0;
+  int64_t has_expert_norms = 0;  // which of the optional inputs a ninth one is
 };
 
 class AdaptiveKMoe : public ov::op::Op {

@@ -60,7 +60,8 @@ cpu::Shape shape_of(const Array& array) {
 cpu::RoutingArguments routing_arguments(const cpu::Sizes& sizes, const Floats& router_logits,
                                         const Integers& policy_index, const Integers& policy_kind,
                                         const Floats& thresholds, const Integers& k_values,
-                                        const std::optional<Floats>& correction_bias) {
+                                        const std::optional<Floats>& correction_bias,
+                                        const std::optional<Floats>& expert_norms) {
   cpu::RoutingArguments r;
   r.tokens = sizes.tokens;
   r.experts = static_cast<int32_t>(sizes.experts);
@@ -72,13 +73,15 @@ cpu::RoutingArguments routing_arguments(const cpu::Sizes& sizes, const Floats& r
   r.thresholds = thresholds.data();
   r.k_values = k_values.data();
   r.correction_bias = correction_bias ? correction_bias->data() : nullptr;
+  r.expert_norms = expert_norms ? expert_norms->data() : nullptr;
   return r;
 }
 
 cpu::InputShapes routing_shapes(const Floats& router_logits, const Integers& policy_index,
                                 const Integers& policy_kind, const Floats& thresholds,
                                 const Integers& k_values,
-                                const std::optional<Floats>& correction_bias) {
+                                const std::optional<Floats>& correction_bias,
+                                const std::optional<Floats>& expert_norms) {
   cpu::InputShapes s;
   s.router_logits = shape_of(router_logits);
   s.policy_index = shape_of(policy_index);
@@ -87,6 +90,8 @@ cpu::InputShapes routing_shapes(const Floats& router_logits, const Integers& pol
   s.k_values = shape_of(k_values);
   s.has_correction_bias = correction_bias.has_value();
   if (correction_bias) s.correction_bias = shape_of(*correction_bias);
+  s.has_expert_norms = expert_norms.has_value();
+  if (expert_norms) s.expert_norms = shape_of(*expert_norms);
   return s;
 }
 
@@ -94,9 +99,10 @@ cpu::InputShapes routing_shapes(const Floats& router_logits, const Integers& pol
 std::pair<int64_t, int32_t> routing_size(const ak::MoeParams& params, const Floats& router_logits,
                                          const Integers& policy_index, const Integers& policy_kind,
                                          const Floats& thresholds, const Integers& k_values,
-                                         const std::optional<Floats>& correction_bias) {
+                                         const std::optional<Floats>& correction_bias,
+                                         const std::optional<Floats>& expert_norms) {
   cpu::InputShapes s = routing_shapes(router_logits, policy_index, policy_kind, thresholds,
-                                      k_values, correction_bias);
+                                      k_values, correction_bias, expert_norms);
   s.has_experts = false;
   const cpu::Sizes sizes = cpu::check_shapes(params, s);
   return {sizes.tokens, ak::largest_k(params, static_cast<int32_t>(sizes.experts))};
@@ -122,44 +128,48 @@ NB_MODULE(_plugin, m) {
       "routing_width",
       [](const ak::MoeParams& params, const Floats& router_logits, const Integers& policy_index,
          const Integers& policy_kind, const Floats& thresholds, const Integers& k_values,
-         const std::optional<Floats>& correction_bias) {
+         const std::optional<Floats>& correction_bias, const std::optional<Floats>& expert_norms) {
         return routing_size(params, router_logits, policy_index, policy_kind, thresholds, k_values,
-                            correction_bias)
+                            correction_bias, expert_norms)
             .second;
       },
-      nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none());
+      nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+      nb::arg().none());
 
   m.def(
       "route",
       [](const ak::MoeParams& params, const Floats& router_logits, const Integers& policy_index,
          const Integers& policy_kind, const Floats& thresholds, const Integers& k_values,
-         const std::optional<Floats>& correction_bias, const IntegersOut& k,
-         const FloatsOut& entropy, const IntegersOut& experts, const FloatsOut& weights) {
+         const std::optional<Floats>& correction_bias, const std::optional<Floats>& expert_norms,
+         const IntegersOut& k, const FloatsOut& entropy, const IntegersOut& experts,
+         const FloatsOut& weights) {
         cpu::InputShapes s = routing_shapes(router_logits, policy_index, policy_kind, thresholds,
-                                            k_values, correction_bias);
+                                            k_values, correction_bias, expert_norms);
         s.has_experts = false;
         const cpu::Sizes sizes = cpu::check_shapes(params, s);
         const size_t tokens = sizes.tokens;
         const size_t room = tokens * ak::largest_k(params, static_cast<int32_t>(sizes.experts));
         require_room(k.size() == tokens && entropy.size() == tokens && experts.size() == room &&
                      weights.size() == room);
-        const cpu::RoutingArguments arguments = routing_arguments(
-            sizes, router_logits, policy_index, policy_kind, thresholds, k_values, correction_bias);
+        const cpu::RoutingArguments arguments =
+            routing_arguments(sizes, router_logits, policy_index, policy_kind, thresholds, k_values,
+                              correction_bias, expert_norms);
         const nb::gil_scoped_release release;
         cpu::route(params, arguments, k.data(), entropy.data(), experts.data(), weights.data());
       },
-      nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(), nb::arg(),
-      nb::arg(), nb::arg(), nb::arg());
+      nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg().none(),
+      nb::arg().none(), nb::arg(), nb::arg(), nb::arg(), nb::arg());
 
   m.def(
       "moe",
       [](const ak::MoeParams& params, const Floats& hidden_states, const Floats& router_logits,
          const Integers& policy_index, const Integers& policy_kind, const Floats& thresholds,
          const Integers& k_values, const Weights& up, const Weights& down,
-         const std::optional<Floats>& correction_bias, std::optional<int> num_threads,
-         const FloatsOut& output, const IntegersOut& k, const FloatsOut& entropy) {
+         const std::optional<Floats>& correction_bias, const std::optional<Floats>& expert_norms,
+         std::optional<int> num_threads, const FloatsOut& output, const IntegersOut& k,
+         const FloatsOut& entropy) {
         cpu::InputShapes s = routing_shapes(router_logits, policy_index, policy_kind, thresholds,
-                                            k_values, correction_bias);
+                                            k_values, correction_bias, expert_norms);
         s.hidden_states = shape_of(hidden_states);
         s.up = shape_of(up);
         s.down = shape_of(down);
@@ -167,8 +177,9 @@ NB_MODULE(_plugin, m) {
         const size_t tokens = sizes.tokens;
         require_room(output.size() == tokens * sizes.hidden && k.size() == tokens &&
                      entropy.size() == tokens);
-        const cpu::RoutingArguments routing = routing_arguments(
-            sizes, router_logits, policy_index, policy_kind, thresholds, k_values, correction_bias);
+        const cpu::RoutingArguments routing =
+            routing_arguments(sizes, router_logits, policy_index, policy_kind, thresholds, k_values,
+                              correction_bias, expert_norms);
         cpu::ExpertArguments experts;
         experts.hidden = sizes.hidden;
         experts.intermediate = sizes.intermediate;
@@ -181,5 +192,6 @@ NB_MODULE(_plugin, m) {
         });
       },
       nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-      nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
+      nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
+      nb::arg());
 }

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.engine_config import EngineConfig
-from adaptive_k_moe.errors import DependencyError, EngineError
-from adaptive_k_moe.policy import PolicyTables
+from adaptive_k_moe.errors import DependencyError, EngineError, PolicyError
+from adaptive_k_moe.policy import KIND_CONTRIBUTION, PolicyTables
 from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
 from adaptive_k_moe.runtime.session.paged_attention import use_paged_attention
 
@@ -109,7 +109,12 @@ class OpenVinoSession:
 
     def set_policies(self, tables: PolicyTables) -> None:
         """See `Session.set_policies`."""
-        for name in ("policy_kind", "thresholds", "k_values"):
+        if "expert_norms" not in self._inputs and (tables.policy_kind == KIND_CONTRIBUTION).any():
+            raise PolicyError(
+                "this engine was built by a release without the policy kind 'contribution': build it again, or remove "
+                "the policies of that kind."
+            )
+        for name in {"policy_kind", "thresholds", "k_values", "expert_norms"} & self._inputs:
             self._request.set_tensor(name, self._ov.Tensor(getattr(tables, name)))
 
     def close(self) -> None:

@@ -48,6 +48,7 @@ def run_graph(
             "policy_kind": tables.policy_kind,
             "thresholds": tables.thresholds,
             "k_values": tables.k_values,
+            "expert_norms": tables.expert_norms,
             "past_lens": np.full(batch, begin, np.int32),
             "subsequence_begins": np.arange(batch + 1, dtype=np.int32) * (end - begin),
             "state_slots": np.arange(batch, 0, -1, dtype=np.int32),

@@ -51,6 +51,7 @@ def run_graph(
                         "policy_kind": tables.policy_kind,
                         "thresholds": tables.thresholds,
                         "k_values": tables.k_values,
+                        "expert_norms": tables.expert_norms,
                         **past,
                     },
                 ),

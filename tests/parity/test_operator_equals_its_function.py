@@ -41,6 +41,11 @@ class Rule:
     n_group: int = 1
     topk_group: int = 1
     correction_bias: bool = False
+    expert_norms: bool = False
+
+    @property
+    def optional(self) -> list[str]:
+        return ["correction_bias"] * self.correction_bias + ["expert_norms"] * self.expert_norms
 
     @property
     def moe(self) -> MoeConfig:
@@ -62,20 +67,21 @@ RULES = [
     Rule(1),
     Rule(8),
     Rule(5, activation="relu2", scoring="sigmoid", correction_bias=True, routed_scaling_factor=2.5),
-    Rule(8, norm_topk_prob=False, activation="geglu"),
-    Rule(12, scoring="sigmoid", n_group=4, topk_group=2, correction_bias=True, activation="silu"),
-    Rule(9, n_group=3, topk_group=1, activation="gelu"),
+    Rule(8, norm_topk_prob=False, activation="geglu", expert_norms=True),
+    Rule(12, scoring="sigmoid", n_group=4, topk_group=2, correction_bias=True, activation="silu", expert_norms=True),
+    Rule(9, n_group=3, topk_group=1, activation="gelu", expert_norms=True),
     Rule(8, scoring="sigmoid", norm_topk_prob=False, activation="gelu_tanh"),
-    Rule(512, activation="relu"),
+    Rule(512, activation="relu", expert_norms=True),
 ]
 
 
 @functools.cache
 def function_session(rule: Rule) -> ort.InferenceSession:
     """A model of one node, the operator, with its function body and nothing of ours installed."""
-    inputs = [*INPUTS, *(["correction_bias"] if rule.correction_bias else [])]
+    inputs = [*INPUTS, *rule.optional]
     integer = {"policy_index", "policy_kind", "k_values", "k"}
-    ranks = {"policy_index": 1, "policy_kind": 1, "up": 3, "down": 3, "correction_bias": 1, "k": 1, "entropy": 1}
+    ranks = {"policy_index": 1, "policy_kind": 1, "up": 3, "down": 3, "k": 1, "entropy": 1}
+    ranks |= dict.fromkeys(rule.optional, 1)
 
     def value(name: str) -> onnx.ValueInfoProto:
         dtype = TensorProto.INT32 if name in integer else TensorProto.FLOAT
@@ -86,10 +92,12 @@ def function_session(rule: Rule) -> ort.InferenceSession:
         inputs,
         OUTPUTS,
         domain=DOMAIN,
-        **moe_attributes(rule.moe, max_k=MAX_K, weight_format="float32"),
+        **moe_attributes(rule.moe, max_k=MAX_K, weight_format="float32", expert_norms=rule.expert_norms),
     )
     graph = helper.make_graph([node], "operator", [value(n) for n in inputs], [value(n) for n in OUTPUTS])
-    function = make_moe_function(rule.moe, max_k=MAX_K, correction_bias=rule.correction_bias)
+    function = make_moe_function(
+        rule.moe, max_k=MAX_K, correction_bias=rule.correction_bias, expert_norms=rule.expert_norms
+    )
     model = helper.make_model(
         graph,
         ir_version=11,
@@ -116,6 +124,9 @@ def arguments(rule: Rule, logits: np.ndarray, kinds: np.ndarray, limits: np.ndar
     if rule.correction_bias:
         # Multiples of a quarter, so that biased scores tie now and then.
         feed["correction_bias"] = rng.integers(-2, 3, rule.num_experts).astype(np.float32) / 4
+    if rule.expert_norms:
+        # Few values, so that contributions tie, and some experts that add nothing.
+        feed["expert_norms"] = rng.choice(np.array([0, 0.5, 1, 1.5], np.float32), rule.num_experts)
     return feed
 
 
@@ -123,22 +134,31 @@ def by_function(rule: Rule, feed: dict[str, np.ndarray]) -> Any:
     return function_session(rule).run(OUTPUTS, feed)
 
 
+def routing(rule: Rule, feed: dict[str, np.ndarray]) -> dict[str, Any]:
+    return {
+        **{name: feed[name] for name in rule.optional},
+        "scoring": rule.scoring,
+        "norm_topk_prob": rule.norm_topk_prob,
+        "routed_scaling_factor": rule.routed_scaling_factor,
+        "n_group": rule.n_group,
+        "topk_group": rule.topk_group,
+        "max_k": MAX_K,
+    }
+
+
 def by_plugin(rule: Rule, feed: dict[str, np.ndarray]) -> Any:
-    return plugin.moe(
-        *(feed[name] for name in INPUTS),
-        correction_bias=feed.get("correction_bias"),
-        activation=rule.activation,
-        scoring=rule.scoring,
-        norm_topk_prob=rule.norm_topk_prob,
-        routed_scaling_factor=rule.routed_scaling_factor,
-        n_group=rule.n_group,
-        topk_group=rule.topk_group,
-        max_k=MAX_K,
-    )
+    return plugin.moe(*(feed[name] for name in INPUTS), activation=rule.activation, **routing(rule, feed))
+
+
+def selected(rule: Rule, feed: dict[str, np.ndarray]) -> Any:
+    """The most experts that each token's row may run, by rank, then -1."""
+    most = np.repeat(feed["k_values"][:, -1:], 2, axis=1)
+    logits, index, kinds = feed["router_logits"], feed["policy_index"], np.zeros_like(feed["policy_kind"])
+    return plugin.route(logits, index, kinds, np.zeros((len(most), 1), np.float32), most, **routing(rule, feed)).experts
 
 
 def near_a_limit(rule: Rule, feed: dict[str, np.ndarray]) -> bool:
-    """Whether some token's entropy, mass or ratio is so near its row's limit that rounding decides."""
+    """Whether some token's entropy, mass, ratio or share is so near its row's limit that rounding decides."""
     logits = feed["router_logits"].astype(np.float64)
     with np.errstate(all="ignore"):
         exps = np.exp(logits - logits.max(1, keepdims=True))
@@ -149,9 +169,13 @@ def near_a_limit(rule: Rule, feed: dict[str, np.ndarray]) -> bool:
         ranked = np.take_along_axis(scores, np.argsort(-keys, 1, kind="stable"), 1)
         mass = np.cumsum(ranked / ranked.sum(1, keepdims=True), 1)
         ratio = scores / scores.max(1, keepdims=True)
+        candidates = selected(rule, feed)
+        contributions = np.take_along_axis(scores * feed.get("expert_norms", np.ones(1)), candidates, 1)
+        largest = -np.sort(-np.where(candidates < 0, 0, contributions), 1)
+        share = np.cumsum(largest, 1) / largest.sum(1, keepdims=True)
         limits = feed["thresholds"][np.clip(feed["policy_index"], 0, len(feed["policy_kind"]) - 1)]
         first = limits[:, :1]
-        distances = (entropy[:, None] - limits, mass - first, ratio - first)
+        distances = (entropy[:, None] - limits, mass - first, ratio - first, share - first)
         return any(bool((np.abs(distance) < 1e-4).any()) for distance in distances)
 
 
@@ -169,7 +193,7 @@ def layers(draw: st.DrawFn, rule: Rule) -> dict[str, np.ndarray]:
     else:
         pool = np.array(draw(st.lists(value, min_size=1, max_size=6)), np.float32)
         logits = np.random.default_rng(draw(st.integers(0, 99))).choice(pool, (tokens, rule.num_experts))
-    kinds = np.array(draw(st.lists(st.integers(0, 2), min_size=policies, max_size=policies)), np.int32)
+    kinds = np.array(draw(st.lists(st.integers(0, 3), min_size=policies, max_size=policies)), np.int32)
     limit = st.integers(13, 987).map(lambda thousandths: thousandths / 1000)
     limits = np.array(
         [sorted(draw(st.lists(limit, min_size=choices - 1, max_size=choices - 1))) for _ in range(policies)], np.float32
@@ -202,10 +226,10 @@ def test_random_layers(rule: Rule, data: st.DataObject) -> None:
 def test_many_tokens_with_mixed_rows(rule: Rule) -> None:
     rng = np.random.default_rng(5)
     logits = rng.standard_normal((300, rule.num_experts), np.float32) * 3
-    kinds = np.array([0, 1, 2], np.int32)
-    limits = np.array([[0.5, 1.2], [0.7, np.inf], [0.3, np.inf]], np.float32)
-    ks = np.array([[1, 2, 4], [1, 3, 3], [1, 3, 3]], np.int32)
-    feed = arguments(rule, logits, kinds, limits, ks, rng.integers(0, 3, 300))
+    kinds = np.array([0, 1, 2, 3], np.int32)
+    limits = np.array([[0.5, 1.2], [0.7, np.inf], [0.3, np.inf], [0.8, np.inf]], np.float32)
+    ks = np.array([[1, 2, 4], [1, 3, 3], [1, 3, 3], [1, 2, 6]], np.int32)
+    feed = arguments(rule, logits, kinds, limits, ks, rng.integers(0, 4, 300))
     expected_output, expected_k, _ = by_function(rule, feed)
     output, k, _ = by_plugin(rule, feed)
     agree = k == expected_k  # a token at a limit may fall to either side by rounding

@@ -13,10 +13,10 @@ from oracle import GATED
 
 Array = npt.NDArray[Any]
 
-# Rows of all kinds: fixed k, entropy, top-p and ratio.
-POLICY_KIND = np.array([0, 0, 1, 2], np.int32)
-THRESHOLDS = np.array([[np.inf, np.inf], [0.6, 1.2], [0.7, 0.0], [0.3, 0.0]], np.float32)
-K_VALUES = np.array([[2, 2, 2], [1, 2, 4], [1, 2, 4], [1, 2, 3]], np.int32)
+# Rows of all kinds: fixed k, entropy, top-p, ratio and contribution.
+POLICY_KIND = np.array([0, 0, 1, 2, 3], np.int32)
+THRESHOLDS = np.array([[np.inf, np.inf], [0.6, 1.2], [0.7, 0.0], [0.3, 0.0], [0.8, 0.0]], np.float32)
+K_VALUES = np.array([[2, 2, 2], [1, 2, 4], [1, 2, 4], [1, 2, 3], [1, 2, 4]], np.int32)
 
 
 def policies(tokens: int, seed: int = 0) -> tuple[Array, Array, Array, Array]:
@@ -40,6 +40,13 @@ def weights(
     down = rng.standard_normal((experts, hidden, intermediate)) / np.sqrt(intermediate)
     kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
     return up.astype(kind), down.astype(kind)
+
+
+def norms(experts: int) -> Array:
+    """expert_norms, some of them equal and one 0."""
+    found = np.random.default_rng(3).choice(np.array([0.5, 1, 1.25], np.float32), experts)
+    found[experts // 2] = 0
+    return found
 
 
 def tokens(count: int, hidden: int, experts: int, seed: int = 0) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-ENTROPY, TOP_P, RATIO = 0, 1, 2
+ENTROPY, TOP_P, RATIO, CONTRIBUTION = 0, 1, 2, 3
 GATED = ("swiglu", "geglu")
 Array = npt.NDArray[Any]
 
@@ -59,6 +59,7 @@ def route_token(
     k_values: Array,
     *,
     correction_bias: Array | None = None,
+    expert_norms: Array | None = None,
     scoring: str = "softmax",
     norm_topk_prob: bool = True,
     routed_scaling_factor: float = 1.0,
@@ -85,7 +86,19 @@ def route_token(
         selectable = [i for g in kept for i in range(g * size, (g + 1) * size)]
     order = ranked(keys, selectable)
 
+    def contributing(most: int, p: float) -> tuple[int, list[int]]:
+        """How many of the best `most` reach the share p of their contributions, and those by falling contribution."""
+        norms = np.ones(num_experts, np.float32) if expert_norms is None else expert_norms
+        contributions = scores[order[:most]] * norms[order[:most]]
+        by_size = ranked(contributions, list(range(len(contributions))))
+        reached = np.flatnonzero(
+            np.cumsum(contributions[by_size], dtype=np.float64) >= p * contributions.sum(dtype=float)
+        )
+        return int(reached[0]) + 1 if len(reached) else most, [order[i] for i in by_size]
+
+    largest = max(1, min(max_k or 32, len(order)))
     h = entropy(logits)
+    chosen = order
     if kind == TOP_P and not math.isnan(h):
         share = scores.astype(np.float64) / scores.astype(np.float64).sum()
         p = float(thresholds[0]) if len(thresholds) else 1.0
@@ -96,14 +109,18 @@ def route_token(
         ratio = np.float32(thresholds[0]) if len(thresholds) else np.float32(0)
         k = int((scores >= ratio * scores.max()).sum())
         k = min(max(k, int(k_values[0])), int(k_values[-1]))
-    elif kind in (TOP_P, RATIO):
+    elif kind == CONTRIBUTION and not math.isnan(h):
+        p = float(thresholds[0]) if len(thresholds) else 1.0
+        k, chosen = contributing(max(1, min(int(k_values[-1]), largest)), p)
+        k = min(max(k, int(k_values[0])), int(k_values[-1]))
+    elif kind in (TOP_P, RATIO, CONTRIBUTION):
         k = int(k_values[-1])
     else:
         below = [i for i, limit in enumerate(thresholds) if np.float32(h) < limit]
         k = int(k_values[below[0] if below else -1])
-    k = max(1, min(k, max_k or 32, len(order)))
+    k = max(1, min(k, largest))
 
-    experts = order[:k]
+    experts = [expert for expert in order if expert in set(chosen[:k])]  # in the order of rank
     weights = scores[experts].astype(np.float64)
     if norm_topk_prob:
         weights = weights / (weights.sum() + 1e-20)

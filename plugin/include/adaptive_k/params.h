@@ -33,7 +33,7 @@ enum class Scoring : int32_t { kSoftmax, kSigmoid };
 enum class WeightFormat : int32_t { kFloat32, kBFloat16 };
 
 // What a policy row decides k by.
-enum class PolicyKind : int32_t { kEntropy = 0, kTopP = 1, kRatio = 2 };
+enum class PolicyKind : int32_t { kEntropy = 0, kTopP = 1, kRatio = 2, kContribution = 3 };
 
 // The largest k when max_k is left at 0 (and the model has that many experts).
 constexpr int32_t kDefaultMaxK = 32;

@@ -121,6 +121,58 @@ ADAPTIVE_K_HD int32_t k_by_ratio(const PolicyRow& row, const float* scores, int3
   return clamp_k(k, row.k_values[0], largest_k_of_row(row));
 }
 
+// An expert's contribution: its score times the norm that its output has on average.
+ADAPTIVE_K_HD float contribution(float score, int32_t expert, const float* expert_norms) {
+  return expert_norms == nullptr ? score : score * expert_norms[expert];
+}
+
+// What contribution rows need to know of a selected expert: how many of the others contribute more
+// (or as much, with a better rank), and how much all of those contribute.
+struct Standing {
+  int32_t before;
+  double mass;
+};
+
+ADAPTIVE_K_HD Standing standing_of(const float* contributions, int32_t count, int32_t rank) {
+  Standing s = {0, 0};
+  for (int32_t i = 0; i < count; ++i) {
+    if (!ranks_before(contributions[i], i, contributions[rank], rank)) continue;
+    ++s.before;
+    s.mass += contributions[i];
+  }
+  return s;
+}
+
+// Whether the share p of the total is not reached before this expert, which is then needed. Where a
+// contribution or the total is NaN every expert is.
+ADAPTIVE_K_HD bool is_needed(const PolicyRow& row, const Standing& standing, double total) {
+  return !(standing.mass >= (row.num_choices > 1 ? row.thresholds[0] : 1.0) * total);
+}
+
+// Contribution rows: of the selected experts keeps as few of the largest contributions as reach the
+// share p of the total, in place and in the order of their rank. Returns k. `contributions` has
+// room for `count` values.
+ADAPTIVE_K_HD int32_t keep_by_contribution(const PolicyRow& row, const float* expert_norms,
+                                           int32_t* experts, float* scores, int32_t count,
+                                           float* contributions) {
+  double total = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    contributions[i] = contribution(scores[i], experts[i], expert_norms);
+    total += contributions[i];
+  }
+  int32_t needed = 0;
+  for (int32_t i = 0; i < count; ++i)
+    needed += is_needed(row, standing_of(contributions, count, i), total);
+  const int32_t k = clamp_k(clamp_k(needed, row.k_values[0], largest_k_of_row(row)), 1, count);
+  int32_t kept = 0;
+  for (int32_t i = 0; i < count; ++i) {
+    if (standing_of(contributions, count, i).before >= k) continue;
+    experts[kept] = experts[i];
+    scores[kept++] = scores[i];
+  }
+  return k;
+}
+
 // Turns the selected scores, in place, into the weights of the sum over experts.
 ADAPTIVE_K_HD void weigh(const MoeParams& params, float* scores, int32_t k) {
   if (params.norm_topk_prob) {
@@ -134,17 +186,19 @@ ADAPTIVE_K_HD void weigh(const MoeParams& params, float* scores, int32_t k) {
 
 struct RoutingScratch {
   float* scores;         // [num_experts]
-  float* keys;           // [num_experts]
+  float* keys;           // [num_experts], later the contributions of the selected
   float* group_keys;     // [n_group], read when n_group > 1
   int32_t* best_groups;  // [topk_group], read when n_group > 1
 };
 
-// Routes one token. `experts` and `weights` have room for `capacity` = largest_k(params,
-// num_experts) entries, of which the first k, best first, are written. Returns k.
+// Routes one token. `correction_bias` and `expert_norms` may be null. `experts` and `weights` have
+// room for `capacity` = largest_k(params, num_experts) entries, of which the first k, best first,
+// are written. Returns k.
 ADAPTIVE_K_HD int32_t route_token(const MoeParams& params, const float* logits, int32_t num_experts,
-                                  const float* correction_bias, const PolicyRow& row,
-                                  const RoutingScratch& scratch, int32_t capacity, int32_t* experts,
-                                  float* weights, float* entropy) {
+                                  const float* correction_bias, const float* expert_norms,
+                                  const PolicyRow& row, const RoutingScratch& scratch,
+                                  int32_t capacity, int32_t* experts, float* weights,
+                                  float* entropy) {
   const SoftmaxSummary softmax = summarize_softmax(logits, num_experts);
   *entropy = static_cast<float>(softmax.entropy);
   const bool defined = softmax.entropy == softmax.entropy;
@@ -165,12 +219,15 @@ ADAPTIVE_K_HD int32_t route_token(const MoeParams& params, const float* logits, 
   }
 
   // A row without a defined softmax runs its full k whatever it decides by (k_by_entropy sees to
-  // that itself). Top-p rows rank up to their full k first and then count.
+  // that itself). Top-p and contribution rows rank up to their full k first and then count.
   const bool by_mass = defined && row.kind == static_cast<int32_t>(PolicyKind::kTopP);
+  const bool by_contribution =
+      defined && row.kind == static_cast<int32_t>(PolicyKind::kContribution);
   int32_t k = largest_k_of_row(row);
   if (row.kind == static_cast<int32_t>(PolicyKind::kRatio)) {
     if (defined) k = k_by_ratio(row, scratch.scores, num_experts);
-  } else if (row.kind != static_cast<int32_t>(PolicyKind::kTopP)) {
+  } else if (row.kind != static_cast<int32_t>(PolicyKind::kTopP) &&
+             row.kind != static_cast<int32_t>(PolicyKind::kContribution)) {
     k = k_by_entropy(row, *entropy);
   }
   k = clamp_k(k, 1, capacity);
@@ -195,6 +252,8 @@ ADAPTIVE_K_HD int32_t route_token(const MoeParams& params, const float* logits, 
 
   for (int32_t i = 0; i < selected; ++i) weights[i] = scratch.scores[experts[i]];
   if (by_mass) k = clamp_k(k_by_mass(row, weights, k, total), 1, k);
+  if (by_contribution)
+    k = keep_by_contribution(row, expert_norms, experts, weights, k, scratch.keys);
   weigh(params, weights, k);
   return k;
 }

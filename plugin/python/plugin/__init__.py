@@ -84,6 +84,10 @@ def _input(name: str, value: npt.ArrayLike, dtype: type[np.generic]) -> Array:
     return np.ascontiguousarray(array) if array.ndim else array
 
 
+def _optional(name: str, value: npt.ArrayLike | None) -> Array | None:
+    return None if value is None else _input(name, value, np.float32)
+
+
 def _weights(name: str, array: Array) -> tuple[Array, str]:
     """The array as the library reads it, uncopied, and its weight format."""
     if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
@@ -108,6 +112,7 @@ def route(
     k_values: npt.ArrayLike,
     *,
     correction_bias: npt.ArrayLike | None = None,
+    expert_norms: npt.ArrayLike | None = None,
     scoring: str = "softmax",
     norm_topk_prob: bool = True,
     routed_scaling_factor: float = 1.0,
@@ -120,12 +125,15 @@ def route(
     Args:
         router_logits: [T, E] float32, the router's raw logits.
         policy_index: [T] int32, the policy row of each token, clamped into [0, P).
-        policy_kind: [P] int32, what each row decides by: 0 entropy, 1 top-p, 2 ratio to the best score.
+        policy_kind: [P] int32, what each row decides by: 0 entropy, 1 top-p, 2 ratio to the best score,
+            3 contribution.
         thresholds: [P, C-1] float32. Entropy rows: limits in nats between the C choices, rising, padded with
-            infinity. Top-p and ratio rows: their parameter first.
-        k_values: [P, C] int32. Entropy rows: experts to run in each choice. Top-p and ratio rows: the least first,
-            the most last.
+            infinity. All other rows: their parameter first.
+        k_values: [P, C] int32. Entropy rows: experts to run in each choice. All other rows: the least first, the
+            most last.
         correction_bias: [E] float32, added to the scores for selection, not for the weights.
+        expert_norms: [E] float32, what contribution rows multiply the scores by; None is as all ones. Of the most
+            experts that such a row may run they keep the fewest whose share of the contributions reaches p.
         scoring: "softmax" or "sigmoid".
         norm_topk_prob: Whether the selected weights are divided by their sum.
         routed_scaling_factor: Multiplies the weights in the end.
@@ -155,7 +163,8 @@ def route(
         _input("policy_kind", policy_kind, np.int32),
         _input("thresholds", thresholds, np.float32),
         _input("k_values", k_values, np.int32),
-        None if correction_bias is None else _input("correction_bias", correction_bias, np.float32),
+        _optional("correction_bias", correction_bias),
+        _optional("expert_norms", expert_norms),
     )
     width = _plugin.routing_width(params, *inputs)
     tokens = len(inputs[0])
@@ -180,6 +189,7 @@ def moe(
     down: Array,
     *,
     correction_bias: npt.ArrayLike | None = None,
+    expert_norms: npt.ArrayLike | None = None,
     activation: str = "swiglu",
     scoring: str = "softmax",
     norm_topk_prob: bool = True,
@@ -202,6 +212,7 @@ def moe(
             float32, or bfloat16 as ml_dtypes.bfloat16 or as uint16 bits. C-contiguous; read in place.
         down: [E, H, I], of the same type.
         correction_bias: See `route`.
+        expert_norms: See `route`.
         activation: "swiglu", "geglu" (gated), "silu", "gelu", "gelu_tanh", "relu" or "relu2".
         scoring: See `route`.
         norm_topk_prob: See `route`.
@@ -248,7 +259,8 @@ def moe(
         _input("k_values", k_values, np.int32),
         up_bits,
         down_bits,
-        None if correction_bias is None else _input("correction_bias", correction_bias, np.float32),
+        _optional("correction_bias", correction_bias),
+        _optional("expert_norms", expert_norms),
         num_threads,
         output,
         k,
