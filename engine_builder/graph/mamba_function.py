@@ -52,6 +52,9 @@ def make_mamba_function(mamba: MambaConfig) -> onnx.FunctionProto:
     ended = b.op("LessOrEqual", b.op("Unsqueeze", ends, b.const([1], "int64")), tokens)  # [S, T]
     sequence = b.op("ReduceSum", b.op("Cast", ended, to=TensorProto.INT64), b.const([0], "int64"), keepdims=0)
     slots = b.op("Gather", b.op("Cast", "state_slots", to=TensorProto.INT64), sequence)
+    # A sequence without a slot reads the first one and writes back what it found there.
+    has_slot = b.op("GreaterOrEqual", slots, b.const(0, "int64"))
+    slots = b.op("Max", slots, b.const(0, "int64"))
     # A sequence's first token starts from zero states if nothing came before it.
     begins_here = b.op("Equal", b.op("Gather", begins, sequence), tokens)
     no_past = b.op("Equal", b.op("Gather", "past_lens", sequence), b.const(0, "int32"))
@@ -64,9 +67,9 @@ def make_mamba_function(mamba: MambaConfig) -> onnx.FunctionProto:
     b.nodes.append(
         helper.make_node(
             "Scan",
-            ["conv_state", "ssm_state", "conv_input", steps, decays, slots, fresh],
+            ["conv_state", "ssm_state", "conv_input", steps, decays, slots, has_slot, fresh],
             ["present_conv_state", "present_ssm_state", "y"],
-            num_scan_inputs=5,
+            num_scan_inputs=6,
             body=_token_graph(mamba),
         )
     )
@@ -87,7 +90,8 @@ def _token_graph(mamba: MambaConfig) -> onnx.GraphProto:
 
     def keep(states: str, state: str, name: str) -> None:
         index = b.op("Reshape", "slot_in", b.const([1, 1], "int64"))
-        b.op("ScatterND", states, index, b.op("Unsqueeze", state, first), name=name)
+        kept = b.op("Where", "has_slot_in", state, b.op("Gather", states, "slot_in", axis=0))
+        b.op("ScatterND", states, index, b.op("Unsqueeze", kept, first), name=name)
 
     window = b.op("Concat", own("conv_state_in"), b.op("Unsqueeze", "token_in", first), axis=0)  # [K, channels]
     mixed = b.op("ReduceSum", b.op("Mul", window, "conv_weight"), first, keepdims=0)
@@ -114,7 +118,8 @@ def _token_graph(mamba: MambaConfig) -> onnx.GraphProto:
     keep("ssm_state_in", state, "ssm_state_out")
     read = b.op("ReduceSum", b.op("Mul", per_head(names[2]), state), b.const([1], "int64"), keepdims=1)
     skip = b.op("Mul", b.op("Reshape", "D", column), x)
-    b.op("Reshape", b.op("Add", read, skip), b.const([heads * width], "int64"), name="y_out")
+    y = b.op("Where", "has_slot_in", b.op("Add", read, skip), zero)
+    b.op("Reshape", y, b.const([heads * width], "int64"), name="y_out")
 
     def value(name: str, dtype: int, *shape: int | None) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, dtype, list(shape))
@@ -128,6 +133,7 @@ def _token_graph(mamba: MambaConfig) -> onnx.GraphProto:
         value("step_in", f32, heads),
         value("decay_in", f32, heads),
         value("slot_in", TensorProto.INT64),
+        value("has_slot_in", TensorProto.BOOL),
         value("fresh_in", TensorProto.BOOL),
     ]
     outputs = [

@@ -18,7 +18,7 @@ import onnx
 
 from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import PROFILES, Binding, make_bindings
 from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Progress, compile_graph
-from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_plugin, lower_graph
+from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_compiler, for_plugin, lower_graph, tensor_bytes
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 from adaptive_k_moe.errors import BuildError
 
@@ -126,7 +126,7 @@ class DryRun:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of one sequence's keys and values."""
+        """Bytes of one sequence's keys and values, and of its states."""
         caches = [binding for binding in self.table if binding.in_place_of is not None]
         return sum(_SIZES[cache.dtype] * prod(cache.profiles[0].min) for cache in caches)
 
@@ -162,7 +162,7 @@ class DryRun:
             return f"refused by TensorRT for RTX for {result['capability']}: {result['error']}"
         attention = "" if result["fused_attention"] else "; attention has no fused kernel for these heads and is slow"
         return (
-            f"compiled by TensorRT for RTX {result['version']} for {result['capability']}, the experts by their "
+            f"compiled by TensorRT for RTX {result['version']} for {result['capability']}, the operators by "
             f"function body: {_megabytes(result['bytes'])} in {result['seconds']:.1f} s{attention}"
         )
 
@@ -177,11 +177,8 @@ def dry_run(
     """
     source = directory / "model.onnx"
     lowered = lower_graph(source, model, build)
-    onnx.save(lowered, source)
-    weights = sum(
-        prod(initializer.dims) * onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type).itemsize
-        for initializer in lowered.graph.initializer
-    )
+    onnx.save(for_compiler(lowered), source)
+    weights = sum(tensor_bytes(initializer) for initializer in lowered.graph.initializer)
     compiled: list[dict[str, Any]] = []
     skipped = None
     if not has_compiler():
@@ -220,19 +217,25 @@ def _caches(table: list[Binding]) -> list[Binding]:
 
 
 def _bindings_text(table: list[Binding]) -> list[str]:
-    """The table of bindings, with the caches of one layer for all."""
+    """The table of bindings, with the caches (or states) of one layer for all."""
     caches = _caches(table)
-    layer = caches[0].name.split(".")[1]
+    layers: dict[str, list[str]] = {}
+    for binding in caches:
+        kind, layer = binding.name.split(".")[:2]
+        layers.setdefault(kind, []).append(layer)
     rows = [["", "name", "type", "shape", *PROFILES]]
     for binding in table:
-        if binding in caches and binding.name.split(".")[1] != layer:
+        kind, *layer_of = binding.name.split(".")
+        if binding in caches and layer_of[0] != layers[kind][0]:
             continue
         limits = [f"{_text(at.min)} {_text(at.opt)} {_text(at.max)}" for at in binding.profiles]
         way = "in" if binding.is_input else "out"
         rows.append([way, binding.name, binding.dtype, _text(binding.shape), *limits])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return [*lines, f"and such a cache for each of {len(caches) // 4} layers"]
+    counts = {kind: len(set(of)) for kind, of in layers.items() if not kind.startswith("present")}
+    names = {"past_key_values": "a cache", "ssm_state": "states"}
+    return [*lines, *(f"and such {names[kind]} for each of {n} layers" for kind, n in counts.items() if kind in names)]
 
 
 def _text(shape: tuple[int | str, ...]) -> str:

@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ONNX graph rewritten for TensorRT: strongly typed, its cache updated in place.
+"""The ONNX graph rewritten for TensorRT: strongly typed, its caches and states updated in place.
 
 The rewrite works on the file, so every architecture's graph takes the same way and the models know nothing of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
+from adaptive_k_moe.engine_builder.graph import mamba_function, moe_function
 from adaptive_k_moe.engine_builder.graph.graph_builder import require_float16
-from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN, OP_TYPE
+from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN
 from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import Binding, make_bindings
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 from adaptive_k_moe.errors import BuildError
@@ -47,11 +50,11 @@ def lower_graph(path: Path, model: PretrainedConfig, build: BuildConfig) -> onnx
     Raises:
         BuildError: the model has layers or weights that this target does not take.
     """
-    if model.mamba is not None:
-        raise BuildError("the tensorrt target has no Mamba layers yet: build with --target openvino.")
     proto = onnx.load(path, load_external_data=False)
     _update_cache_in_place(proto.graph)
     _use_dtype(proto, path, model.dtype)
+    if model.mamba is not None:
+        _derive_sequences(proto.graph)
     _drop_unused(proto.graph)
     _declare(proto.graph, make_bindings(model, build))
     # Every type and rank of the graph against the operators' rules and the table.
@@ -60,18 +63,36 @@ def lower_graph(path: Path, model: PretrainedConfig, build: BuildConfig) -> onnx
 
 
 def for_plugin(lowered: onnx.ModelProto) -> onnx.ModelProto:
-    """The lowered graph with the operator left to the plugin: no function body, the plugin's name on each node."""
+    """The lowered graph with the operators left to the plugin: no function bodies, the plugin's name on each node."""
     proto = onnx.ModelProto()
     proto.CopyFrom(lowered)
     del proto.functions[:]
-    for node in _experts(proto.graph):
+    for node in (*_experts(proto.graph), *_scans(proto.graph)):
         node.attribute.append(helper.make_attribute("plugin_namespace", DOMAIN))
         node.attribute.append(helper.make_attribute("plugin_version", "1"))
     return proto
 
 
+def for_compiler(lowered: onnx.ModelProto) -> onnx.ModelProto:
+    """The lowered graph of standard ops alone: function bodies in their nodes' places.
+
+    TensorRT's parser can expand functions too, but refuses a second node whose body holds a `DequantizeLinear`.
+    """
+    return onnx.inliner.inline_local_functions(lowered)
+
+
+def tensor_bytes(tensor: TensorProto) -> int:
+    """Bytes of an initializer's values."""
+    bits = 4 if tensor.data_type == TensorProto.INT4 else 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return math.prod(tensor.dims) * bits // 8
+
+
 def _experts(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    return [node for node in graph.node if node.domain == DOMAIN and node.op_type == OP_TYPE]
+    return [node for node in graph.node if (node.domain, node.op_type) == (DOMAIN, moe_function.OP_TYPE)]
+
+
+def _scans(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    return [node for node in graph.node if (node.domain, node.op_type) == (DOMAIN, mamba_function.OP_TYPE)]
 
 
 def _producers(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
@@ -97,6 +118,25 @@ def _update_cache_in_place(graph: onnx.GraphProto) -> None:
                 node.input[index] = producer.output[0]
 
 
+def _derive_sequences(graph: onnx.GraphProto) -> None:
+    """`Mamba2`'s sequences from the batch: row i is a sequence, and what was written of it is its past."""
+    for name, value in (("zero", 0), ("one", 1)):
+        graph.initializer.append(numpy_helper.from_array(np.array(value, np.int64), f"sequences.{name}"))
+    nodes = [
+        helper.make_node("Shape", ["input_ids"], ["sequences.shape"]),
+        helper.make_node("Gather", ["sequences.shape", "sequences.zero"], ["sequences.count"]),
+        helper.make_node("Gather", ["sequences.shape", "sequences.one"], ["sequences.length"]),
+        helper.make_node("Add", ["sequences.count", "sequences.one"], ["sequences.limit"]),
+        helper.make_node("Range", ["sequences.zero", "sequences.limit", "sequences.one"], ["sequences.indices"]),
+        helper.make_node("Mul", ["sequences.indices", "sequences.length"], ["sequences.begins"]),
+        helper.make_node("Cast", ["sequences.begins"], ["subsequence_begins"], to=TensorProto.INT32),
+        helper.make_node("Cast", ["write_indices"], ["past_lens"], to=TensorProto.INT32),
+    ]
+    for node in nodes:
+        node.name = node.output[0]
+    _replace_nodes(graph, [*nodes, *graph.node])
+
+
 def _use_dtype(proto: onnx.ModelProto, path: Path, dtype: str) -> None:
     """Give activations and weights the engine's dtype and leave float32 what has to be float32."""
     if dtype == "float32":
@@ -110,9 +150,10 @@ def _use_dtype(proto: onnx.ModelProto, path: Path, dtype: str) -> None:
             node.input[index] = widened.get(name, name)
 
     routers = _routers(graph)
-    exact = {name for node in routers for name in node.input} | {
-        name for node in _experts(graph) for name in node.input[8:]
-    }
+    norms = _gated_norms(graph)
+    exact = {name for node in (*routers, *norms) for name in node.input}
+    exact |= {name for node in _experts(graph) for name in node.input[8:]}
+    exact |= {name for node in _scans(graph) for name in node.input[5:10]}
     exact |= {node.input[0] for node in graph.node if node.op_type == "Transpose" and node.output[0] in exact}
     for initializer in graph.initializer:
         if initializer.data_type == TensorProto.FLOAT and initializer.name not in exact:
@@ -130,8 +171,54 @@ def _use_dtype(proto: onnx.ModelProto, path: Path, dtype: str) -> None:
             node.output[0] = f"logits.{dtype}"
             nodes.append(helper.make_node("Cast", [node.output[0]], ["logits"], "logits.float", to=TensorProto.FLOAT))
     _replace_nodes(graph, nodes)
+    _keep_float(graph, norms, element)
     for function in proto.functions:
         _convert_function(function, element)
+
+
+def _gated_norms(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """What lies between a `Mamba2`, the gate of its layer and the projection out."""
+    found: dict[str, onnx.NodeProto] = {}
+    values = {node.output[0] for node in _scans(graph)}
+    for node in graph.node:  # in topological order
+        if node.op_type != "MatMul" and values.intersection(node.input):
+            values.add(node.output[0])
+            found[node.name] = node
+    # The sum with the residual stream lies behind the projection, so only the gate is left to be followed.
+    producers, waiting = _producers(graph), list(found.values())
+    while waiting:
+        for name in waiting.pop().input:
+            producer = producers.get(name)
+            if producer and producer.name not in found and producer.op_type in ("Mul", "Sigmoid"):
+                found[producer.name] = producer
+                waiting.append(producer)
+    return [node for node in graph.node if node.name in found]
+
+
+def _keep_float(graph: onnx.GraphProto, kept: list[onnx.NodeProto], element: int) -> None:
+    """Let these nodes compute in float32: casts of the activations that they take and give."""
+    names, producers = {node.name for node in kept}, _producers(graph)
+    nodes: list[onnx.NodeProto] = []
+    widened: set[str] = set()
+    inner = {output for node in kept for output in node.output}
+    outer = {name for node in graph.node if node.name not in names for name in node.input} & inner
+    for node in graph.node:
+        if node.name in names:
+            for index, name in enumerate(node.input):
+                if name in producers and name not in inner:
+                    node.input[index] = f"{name}.float"
+                    if name not in widened:
+                        widened.add(name)
+                        cast = helper.make_node(
+                            "Cast", [name], [f"{name}.float"], f"{name}.float", to=TensorProto.FLOAT
+                        )
+                        nodes.append(cast)
+        nodes.append(node)
+        if node.name in names and node.output[0] in outer:
+            name = node.output[0]
+            node.output[0] = f"{name}.float"
+            nodes.append(helper.make_node("Cast", [f"{name}.float"], [name], f"{name}.narrow", to=element))
+    _replace_nodes(graph, nodes)
 
 
 def _routers(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
@@ -148,17 +235,27 @@ def _routers(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     return found
 
 
+# A body's inputs and outputs that have the engine's dtype.
+_OPERANDS = {
+    moe_function.OP_TYPE: {"hidden_states", "output"},
+    mamba_function.OP_TYPE: {"conv_input", "dt", "conv_state", "y", "present_conv_state"},
+}
+
+
 def _convert_function(function: onnx.FunctionProto, element: int) -> None:
-    """Let a body that computes in float32 take and give hidden states of another type."""
+    """Let a body that computes in float32 take and give activations of another type."""
+    operands = _OPERANDS[function.name]
     for node in function.node:
         for names in (node.input, node.output):
             for index, name in enumerate(names):
-                if name in ("hidden_states", "output"):
+                if name in operands:
                     names[index] = f"{name}_float"
+    taken = [name for name in function.input if name in operands]
+    given = [name for name in function.output if name in operands]
     body = [
-        helper.make_node("Cast", ["hidden_states"], ["hidden_states_float"], to=TensorProto.FLOAT),
+        *(helper.make_node("Cast", [name], [f"{name}_float"], to=TensorProto.FLOAT) for name in taken),
         *function.node,
-        helper.make_node("Cast", ["output_float"], ["output"], to=element),
+        *(helper.make_node("Cast", [f"{name}_float"], [name], to=element) for name in given),
     ]
     del function.node[:]
     function.node.extend(body)

@@ -32,6 +32,7 @@ from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.policy import PolicySet
 
 from checkpoints import MIXTRAL_SMALL, Shape, make_checkpoint
+from nemotron_models import Nemotron, make_nemotron
 
 SIZES: dict[str, Any] = {"max_batch_size": 3, "max_seq_len": 40, "max_num_tokens": 16}
 POLICIES = {"policies": {"mixed": {"kind": "entropy", "thresholds": [1.0, 1.4], "k": [1, 2, 3]}}}
@@ -50,14 +51,25 @@ SHAPES = [
 ]
 
 
+NEMOTRONS = [
+    Nemotron("every kind of layer", "ME*-ME", COMPILED),
+    Nemotron("Mamba and experts alone", "MEM-E", {"conv_kernel": 7}),
+    Nemotron("one group, latent experts, biases", "*MEM", {"n_groups": 1, "mamba_num_heads": 5, "mamba_head_dim": 7,
+             "moe_latent_size": 28, "mlp_bias": True, "use_bias": True, **COMPILED}),
+    Nemotron("two taps, no bias, steps at their limit", "ME*",
+             {"conv_kernel": 2, "use_conv_bias": False, "time_step_min": 0.7}),
+]  # fmt: skip
+
+
 class Lowered:
     """A checkpoint's lowered graph, and ONNX Runtime in the place of the engine.
 
     It binds what the table says and nothing else, and checks every shape and type against the table.
     """
 
-    def __init__(self, directory: Path, shape: Shape, dtype: Dtype) -> None:
-        self.checkpoint = make_checkpoint(directory / "checkpoint", shape)
+    def __init__(self, directory: Path, shape: Shape | Nemotron, dtype: Dtype) -> None:
+        make = make_nemotron if isinstance(shape, Nemotron) else make_checkpoint
+        self.checkpoint = make(directory / "checkpoint", shape)
         config = build(
             self.checkpoint,
             directory / "engine",
@@ -75,10 +87,11 @@ class Lowered:
         onnx.save(self.proto, self.path)
         self._session: Any = None
         self.tables = config.policy_tables()
+        kept = {b.in_place_of for b in self.table if dtype != "bfloat16"}
         self.slots = {
             b.name: np.zeros((self.build.max_batch_size, *b.shape[1:]), NUMPY[b.dtype])
             for b in self.table
-            if b.name.startswith("past") and dtype != "bfloat16"
+            if b.name in kept
         }
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -104,23 +117,33 @@ class Lowered:
         return given
 
     def step(
-        self, slots: list[int], tokens: np.ndarray, begins: list[int], asked: list[int], policy: str = "full"
+        self,
+        slots: list[int],
+        tokens: np.ndarray,
+        begins: list[int],
+        asked: list[int],
+        policy: str = "full",
+        idle: tuple[int, ...] = (),
     ) -> dict[str, np.ndarray]:
         """One step: `tokens` [B, S] of the sequences in `slots`, written into their caches at `begins`.
 
         As on a GPU, the cache keeps what lies beyond a sequence's tokens, so padding may leave garbage there.
+        `idle` slots run along with a token that is not theirs: Mamba's states must not see it.
         """
         batch, length = tokens.shape
+        rows = [-1 if slot in idle else row for row, slot in enumerate(slots)]
         given = self.run(
             {
                 "input_ids": tokens.astype(np.int64),
                 "position_ids": np.array(begins)[:, None] + np.arange(length),
                 "write_indices": np.array(begins),
+                **({} if self.model.mamba is None else {"state_slots": np.array(rows, np.int32)}),
                 "logits_indices": np.array(asked),
                 "policy_index": np.full(batch * length, self.tables.index(policy), np.int32),
                 "policy_kind": self.tables.policy_kind,
                 "thresholds": self.tables.thresholds,
                 "k_values": self.tables.k_values,
+                "expert_norms": self.tables.expert_norms,
                 **{name: np.ascontiguousarray(slot[slots]) for name, slot in self.slots.items()},
             }
         )
@@ -133,7 +156,7 @@ class Lowered:
         """[S, V]: what `transformers` says of one sequence, in float32."""
         model = _reference(self.checkpoint)
         with torch.no_grad():
-            return model(torch.tensor(ids[None])).logits[0].numpy()
+            return model(torch.tensor(ids[None]), use_cache=False).logits[0].numpy()
 
 
 @cache
@@ -197,6 +220,51 @@ def test_the_lowered_graph_equals_transformers(shape: Shape, tmp_path: Path) -> 
 @pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_the_float16_graph_is_near_transformers_in_float32(shape: Shape, tmp_path: Path) -> None:
     assert_steps_equal_transformers(Lowered(tmp_path, shape, "float16"), 1e-2)
+
+
+def assert_mamba_steps_equal_transformers(lowered: Lowered, tolerance: float) -> None:
+    """Each prompt alone in chunks, its states carried on; then ragged decode beside slots that have nothing to do."""
+    texts = sequences(lowered)
+    expected = [lowered.reference(text) for text in texts]
+    largest = max(np.abs(rows).max() for rows in expected)
+    filled = [0, 0, 0]
+    for name, slot in lowered.slots.items():  # what an earlier user left must not show, nor that it was NaN
+        slot[:] = np.nan if "state" in name else 3.0
+
+    def close(found: np.ndarray, rows: list[np.ndarray]) -> None:
+        assert np.abs(found - np.array(rows)).max() <= tolerance * largest
+
+    # Chunks of 1 (shorter than the convolution), 16 (the largest), 2 and so on; the last tokens are left for decode.
+    for slot, lengths in enumerate(((1, 16, 2, 15), (3,), (16, 1))):
+        for length in lengths:
+            begin = filled[slot]
+            given = lowered.step([slot], texts[slot][None, begin : begin + length], [begin], list(range(length)))
+            close(given["logits"], list(expected[slot][begin : begin + length]))
+            filled[slot] += length
+    step = 0
+    while filled[0] < lowered.build.max_seq_len:
+        due = [slot for slot in range(3) if filled[slot] < len(texts[slot]) and step >= (0, 2, 0)[slot]]
+        token = np.array([[texts[slot][filled[slot]] if slot in due else 0] for slot in range(3)])
+        before = {name: state.copy() for name, state in lowered.slots.items() if "state" in name}
+        idle = tuple({0, 1, 2} - set(due))
+        given = lowered.step([0, 1, 2], token, filled, due, idle=idle)
+        close(given["logits"], [expected[slot][filled[slot]] for slot in due])
+        for name, state in before.items():
+            np.testing.assert_array_equal(lowered.slots[name][list(idle)], state[list(idle)])
+        for slot in due:
+            filled[slot] += 1
+        step += 1
+    assert filled == [40, 7, 21]
+
+
+@pytest.mark.parametrize("shape", NEMOTRONS, ids=str)
+def test_the_lowered_graph_with_mamba_layers_equals_transformers(shape: Nemotron, tmp_path: Path) -> None:
+    assert_mamba_steps_equal_transformers(Lowered(tmp_path, shape, "float32"), 1e-4)
+
+
+@pytest.mark.parametrize("shape", NEMOTRONS[:3], ids=str)
+def test_the_float16_graph_with_mamba_layers_is_near_transformers(shape: Nemotron, tmp_path: Path) -> None:
+    assert_mamba_steps_equal_transformers(Lowered(tmp_path, shape, "float16"), 1e-2)
 
 
 def test_policies_choose_as_in_the_unlowered_graph(tmp_path: Path) -> None:
@@ -271,6 +339,31 @@ def test_the_graph_for_the_plugin_gives_it_the_types_that_it_takes(shape: Shape,
     wide = {name for name, type_ in types.items() if type_ == f32}
     products = {n.output[0] for n in proto.graph.node if n.op_type == "MatMul" and n.output[0] in wide}
     assert products == {node.input[1] for node in nodes}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_graph_for_the_plugin_gives_mamba_the_types_that_it_takes(dtype: Dtype, tmp_path: Path) -> None:
+    lowered = Lowered(tmp_path, NEMOTRONS[0], dtype)
+    typed = onnx.shape_inference.infer_shapes(lowered.proto, strict_mode=True)
+    types = {v.name: v.type.tensor_type.elem_type for v in (*typed.graph.value_info, *typed.graph.input)}
+    types |= {v.name: v.type.tensor_type.elem_type for v in typed.graph.output}
+    types |= {initializer.name: initializer.data_type for initializer in typed.graph.initializer}
+    own, f32, i32 = TYPES[dtype], TensorProto.FLOAT, TensorProto.INT32
+    graph = for_plugin(lowered.proto).graph
+    nodes = [node for node in graph.node if node.op_type == "Mamba2"]
+    assert len(nodes) == 2
+    for node in nodes:
+        assert [types[name] for name in node.input] == [own, own, i32, i32, i32, f32, f32, f32, f32, f32, own, f32]
+        assert [types[name] for name in node.output] == [own, own, f32]
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"adaptive_k", b"1")
+        assert attributes["n_groups"] == 3
+        assert attributes["dt_min"] == pytest.approx(0.01)
+    # The gated norm behind it, and nothing else beside the router, computes in float32.
+    norms = [node for node in graph.node if node.op_type == "RMSNormalization" and types[node.output[0]] == f32]
+    assert len(norms) == 2
+    wide = [node for node in graph.node if node.op_type == "MatMul" and types.get(node.output[0]) == f32]
+    assert len(wide) == lowered.model.num_moe_layers
 
 
 def test_weights_keep_their_values_in_the_new_type(tmp_path: Path) -> None:
@@ -356,11 +449,13 @@ def _plain_model() -> dict[str, Any]:
         (Shape("bias, shared expert", {**COMPILED, "mlp_only_layers": [0]}, "qwen2_moe"), "bfloat16", ("SM89",)),
         (Shape("clipped", {"hidden_size": 64, "num_key_value_heads": 4, "clip_qkv": 0.7}, "olmoe"),
          "float16", ("SM89",)),
+        (NEMOTRONS[0], "float16", ("SM89", "SM120")),
+        (NEMOTRONS[1], "bfloat16", ("SM89",)),
     ],
     ids=str,
 )  # fmt: skip
 def test_tensorrt_for_rtx_compiles_the_graph_with_the_tables_bindings(
-    shape: Shape, dtype: Dtype, capabilities: tuple[str, ...], tmp_path: Path
+    shape: Shape | Nemotron, dtype: Dtype, capabilities: tuple[str, ...], tmp_path: Path
 ) -> None:
     pytest.importorskip("tensorrt_rtx_bindings")
     lowered = Lowered(tmp_path, shape, dtype)
@@ -384,8 +479,10 @@ def test_tensorrt_for_rtx_compiles_the_graph_with_the_tables_bindings(
                     limits = binding.profiles[index]
                     assert given[binding.name] == [list(limits.min), list(limits.opt), list(limits.max)]
         layers = len(lowered.model.attention_layers)
-        assert result["layers"]["KV_CACHE_UPDATE"] == 2 * layers
-        assert result["layers"]["ATTENTION_INPUT"] == layers
+        assert result["layers"].get("KV_CACHE_UPDATE", 0) == 2 * layers
+        assert result["layers"].get("ATTENTION_INPUT", 0) == layers
+        mamba = lowered.model.mamba
+        assert result["layers"].get("TRIP_LIMIT", 0) == (len(mamba.layers) if mamba else 0)  # a loop over the tokens
         assert result["bytes"] > 100_000
 
 
