@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
     from adaptive_k_moe.engine_config import EngineConfig
 
 Prompt = str | Sequence[int]
+
+# The `LLM`s of this process and who wants to know of them, for `watch_llms`.
+_llms: weakref.WeakSet[LLM] = weakref.WeakSet()
+_watchers: list[Callable[[LLM], None]] = []
+_watch_lock = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,6 +160,11 @@ class LLM:
             raise
         self._worker = EngineThread(self._engine)
         self._finalizer = weakref.finalize(self, self._worker.stop)
+        with _watch_lock:
+            _llms.add(self)
+            watchers = list(_watchers)
+        for watcher in watchers:
+            watcher(self)
 
     @property
     def config(self) -> EngineConfig:
@@ -315,6 +326,18 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.shutdown()
+
+
+def watch_llms(watcher: Callable[[LLM], None]) -> None:
+    """Call `watcher` with each `LLM` of this process: with those that are there, and with each to come.
+
+    It is called on the thread that opens the `LLM`, once for each, and must not raise.
+    """
+    with _watch_lock:
+        _watchers.append(watcher)
+        llms = list(_llms)
+    for llm in llms:
+        watcher(llm)
 
 
 def error_kind_of(error: AdaptiveKError) -> ErrorKind:

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Counts what an engine does, by the definitions of `definitions`; the exporters ask for the counts.
+
+A step costs the engine's thread a few microseconds: its arrays are put aside, and counted when an exporter asks
+or when enough of them have come together to be counted at once.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from adaptive_k_moe.observability import definitions
+from adaptive_k_moe.observability.definitions import MAX_POLICY_LABELS, METRICS, NO_POLICY, OTHER_POLICIES, Metric
+from adaptive_k_moe.observability.histogram import Histograms, HistogramValue
+from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, Refusal, StepRecord
+
+if TYPE_CHECKING:
+    from adaptive_k_moe.runtime import LLM
+    from adaptive_k_moe.runtime.outputs import RequestOutput
+
+_TOKENS_TO_COUNT_AT_ONCE = 4096
+_REQUEST_HISTOGRAMS = (definitions.LATENCY, definitions.TIME_TO_FIRST_TOKEN, definitions.QUEUE_TIME)
+_STEP_HISTOGRAMS = (definitions.TIME_BETWEEN_TOKENS, definitions.STEP_TIME, definitions.BATCH_SIZE)
+
+Value = float | HistogramValue
+
+
+class Sample(NamedTuple):
+    """One series: a metric, the values of its labels in order, and its value."""
+
+    metric: Metric
+    labels: tuple[str, ...]
+    value: Value
+
+
+class Observation(NamedTuple):
+    """One observation of a histogram that is not `bulk`."""
+
+    metric: Metric
+    labels: tuple[str, ...]
+    value: float
+
+
+class Recorder(Observer):
+    """All counts of one engine. Thread-safe.
+
+    Args:
+        num_layers: L, MoE layers of the model.
+        num_experts: experts of a layer; bounds the entropy.
+        full_k: the trained top-k.
+        max_k: the largest k that gets a bucket of its own.
+        stats: gives the engine's stats; None once it is gone.
+        keep_observations: keep each observation of histograms that are not `bulk` for `take_observations`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_experts: int,
+        full_k: int,
+        max_k: int,
+        stats: Callable[[], EngineStats | None],
+        keep_observations: bool = False,
+    ) -> None:
+        self._num_layers = num_layers
+        self._full_k = full_k
+        self._stats = stats
+        self._steps: deque[StepRecord] = deque()
+        self._pending_tokens = 0
+        self._observations: deque[Observation] | None = deque() if keep_observations else None
+        self._lock = threading.Lock()
+        self._policies: dict[str, int] = {}
+        self._engine_policies: Sequence[str] = ()
+        self._engine_rows: npt.NDArray[np.int64] = np.zeros(0, np.int64)
+        self._requests: dict[tuple[str, str], int] = {}
+        self._errors: dict[str, int] = {}
+        self._by_policy = {metric: Histograms(metric.buckets, 0) for metric in _REQUEST_HISTOGRAMS}
+        self._by_step = {metric: Histograms(metric.buckets) for metric in _STEP_HISTOGRAMS}
+        largest_entropy = math.log(max(num_experts, 2))
+        self._entropy = Histograms(
+            [limit for limit in definitions.ROUTER_ENTROPY.buckets if limit < largest_entropy], num_layers
+        )
+        # One row for each policy and layer.
+        self._experts = Histograms([limit for limit in definitions.EXPERTS_PER_TOKEN.buckets if limit <= max_k], 0)
+        self.records_dropped: Callable[[], int] = lambda: 0
+
+    @classmethod
+    def of(cls, llm: LLM, *, keep_observations: bool = False) -> Recorder:
+        """A recorder for an `LLM`, which it does not keep alive; it has yet to be added as an observer."""
+        import weakref
+
+        from adaptive_k_moe.policy import MAX_K
+
+        model = llm.config.pretrained_config
+        reference = weakref.ref(llm)
+        # Policies can come later, but none runs more experts than there are.
+        max_k = max(model.num_experts_per_tok, int(llm.policies.k_values.max(initial=1)))
+        return cls(
+            num_layers=len(model.moe.layers),
+            num_experts=model.moe.num_experts,
+            full_k=model.num_experts_per_tok,
+            max_k=min(max_k, model.moe.num_experts, MAX_K),
+            stats=lambda: None if (living := reference()) is None else living.stats(),
+            keep_observations=keep_observations,
+        )
+
+    # What the runtime tells
+
+    def on_step(self, record: StepRecord) -> None:
+        """Put a step aside; now and then, count those that were."""
+        self._steps.append(record)
+        self._pending_tokens += len(record.k)
+        if self._pending_tokens >= _TOKENS_TO_COUNT_AT_ONCE:
+            with self._lock:
+                self._count_steps()
+
+    def on_request_finished(self, output: RequestOutput) -> None:
+        """Count a request that has ended."""
+        metrics = output.metrics
+        times = (metrics.finished_time, metrics.first_token_time, metrics.first_scheduled_time)
+        with self._lock:
+            policy = self._policy(output.policy)
+            self._ended(policy, outcome_of(output))
+            if output.error_kind is not None:
+                self._errors[output.error_kind] = self._errors.get(output.error_kind, 0) + 1
+            for metric, seconds in zip(_REQUEST_HISTOGRAMS, times, strict=True):
+                if seconds is not None:
+                    self._observe(metric, policy, seconds - metrics.arrival_time)
+
+    def on_request_refused(self, refusal: Refusal) -> None:
+        """Count a request that was not accepted."""
+        with self._lock:
+            self._ended(NO_POLICY, "refused")
+            self._errors[refusal.error_kind] = self._errors.get(refusal.error_kind, 0) + 1
+
+    # What the exporters ask for
+
+    def collect(self) -> Iterator[Sample]:
+        """All series at this moment, in the order of `METRICS`; of the engine's state, only while it lives."""
+        with self._lock:
+            self._count_steps()
+            samples = [*self._request_samples(), *self._step_samples(), *self._policy_samples()]
+        stats = self._stats()
+        if stats is not None:
+            samples += _engine_samples(stats)
+        samples.append(Sample(definitions.RECORDS_DROPPED, (), self.records_dropped()))
+        order = {name: place for place, name in enumerate(METRICS)}
+        return iter(sorted(samples, key=lambda sample: (order[sample.metric.name], sample.labels)))
+
+    def take_observations(self) -> list[Observation]:
+        """The observations since the last call, if they are kept."""
+        taken: list[Observation] = []
+        while self._observations:
+            taken.append(self._observations.popleft())
+        return taken
+
+    # How it is counted; all with the lock held
+
+    def _ended(self, policy: str, outcome: str) -> None:
+        self._requests[policy, outcome] = self._requests.get((policy, outcome), 0) + 1
+
+    def _observe(self, metric: Metric, policy: str, value: float) -> None:
+        histograms, row = self._by_policy[metric], self._policies[policy]
+        histograms.grow(row + 1)
+        histograms.observe(value, row)
+        if self._observations is not None:
+            self._observations.append(Observation(metric, (policy,), value))
+
+    def _policy(self, name: str) -> str:
+        """The label for a policy's name, which is now known."""
+        if name not in self._policies and len(self._policies) >= MAX_POLICY_LABELS:
+            name = OTHER_POLICIES
+        self._policies.setdefault(name, len(self._policies))
+        return name
+
+    def _count_steps(self) -> None:
+        steps: list[StepRecord] = []
+        while self._steps:
+            steps.append(self._steps.popleft())
+        self._pending_tokens = 0
+        if not steps:
+            return
+        for metric, values in (
+            (definitions.TIME_BETWEEN_TOKENS, [seconds for step in steps for seconds in step.token_intervals]),
+            (definitions.STEP_TIME, [step.total_seconds for step in steps]),
+            (definitions.BATCH_SIZE, [float(step.num_sequences) for step in steps]),
+        ):
+            self._by_step[metric].observe_many(np.array(values, np.float64), np.zeros(len(values), np.int64))
+        layers = np.arange(self._num_layers)
+        entropy = np.concatenate([step.entropy for step in steps])
+        self._entropy.observe_many(entropy.ravel(), np.broadcast_to(layers, entropy.shape).ravel())
+        rows = np.concatenate([self._policy_rows(step.policies)[step.policy_index] for step in steps])
+        self._experts.grow(len(self._policies) * self._num_layers)
+        k = np.concatenate([step.k for step in steps])
+        self._experts.observe_many(k.ravel().astype(np.float64), (rows[:, None] * self._num_layers + layers).ravel())
+
+    def _policy_rows(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
+        """Our number of each of the engine's policies; the tables rarely change from one step to the next."""
+        if names is not self._engine_policies:
+            self._engine_policies = names
+            self._engine_rows = np.array([self._policies[self._policy(name)] for name in names], np.int64)
+        return self._engine_rows
+
+    def _request_samples(self) -> Iterator[Sample]:
+        for metric, histograms in self._by_policy.items():
+            for policy, row in self._policies.items():
+                if row < len(histograms) and (value := histograms.value(row)).count:
+                    yield Sample(metric, (policy,), value)
+        for (policy, outcome), count in self._requests.items():
+            yield Sample(definitions.REQUESTS, (policy, outcome), count)
+        for kind, count in self._errors.items():
+            yield Sample(definitions.ERRORS, (kind,), count)
+
+    def _step_samples(self) -> Iterator[Sample]:
+        for metric, histograms in self._by_step.items():
+            yield Sample(metric, (), histograms.value())
+        for layer in range(self._num_layers):
+            yield Sample(definitions.ROUTER_ENTROPY, (str(layer),), self._entropy.value(layer))
+
+    def _policy_samples(self) -> Iterator[Sample]:
+        for policy, row in self._policies.items():
+            values = [
+                self._experts.value(row * self._num_layers + layer)
+                for layer in range(self._num_layers)
+                if row * self._num_layers + layer < len(self._experts)
+            ]
+            choices = sum(value.count for value in values)
+            if not choices:
+                continue
+            for layer, value in enumerate(values):
+                yield Sample(definitions.EXPERTS_PER_TOKEN, (str(layer), policy), value)
+            avg_k = sum(value.sum for value in values) / choices
+            yield Sample(definitions.AVG_K, (policy,), avg_k)
+            yield Sample(definitions.COMPUTE_SAVED, (policy,), 1.0 - avg_k / self._full_k)
+
+
+def outcome_of(output: RequestOutput) -> str:
+    """How a request ended: "error", "cancelled", "length" or "stop", the gravest of its sequences'."""
+    reasons = {completion.finish_reason for completion in output.outputs}
+    if output.error:
+        return "error"
+    return next((reason for reason in ("error", "cancelled", "length") if reason in reasons), "stop")
+
+
+def _engine_samples(stats: EngineStats) -> list[Sample]:
+    return [
+        Sample(definitions.QUEUE_DEPTH, ("running",), stats.num_running),
+        Sample(definitions.QUEUE_DEPTH, ("waiting",), stats.num_waiting),
+        Sample(definitions.KV_BLOCKS, (), stats.kv_blocks_total),
+        Sample(definitions.KV_BLOCKS_USED, (), stats.kv_blocks_used),
+        Sample(definitions.PROMPT_TOKENS, (), stats.prompt_tokens_total),
+        Sample(definitions.GENERATION_TOKENS, (), stats.generation_tokens_total),
+        Sample(definitions.PREEMPTIONS, (), stats.preemptions_total),
+        Sample(definitions.CANCELLATIONS, (), stats.cancellations_total),
+        Sample(definitions.STEPS, (), stats.steps_total),
+    ]
