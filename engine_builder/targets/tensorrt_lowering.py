@@ -21,7 +21,6 @@ from adaptive_k_moe.engine_builder.graph.graph_builder import require_float16
 from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN
 from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import Binding, make_bindings
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
-from adaptive_k_moe.errors import BuildError
 
 TYPES = {
     "float32": TensorProto.FLOAT,
