@@ -160,11 +160,33 @@ class MoeConfig(_Model):
     """Indices of the decoder layers that have experts, in order; MoE layer 0 is the first of them."""
 
 
+class QuantizationConfig(_Model):
+    """Weights stored as integers; activations keep the model's dtype. The words are TensorRT-LLM's.
+
+    Attributes:
+        quant_algo: "W8A16", int8 with a scale for each row, or "W4A16", int4 with one for each group.
+        group_size: neighbours along a row that share a scale; None is the whole row.
+        exclude_modules: the linear layers that keep the model's dtype (the router: float32), as do embedding,
+            norms, convolutions and biases.
+    """
+
+    quant_algo: Literal["W8A16", "W4A16"]
+    group_size: int | None = Field(default=None, ge=1)
+    exclude_modules: list[str] = ["lm_head", "router", "shared_expert_gate"]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight."""
+        return {"W8A16": 8, "W4A16": 4}[self.quant_algo]
+
+
 class PretrainedConfig(_Model):
     """The model, in the field's terms."""
 
     architecture: str
     dtype: Dtype
+    quantization: QuantizationConfig | None = None
+    """None: weights are of `dtype`."""
     vocab_size: int = Field(ge=1)
     hidden_size: int = Field(ge=1)
     num_hidden_layers: int = Field(ge=1)
@@ -190,6 +212,11 @@ class PretrainedConfig(_Model):
     def attention_layers(self) -> list[int]:
         """Indices of the layers that have attention, and so keys and values to cache."""
         return list(range(self.num_hidden_layers)) if self.attention.layers is None else self.attention.layers
+
+    @property
+    def weight_format(self) -> str:
+        """How the experts' weights are stored: the operator's attribute."""
+        return self.dtype if self.quantization is None else f"int{self.quantization.bits}"
 
     @property
     def num_experts(self) -> int:
@@ -221,12 +248,14 @@ class BuildConfig(_Model):
     Attributes:
         target: what runs the engine.
         max_batch_size: most sequences in one step.
+        max_input_len: most tokens of a prompt; None is as many as `max_seq_len` leaves room for.
         max_seq_len: most tokens of a sequence, prompt and answer together.
         max_num_tokens: most tokens in one step, over all sequences.
     """
 
     target: Target
     max_batch_size: int = Field(ge=1)
+    max_input_len: int | None = Field(default=None, ge=1)
     max_seq_len: int = Field(ge=1)
     max_num_tokens: int = Field(ge=1)
 

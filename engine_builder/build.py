@@ -11,10 +11,11 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
 from adaptive_k_moe.engine_builder.graph import GraphBuilder
+from adaptive_k_moe.engine_builder.graph.weight_only import plan_weight_only
 from adaptive_k_moe.engine_builder.models import architecture_of
 from adaptive_k_moe.engine_builder.targets import lower
 from adaptive_k_moe.engine_config import (
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from adaptive_k_moe.engine_builder.models.decoder import Decoder
     from adaptive_k_moe.engine_builder.targets.tensorrt import DryRun
 
+WeightOnlyPrecision = Literal["int8", "int4"]
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -53,8 +56,11 @@ def build(
     *,
     target: Target = "openvino",
     dtype: Dtype | None = None,
+    weight_only_precision: WeightOnlyPrecision | None = None,
+    group_size: int | None = None,
     policy: str | Path | PolicySet | None = None,
     max_batch_size: int = 16,
+    max_input_len: int | None = None,
     max_seq_len: int | None = None,
     max_num_tokens: int | None = None,
     timing_cache: str | Path | None = None,
@@ -72,8 +78,11 @@ def build(
         target: "openvino" (any CPU), "tensorrt" (the GPU at hand) or "onnx" (the specification, for a plain
             ONNX Runtime).
         dtype: of the weights; None is the checkpoint's own, or the nearest that the target has.
+        weight_only_precision: store weights as "int8" or "int4" (targets "tensorrt" and "onnx"); None does not.
+        group_size: int4 that share a scale: 128, 64 or 32; None is the largest that fits the model.
         policy: policy file or set; None gives the engine `full` alone.
         max_batch_size: most sequences in one step.
+        max_input_len: most tokens of a prompt; None is one less than `max_seq_len`.
         max_seq_len: most tokens of a sequence; None is the model's own limit, 4096 at most.
         max_num_tokens: most tokens in one step; None is 512, and never under `max_batch_size`.
         timing_cache: file of kernel timings, which TensorRT's builder reads if it is there, and writes.
@@ -90,7 +99,8 @@ def build(
     """
     source, output = Path(checkpoint_dir), Path(output_dir)
     _check_output(output, force=force)
-    plan = _plan(source, target, dtype, max_batch_size, max_seq_len, max_num_tokens)
+    sizes = Sizes(max_batch_size, max_input_len, max_seq_len, max_num_tokens)
+    plan = _plan(source, target, dtype, weight_only_precision, group_size, sizes)
     model, build_config = plan.model, plan.build_config
     if target == "tensorrt":
         from adaptive_k_moe.engine_builder.targets.tensorrt import require_tensorrt
@@ -149,7 +159,10 @@ def dry_run(
     checkpoint_dir: str | Path,
     *,
     dtype: Dtype | None = None,
+    weight_only_precision: WeightOnlyPrecision | None = None,
+    group_size: int | None = None,
     max_batch_size: int = 16,
+    max_input_len: int | None = None,
     max_seq_len: int | None = None,
     max_num_tokens: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -161,7 +174,10 @@ def dry_run(
     Args:
         checkpoint_dir: Hugging Face checkpoint.
         dtype: "float16" or "bfloat16"; None is the checkpoint's own, or float16.
+        weight_only_precision: as for `build`.
+        group_size: as for `build`.
         max_batch_size: most sequences in one step.
+        max_input_len: as for `build`.
         max_seq_len: most tokens of a sequence, which is the cache's length.
         max_num_tokens: most tokens of a chunk of a prompt.
         progress: called with a part's name, the parts done and their number.
@@ -175,7 +191,8 @@ def dry_run(
     """
     from adaptive_k_moe.engine_builder.targets.tensorrt import dry_run as dry_run_for_tensorrt
 
-    plan = _plan(Path(checkpoint_dir), "tensorrt", dtype, max_batch_size, max_seq_len, max_num_tokens)
+    sizes = Sizes(max_batch_size, max_input_len, max_seq_len, max_num_tokens)
+    plan = _plan(Path(checkpoint_dir), "tensorrt", dtype, weight_only_precision, group_size, sizes)
     total, done = plan.model.num_hidden_layers + 3, 0
 
     def report(part: str) -> None:
@@ -193,6 +210,15 @@ def dry_run(
             raise BuildError(f"cannot write the graph to {directory}: {error.strerror or error}.") from error
 
 
+class Sizes(NamedTuple):
+    """The sizes asked for; None is for a default of the model's."""
+
+    max_batch_size: int
+    max_input_len: int | None
+    max_seq_len: int | None
+    max_num_tokens: int | None
+
+
 @dataclass(frozen=True)
 class _Plan:
     """A checkpoint, and what is to become of it."""
@@ -207,9 +233,9 @@ def _plan(
     source: Path,
     target: Target,
     dtype: Dtype | None,
-    max_batch_size: int,
-    max_seq_len: int | None,
-    max_num_tokens: int | None,
+    weight_only_precision: WeightOnlyPrecision | None,
+    group_size: int | None,
+    sizes: Sizes,
 ) -> _Plan:
     if target not in get_args(Target):
         raise BuildError(f"target {target!r} is unknown: it is one of {', '.join(get_args(Target))}.")
@@ -217,7 +243,12 @@ def _plan(
     hf_config.require("quantization_config", None)
     architecture = architecture_of(hf_config)
     model = architecture.read_config(hf_config, _dtype(hf_config, target, dtype))
-    build_config = _build_config(model, target, max_batch_size, max_seq_len, max_num_tokens)
+    if weight_only_precision is not None:
+        if target == "openvino":
+            raise BuildError("--use_weight_only is for --target tensorrt or onnx: openvino has no int8 or int4 yet.")
+        quantization = plan_weight_only(model, weight_only_precision, group_size)
+        model = model.model_copy(update={"quantization": quantization})
+    build_config = _build_config(model, target, sizes)
     return _Plan(source, architecture, model, build_config)
 
 
@@ -274,14 +305,22 @@ def _dtype(config: HfConfig, target: Target, asked: Dtype | None) -> Dtype:
     return asked or ("bfloat16" if own == "bfloat16" else "float16" if target == "tensorrt" else "float32")
 
 
-def _build_config(
-    model: PretrainedConfig, target: Target, max_batch_size: int, max_seq_len: int | None, max_num_tokens: int | None
-) -> BuildConfig:
-    seq_len = min(model.max_position_embeddings, _DEFAULT_MAX_SEQ_LEN) if max_seq_len is None else max_seq_len
-    num_tokens = max(512, max_batch_size) if max_num_tokens is None else max_num_tokens
-    for name, value in (("max_batch_size", max_batch_size), ("max_seq_len", seq_len), ("max_num_tokens", num_tokens)):
+def _build_config(model: PretrainedConfig, target: Target, sizes: Sizes) -> BuildConfig:
+    max_batch_size, input_len, seq_len, num_tokens = sizes
+    if seq_len is None:
+        seq_len = min(model.max_position_embeddings, _DEFAULT_MAX_SEQ_LEN)
+    if num_tokens is None:
+        num_tokens = max(512, max_batch_size)
+    if input_len is None:
+        input_len = max(1, seq_len - 1)
+    names = ("max_batch_size", "max_input_len", "max_seq_len", "max_num_tokens")
+    for name, value in zip(names, (max_batch_size, input_len, seq_len, num_tokens), strict=True):
         if value < 1:
             raise BuildError(f"{name} is {value}: it must be at least 1.")
+    if input_len >= max(2, seq_len):
+        raise BuildError(
+            f"max_input_len {input_len} leaves no room for an answer in max_seq_len {seq_len}: it must be less."
+        )
     if num_tokens < max_batch_size:
         raise BuildError(
             f"max_num_tokens {num_tokens} is below max_batch_size {max_batch_size}: a step of decode needs one token "
@@ -291,4 +330,10 @@ def _build_config(
         raise BuildError(
             f"max_seq_len {seq_len} is above the model's max_position_embeddings {model.max_position_embeddings}."
         )
-    return BuildConfig(target=target, max_batch_size=max_batch_size, max_seq_len=seq_len, max_num_tokens=num_tokens)
+    return BuildConfig(
+        target=target,
+        max_batch_size=max_batch_size,
+        max_input_len=input_len,
+        max_seq_len=seq_len,
+        max_num_tokens=num_tokens,
+    )

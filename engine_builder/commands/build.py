@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,8 +23,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: the checkpoint's"
     )
+    parser.add_argument("--use_weight_only", action="store_true", help="tensorrt, onnx: quantise the weights")
+    parser.add_argument(
+        "--weight_only_precision", choices=["int8", "int4"], default="int8", help="of quantised weights; default: int8"
+    )
+    parser.add_argument(
+        "--group_size", type=int, help="int4 that share a scale: 128, 64 or 32; default: the most that fits the model"
+    )
     parser.add_argument("--policy", type=Path, help="policy file (JSON); default: only the trained top-k")
     parser.add_argument("--max_batch_size", type=int, default=16, help="sequences in a step; default: %(default)s")
+    parser.add_argument("--max_input_len", type=int, help="tokens of a prompt; default: one less than max_seq_len")
     parser.add_argument("--max_seq_len", type=int, help="tokens of a sequence; default: the model's, 4096 at most")
     parser.add_argument("--max_num_tokens", type=int, help="tokens in a step; default: 512")
     parser.add_argument("--timing_cache", type=Path, help="tensorrt: file of kernel timings to use and extend")
@@ -49,14 +58,11 @@ def run(args: argparse.Namespace) -> int:
             args.checkpoint_dir,
             args.output_dir,
             target=args.target,
-            dtype=args.dtype,
             policy=args.policy,
-            max_batch_size=args.max_batch_size,
-            max_seq_len=args.max_seq_len,
-            max_num_tokens=args.max_num_tokens,
             timing_cache=args.timing_cache,
             force=args.force,
             progress=progress,
+            **_asked(args),
         )
     for warning in caught:
         if issubclass(warning.category, UserWarning):
@@ -80,14 +86,24 @@ def _dry_run(args: argparse.Namespace) -> int:
     with _progress_bar() as progress:
         found = dry_run(
             args.checkpoint_dir,
-            dtype=args.dtype,
-            max_batch_size=args.max_batch_size,
-            max_seq_len=args.max_seq_len,
-            max_num_tokens=args.max_num_tokens,
             progress=progress,
+            **_asked(args),
         )
     print("\n".join(found.lines()))
     return int(found.failed)
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What a build and a dry run are asked alike."""
+    return {
+        "dtype": args.dtype,
+        "weight_only_precision": args.weight_only_precision if args.use_weight_only else None,
+        "group_size": args.group_size,
+        "max_batch_size": args.max_batch_size,
+        "max_input_len": args.max_input_len,
+        "max_seq_len": args.max_seq_len,
+        "max_num_tokens": args.max_num_tokens,
+    }
 
 
 @contextmanager

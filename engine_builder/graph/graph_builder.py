@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from adaptive_k_moe.engine_builder.graph.weight_only import quantise
+from adaptive_k_moe.engine_config import QuantizationConfig
 from adaptive_k_moe.errors import BuildError
 
 OPSET = 24
@@ -22,6 +24,8 @@ DATA_TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
+    "int4": TensorProto.INT4,
+    "int8": TensorProto.INT8,
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
 }
@@ -29,6 +33,8 @@ _NUMPY_TYPES = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int4": np.dtype(np.int8),
+    "int8": np.dtype(np.int8),
 }
 
 # Weights start at page boundaries, so that a runtime can map each of them.
@@ -100,7 +106,8 @@ class GraphBuilder:
 
         Args:
             name: the initializer's name.
-            dtype: "float32", "float16" or "bfloat16"; pieces of another float dtype are converted.
+            dtype: "float32", "float16" or "bfloat16", to which pieces of another float dtype are converted; or
+                "int8" or "int4", the latter with two values a byte.
             shape: the whole weight's shape.
             pieces: its values in C order, in pieces of any shape that together have its size.
 
@@ -114,7 +121,7 @@ class GraphBuilder:
                 require_float16(name, piece)
             self._data.write(np.ascontiguousarray(piece, dtype=_NUMPY_TYPES[dtype]).view(np.uint8).data)
         length = self._data.tell() - offset
-        expected = int(np.prod(shape)) * _NUMPY_TYPES[dtype].itemsize
+        expected = int(np.prod(shape)) * _NUMPY_TYPES[dtype].itemsize // (2 if dtype == "int4" else 1)
         if length != expected:
             raise AssertionError(f"weight {name} streamed {length} bytes instead of {expected}")
         tensor = TensorProto(name=name, data_type=DATA_TYPES[dtype], dims=list(shape))
@@ -123,6 +130,49 @@ class GraphBuilder:
             tensor.external_data.add(key=key, value=str(value))
         self._initializers[name] = tensor
         return name
+
+    def quantised_weight(
+        self,
+        name: str,
+        quantization: QuantizationConfig,
+        dtype: str,
+        shape: Sequence[int],
+        pieces: Iterable[Array],
+        *,
+        for_operator: bool = False,
+    ) -> tuple[str, str]:
+        """Quantise a weight while it streams to the data file; its scales follow when it is whole.
+
+        Args:
+            name: the initializer's name; its scales are ``<name>_scales``.
+            quantization: bits and group size.
+            dtype: of the scales.
+            shape: the whole weight's shape, [..., K].
+            pieces: its values in C order, in pieces of whole rows.
+            for_operator: as `AdaptiveKMoe` takes them, two int4 in an int8 and scales of whole rows [..., 1], not
+                as `DequantizeLinear` does.
+
+        Returns:
+            Names of the integers and of the scales, [..., K / group size], of whole rows [...].
+
+        Raises:
+            BuildError: a weight is not finite, or beyond the range of the scales' type.
+        """
+        scales: list[Array] = []
+
+        def values() -> Iterator[Array]:
+            for piece in pieces:
+                integers, piece_scales = quantise(name, piece, quantization, dtype)
+                scales.append(piece_scales)
+                yield integers
+
+        *rows, length = shape
+        if for_operator and quantization.bits == 4:
+            self.weight(name, "int8", [*rows, length // 2], values())
+        else:
+            self.weight(name, f"int{quantization.bits}", shape, values())
+        groups = [length // quantization.group_size] if quantization.group_size else [1] if for_operator else []
+        return name, self.weight(f"{name}_scales", dtype, [*rows, *groups], scales)
 
     def function(self, function: onnx.FunctionProto) -> None:
         """Add a model-local function."""

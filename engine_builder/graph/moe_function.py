@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from adaptive_k_moe.engine_config import MoeConfig
+from adaptive_k_moe.engine_builder.graph.weight_only import dequantise_in_function
+from adaptive_k_moe.engine_config import MoeConfig, QuantizationConfig
 from adaptive_k_moe.policy import KIND_CONTRIBUTION, KIND_RATIO, KIND_TOP_P
 
 DOMAIN = "adaptive_k"
@@ -22,6 +23,7 @@ OP_TYPE = "AdaptiveKMoe"
 GATED_ACTIVATIONS = ("swiglu", "geglu")
 
 INPUTS = ["hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values", "up", "down"]
+SCALES = ["up_scales", "down_scales"]
 OUTPUTS = ["output", "k", "entropy"]
 
 
@@ -80,7 +82,12 @@ class FunctionBody:
 
 
 def make_moe_function(
-    moe: MoeConfig, *, max_k: int, correction_bias: bool, expert_norms: bool = False
+    moe: MoeConfig,
+    *,
+    max_k: int,
+    correction_bias: bool,
+    expert_norms: bool = False,
+    quantization: QuantizationConfig | None = None,
 ) -> onnx.FunctionProto:
     """The operator's body for one configuration of its attributes.
 
@@ -91,6 +98,7 @@ def make_moe_function(
             scores for the choice only.
         expert_norms: whether the operator has the input of that name as its last: [E] float32, by which rows of the
             kind `contribution` multiply the scores; without it all are 1.
+        quantization: of the weights, whose scales then come before `expert_norms`.
     """
     b = FunctionBody()
     f32 = onnx.TensorProto.FLOAT
@@ -197,10 +205,16 @@ def make_moe_function(
 
     # All experts on all tokens: [E, T, H].
     tokens = b.op("Unsqueeze", "hidden_states", b.const([0], "int64"))
-    up = b.op("Transpose", b.op("Cast", "up", to=f32), perm=[0, 2, 1])
-    hidden = _activate(b, b.op("MatMul", tokens, up), moe.activation)
-    down = b.op("Transpose", b.op("Cast", "down", to=f32), perm=[0, 2, 1])
-    experts = b.op("MatMul", hidden, down)
+
+    def matrices(name: str) -> str:
+        if quantization is None:
+            weights = b.op("Cast", name, to=f32)
+        else:
+            weights = dequantise_in_function(b.op, b.const, name, f"{name}_scales", quantization)
+        return b.op("Transpose", weights, perm=[0, 2, 1])
+
+    hidden = _activate(b, b.op("MatMul", tokens, matrices("up")), moe.activation)
+    experts = b.op("MatMul", hidden, matrices("down"))
 
     def per_expert(value: str) -> str:
         return b.op("Unsqueeze", b.op("Transpose", value, perm=[1, 0]), last)  # [E, T, 1]
@@ -209,7 +223,12 @@ def make_moe_function(
     kept = b.op("Where", b.op("Equal", per_expert(chosen), one), weighted, zero)
     b.op("ReduceSum", kept, b.const([0], "int64"), name="output", keepdims=0)
 
-    inputs = [*INPUTS, *(["correction_bias"] if correction_bias else []), *(["expert_norms"] if expert_norms else [])]
+    inputs = [
+        *INPUTS,
+        *(["correction_bias"] if correction_bias else []),
+        *(SCALES if quantization is not None else []),
+        *(["expert_norms"] if expert_norms else []),
+    ]
     attributes = list(moe_attributes(moe, max_k=max_k, weight_format="float32"))
     return helper.make_function(DOMAIN, OP_TYPE, inputs, OUTPUTS, b.nodes, [helper.make_opsetid("", 24)], attributes)
 

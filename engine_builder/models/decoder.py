@@ -23,6 +23,7 @@ from adaptive_k_moe.engine_config import (
     MlpConfig,
     MoeConfig,
     PretrainedConfig,
+    QuantizationConfig,
     RopeConfig,
     SharedExpertConfig,
 )
@@ -102,6 +103,7 @@ class Decoder:
         self.tensors = tensors
         self.graph = graph
         self._shared: dict[str, str] = {}
+        self._scales: dict[str, str] = {}
         self._stored_dtypes: dict[str, str] = {}
         self._k: list[str] = []
         self._entropy: list[str] = []
@@ -246,7 +248,15 @@ class Decoder:
         g.input("thresholds", "float32", [m.num_moe_layers, "num_policies", "num_limits"])
         g.input("k_values", "int32", [m.num_moe_layers, "num_policies", "num_choices"])
         g.input("expert_norms", "float32", [m.num_moe_layers, m.num_experts])
-        g.function(make_moe_function(m.moe, max_k=self.max_k, correction_bias=m.moe.correction_bias, expert_norms=True))
+        g.function(
+            make_moe_function(
+                m.moe,
+                max_k=self.max_k,
+                correction_bias=m.moe.correction_bias,
+                expert_norms=True,
+                quantization=m.quantization,
+            )
+        )
         if m.rope is not None:
             self.make_rope(m.rope)
 
@@ -371,8 +381,8 @@ class Decoder:
             router, tokens, m.hidden_size, m.num_experts, dtype="float32", output=f"{name}.router_logits"
         )
         up_shape, down_shape = expert_shapes(m)
-        up = g.weight(f"{name}.gate_up", m.dtype, up_shape, self._gate_up(layer))
-        down = g.weight(f"{name}.down", m.dtype, down_shape, self._down(layer))
+        up = self.expert_weight(f"{name}.gate_up", up_shape, self._gate_up(layer))
+        down = self.expert_weight(f"{name}.down", down_shape, self._down(layer))
         output = self.make_experts(layer, tokens, logits, up, down)
         if m.moe.shared_expert is not None:
             output = self.add(
@@ -389,7 +399,7 @@ class Decoder:
             hidden: [T, H], or of the latent size.
             router_logits: [T, E] float32.
             weights: names of the up (or fused gate and up) weight, the down weight and, if the router has one,
-                its correction bias.
+                its correction bias; scales are found by the weights' names.
 
         Returns:
             [T, H], or of the latent size.
@@ -399,13 +409,14 @@ class Decoder:
         index = g.constant(moe_layer)
         thresholds = g.node("Gather", ["thresholds", index], f"{name}.thresholds", axis=0)
         k_values = g.node("Gather", ["k_values", index], f"{name}.k_values", axis=0)
+        scales = [self._scales[weight] for weight in weights if weight in self._scales]
         norms = g.node("Gather", ["expert_norms", index], f"{name}.expert_norms", axis=0)
         output, k, entropy = g.nodes(
             OP_TYPE,
-            [hidden, router_logits, "policy_index", "policy_kind", thresholds, k_values, *weights, norms],
+            [hidden, router_logits, "policy_index", "policy_kind", thresholds, k_values, *weights, *scales, norms],
             [f"{name}.output", f"{name}.k", f"{name}.entropy"],
             domain=DOMAIN,
-            **moe_attributes(m.moe, max_k=self.max_k, weight_format=m.dtype, expert_norms=True),
+            **moe_attributes(m.moe, max_k=self.max_k, weight_format=m.weight_format, expert_norms=True),
         )
         self._k.append(k)
         self._entropy.append(entropy)
@@ -417,7 +428,7 @@ class Decoder:
         output = self.make_mlp(name, tokens, shared)
         if not shared.gated:
             return output
-        gate = self.linear(f"{name}_gate", tokens, self.model.hidden_size, 1)
+        gate = self.linear(f"{name}_gate", tokens, self.model.hidden_size, 1, weight_only=False)
         gate = g.node("Sigmoid", [gate], f"{name}_gate.sigmoid")
         return g.node("Mul", [output, gate], f"{name}.gated")
 
@@ -453,7 +464,7 @@ class Decoder:
             g.node("MatMul", [rows, weight], "logits")
         else:
             head = self.lm_head_name.removesuffix(".weight")
-            self.linear(head, rows, m.hidden_size, m.vocab_size, output="logits")
+            self.linear(head, rows, m.hidden_size, m.vocab_size, output="logits", weight_only=False)
         g.output("logits", "float32", ["num_logits", m.vocab_size])
         for output, dtype, columns in (("k", "int32", self._k), ("entropy", "float32", self._entropy)):
             spread = [g.node("Unsqueeze", [column, g.constant([1])], f"{column}.column") for column in columns]
@@ -476,9 +487,25 @@ class Decoder:
         bias: bool = False,
         output: str | None = None,
         dtype: str | None = None,
+        weight_only: bool = True,
     ) -> str:
-        """``hidden @ weight.T + bias``, as `torch.nn.Linear`."""
-        weight = self.as_float(self.stored(f"{name}.weight", (out_features, in_features), dtype=dtype), transposed=True)
+        """``hidden @ weight.T + bias``, as `torch.nn.Linear`.
+
+        Args:
+            name: what its tensors begin with.
+            hidden: its input.
+            in_features: the input's last dimension.
+            out_features: the output's.
+            bias: whether it has one.
+            output: the output's name, if not ``<name>.out``.
+            dtype: of the weight, if not the engine's; such a weight is never quantised.
+            weight_only: quantise the weight if the engine's weights are.
+        """
+        shape = (out_features, in_features)
+        if self.model.quantization is not None and weight_only and dtype is None:
+            weight = self.quantised(f"{name}.weight", shape, self.model.quantization)
+        else:
+            weight = self.as_float(self.stored(f"{name}.weight", shape, dtype=dtype), transposed=True)
         output = output or f"{name}.out"
         if not bias:
             return self.graph.node("MatMul", [hidden, weight], output)
@@ -490,6 +517,24 @@ class Decoder:
         self._stored_dtypes[name] = dtype or self.model.dtype
         values = self.tensors.read(self.in_checkpoint(name), shape)
         return self.graph.weight(name, self._stored_dtypes[name], shape, [values])
+
+    def quantised(self, name: str, shape: tuple[int, int], quantization: QuantizationConfig) -> str:
+        """A checkpoint tensor stored as integers, as float32 and transposed."""
+        values = self.tensors.read(self.in_checkpoint(name), shape)
+        integers, scales = self.graph.quantised_weight(name, quantization, self.model.dtype, shape, [values])
+        blocks = {"axis": 0}
+        if quantization.group_size is not None:
+            blocks = {"axis": 1, "block_size": quantization.group_size}
+        weight = self.graph.node("DequantizeLinear", [integers, self.as_float(scales)], f"{name}.values", **blocks)
+        return self.graph.node("Transpose", [weight], f"{name}.T", perm=[1, 0])
+
+    def expert_weight(self, name: str, shape: tuple[int, int, int], pieces: Iterator[Array]) -> str:
+        """One of the operator's weights, in the engine's dtype or, with its scales beside it, as integers."""
+        g, m = self.graph, self.model
+        if m.quantization is None:
+            return g.weight(name, m.dtype, shape, pieces)
+        _, self._scales[name] = g.quantised_weight(name, m.quantization, m.dtype, shape, pieces, for_operator=True)
+        return name
 
     def in_checkpoint(self, name: str) -> str:
         """The checkpoint's name for a weight of the graph; here the same."""

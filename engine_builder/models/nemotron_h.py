@@ -340,8 +340,8 @@ class NemotronH(Decoder):
             f"{name}.gate", tokens, m.hidden_size, moe.num_experts, dtype="float32", output=f"{name}.router_logits"
         )
         up_shape, down_shape = expert_shapes(m)
-        up = g.weight(f"{name}.experts.up", m.dtype, up_shape, self._experts(name, "up_proj", up_shape))
-        down = g.weight(f"{name}.experts.down", m.dtype, down_shape, self._experts(name, "down_proj", down_shape))
+        up = self.expert_weight(f"{name}.experts.up", up_shape, self._experts(name, "up_proj", up_shape))
+        down = self.expert_weight(f"{name}.experts.down", down_shape, self._experts(name, "down_proj", down_shape))
         correction = self.stored(f"{name}.gate.e_score_correction_bias", (moe.num_experts,), dtype="float32")
         assert moe.shared_expert is not None  # the architecture has one always
         bias, states = moe.shared_expert.bias, tokens

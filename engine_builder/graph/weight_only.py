@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight-only quantisation: what is stored, how it is rounded, and how a graph of standard ops reads it.
+
+A row's values are integers times a scale, symmetric about zero: one scale a row, or one for `group_size`
+neighbours along it. Two int4 share a byte, the one with the even index in the low half, both in two's
+complement: so ONNX's own int4 has it, and the operator's weights too (``plugin/cuda/launcher.h``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from adaptive_k_moe.engine_config import PretrainedConfig, QuantizationConfig
+from adaptive_k_moe.errors import BuildError
+
+GROUP_SIZES = (128, 64, 32)
+"""The sizes of groups that the kernels and TensorRT have, the usual one first."""
+
+# What the operator's kernels load at once, in values.
+_ROW_MULTIPLES = {8: 16, 4: 32}
+
+_SCALE_TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+Array = npt.NDArray[Any]
+
+
+def plan_weight_only(model: PretrainedConfig, precision: str, group_size: int | None) -> QuantizationConfig:
+    """How a model's weights are quantised.
+
+    Args:
+        model: its sizes.
+        precision: "int8", one scale a row, or "int4", one scale a group.
+        group_size: of int4; None is the largest of `GROUP_SIZES` that divides the rows of every product.
+
+    Raises:
+        BuildError: the model's rows are of lengths that the kernels do not read in this format.
+    """
+    if precision == "int8":
+        if group_size is not None:
+            raise BuildError("group_size is for --weight_only_precision int4: int8 has one scale for each row.")
+        _require_divisor(model, 8, _ROW_MULTIPLES[8])
+        return QuantizationConfig(quant_algo="W8A16")
+    if group_size is None:
+        rows = _row_lengths(model).values()
+        group_size = next((size for size in GROUP_SIZES if not any(row % size for row in rows)), GROUP_SIZES[-1])
+    elif group_size not in GROUP_SIZES:
+        raise BuildError(f"group_size is {group_size}: it is one of {', '.join(map(str, sorted(GROUP_SIZES)))}.")
+    _require_divisor(model, 4, max(group_size, _ROW_MULTIPLES[4]))
+    return QuantizationConfig(quant_algo="W4A16", group_size=group_size)
+
+
+def _require_divisor(model: PretrainedConfig, bits: int, divisor: int) -> None:
+    for name, length in _row_lengths(model).items():
+        if length % divisor:
+            raise BuildError(
+                f"int{bits} weights need rows of a multiple of {divisor} values, but the model's {name} is {length}."
+            )
+
+
+def _row_lengths(model: PretrainedConfig) -> dict[str, int]:
+    """Lengths of the rows of every weight that is quantised, by the name of the size."""
+    moe, shared, mamba = model.moe, model.moe.shared_expert, model.mamba
+    lengths = {
+        "hidden_size": model.hidden_size,
+        "num_attention_heads x head_dim": model.num_attention_heads * model.head_dim,
+        "experts' intermediate_size": moe.intermediate_size,
+        "experts' latent size": moe.latent_size,
+        "shared expert's intermediate_size": shared and shared.intermediate_size,
+        "dense layers' intermediate_size": model.dense_mlp and model.dense_mlp.intermediate_size,
+        "Mamba layers' inner size": mamba and mamba.intermediate_size,
+    }
+    if not model.attention_layers:
+        del lengths["num_attention_heads x head_dim"]
+    return {name: length for name, length in lengths.items() if length}
+
+
+def quantise(name: str, rows: Array, quantization: QuantizationConfig, dtype: str) -> tuple[Array, Array]:
+    """Round rows to integers and scales.
+
+    Args:
+        name: of the weight, for the error.
+        rows: [..., K] of any float type.
+        quantization: bits and group size.
+        dtype: of the scales.
+
+    Returns:
+        The values, int8 [..., K], or [..., K / 2] where two share a byte; and the scales, [..., K / group size],
+        or [..., 1] for one a row.
+
+    Raises:
+        BuildError: a weight is not finite, or beyond the range of the scales' type.
+    """
+    bits, shape = quantization.bits, rows.shape
+    grouped = rows.astype(np.float32).reshape(*shape[:-1], -1, quantization.group_size or shape[-1])
+    largest = np.abs(grouped).max(-1, keepdims=True)
+    limit = 2 ** (bits - 1) - 1
+    if not largest.max(initial=0.0) <= ml_dtypes.finfo(_SCALE_TYPES[dtype]).max:
+        raise BuildError(f"{name} has values that are not finite or beyond {dtype}'s range: it cannot be quantised.")
+    scales = (largest / limit).astype(_SCALE_TYPES[dtype])
+    scales[scales == 0] = 1  # a group of zeros, or of numbers too small for the type
+    values = np.rint(grouped / scales.astype(np.float32)).clip(-limit, limit).astype(np.int8).reshape(shape)
+    if bits == 4:
+        values = (values[..., 0::2] & 15) | (values[..., 1::2] << 4)
+    return values, scales.reshape(*shape[:-1], -1)
+
+
+def dequantise_in_function(
+    op: Callable[..., str], const: Callable[..., str], values: str, scales: str, quantization: QuantizationConfig
+) -> str:
+    """Nodes of a function body that give a weight's float32 values back.
+
+    TensorRT takes constants of integers before a `DequantizeLinear` or a plugin alone, so that is what makes
+    floats of the bytes, with a scale of 1; two int4 are told apart by arithmetic.
+
+    Args:
+        op: adds a node and returns its value's name.
+        const: adds a constant and returns its name.
+        values: int8 [E, N, K], or [E, N, K / 2].
+        scales: [E, N, K / group size] of any float type.
+        quantization: bits and group size.
+
+    Returns:
+        [E, N, K] float32.
+    """
+    last = const([-1], "int64")
+    weights = op("DequantizeLinear", values, const(1.0))
+    if quantization.bits == 4:
+        high = op("Floor", op("Mul", weights, const(1 / 16)))
+        low = op("Sub", weights, op("Mul", high, const(16.0)))  # 0 to 15
+        low = op("Where", op("Less", low, const(8.0)), low, op("Sub", low, const(16.0)))
+        weights = op("Concat", op("Unsqueeze", low, last), op("Unsqueeze", high, last), axis=-1)
+        weights = op("Reshape", weights, const([0, 0, -1], "int64"))
+    scales = op("Cast", scales, to=1)
+    if quantization.group_size is None:
+        return op("Mul", weights, scales)
+    groups = op("Reshape", weights, const([0, 0, -1, quantization.group_size], "int64"))
+    scaled = op("Mul", groups, op("Unsqueeze", scales, last))
+    return op("Reshape", scaled, const([0, 0, -1], "int64"))
