@@ -17,9 +17,9 @@ from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
 from adaptive_k_moe.engine_builder.graph import GraphBuilder
 from adaptive_k_moe.engine_builder.graph.weight_only import plan_weight_only
 from adaptive_k_moe.engine_builder.models import architecture_of
+from adaptive_k_moe.engine_builder.output_dir import check_output, replace
 from adaptive_k_moe.engine_builder.targets import lower
 from adaptive_k_moe.engine_config import (
-    CONFIG_NAME,
     ENGINE_VERSION,
     BuildConfig,
     Dtype,
@@ -98,7 +98,7 @@ def build(
         PolicyError: the policies do not fit the model.
     """
     source, output = Path(checkpoint_dir), Path(output_dir)
-    _check_output(output, force=force)
+    output = check_output(output, source, force=force)
     sizes = Sizes(max_batch_size, max_input_len, max_seq_len, max_num_tokens)
     plan = _plan(source, target, dtype, weight_only_precision, group_size, sizes)
     model, build_config = plan.model, plan.build_config
@@ -149,7 +149,7 @@ def build(
             )
             write_engine_config(temporary, config)
             temporary.chmod(0o755)
-            _replace(output, temporary)
+            replace(output, temporary)
         except OSError as error:
             raise BuildError(f"cannot write the engine to {output}: {error.strerror or error}.") from error
     return config
@@ -267,30 +267,6 @@ def _write_graph(plan: _Plan, path: Path, report: Callable[[str], None]) -> None
                 "the checkpoint does not match its config.json."
             )
         graph.save({"adaptive_k.pretrained_config": json.dumps(model.model_dump(mode="json"))})
-
-
-def _replace(output: Path, new: Path) -> None:
-    """Put `new` where `output` is; what was there is lost only once the new one is in its place."""
-    if not output.exists():
-        new.rename(output)
-        return
-    old = new.with_name(f"{new.name}-old")
-    output.rename(old)
-    try:
-        new.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
-    shutil.rmtree(old)
-
-
-def _check_output(output: Path, *, force: bool) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir() or (any(output.iterdir()) and not (output / CONFIG_NAME).exists()):
-        raise BuildError(f"{output} exists and is no engine directory: give another --output_dir.")
-    if any(output.iterdir()) and not force:
-        raise BuildError(f"{output} holds an engine already: give another --output_dir, or --force to replace it.")
 
 
 def _dtype(config: HfConfig, target: Target, asked: Dtype | None) -> Dtype:
