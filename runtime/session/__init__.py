@@ -24,7 +24,7 @@ def create_session(
     Args:
         engine_dir: the engine directory.
         config: what `read_engine_config` returned for it.
-        num_threads: CPU threads; None is all that the process may use.
+        num_threads: CPU threads of a session that computes on them; None is all that the process may use.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None is the session's choice.
 
     Raises:
@@ -35,6 +35,10 @@ def create_session(
         from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
 
         return OpenVinoSession(engine_dir, config, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens)
+    if target == "tensorrt":
+        from adaptive_k_moe.runtime.session.tensorrt import TensorRtSession
+
+        return TensorRtSession(engine_dir, config, kv_cache_max_tokens=kv_cache_max_tokens)
     raise EngineError(
         f"{engine_dir} was built for the target {target!r}, which has no runtime here: build with --target openvino."
     )
