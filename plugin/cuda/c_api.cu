@@ -60,6 +60,7 @@ int adaptive_k_cuda_launch(const AdaptiveKLayer* layer, const AdaptiveKPointers*
   a.up_scales = p->up_scales;
   a.down_scales = p->down_scales;
   a.correction_bias = static_cast<const float*>(p->correction_bias);
+  a.expert_norms = static_cast<const float*>(p->expert_norms);
   a.output = p->output;
   a.k = static_cast<int32_t*>(p->k);
   a.entropy = static_cast<float*>(p->entropy);

@@ -20,7 +20,7 @@ struct AdaptiveKLayer {
 
 struct AdaptiveKPointers {
   const void *hidden_states, *router_logits, *policy_index, *policy_kind, *thresholds, *k_values;
-  const void *up, *down, *up_scales, *down_scales, *correction_bias;
+  const void *up, *down, *up_scales, *down_scales, *correction_bias, *expert_norms;
   void *output, *k, *entropy;
 };
 

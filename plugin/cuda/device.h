@@ -19,12 +19,14 @@ namespace adaptive_k::cuda {
 // They exist in the interpreter's build only.
 enum Fault : int {
   kNoFault = 0,
-  kFaultRouteEntropy,        // an expert left out of the entropy's sum
-  kFaultRouteTie,            // the higher index wins a tie
-  kFaultRouteWeight,         // weights not divided by their sum
-  kFaultRouteBarrier,        // no barrier between the warps' partial results and their reading
-  kFaultPlanRank,            // ranks within a chunk ignore their own word of the bitmap
-  kFaultPlanBase,            // earlier chunks of tokens not counted
+  kFaultRouteEntropy,  // an expert left out of the entropy's sum
+  kFaultRouteTie,      // the higher index wins a tie
+  kFaultRouteWeight,   // weights not divided by their sum
+  kFaultRouteBarrier,
+  kFaultRouteNorm,                 // contributions without the norms
+  kFaultRouteContributionBarrier,  // no barrier between contributions and their reading
+  kFaultPlanRank,                  // ranks within a chunk ignore their own word of the bitmap
+  kFaultPlanBase,                  // earlier chunks of tokens not counted
   kFaultPlanStartBarrier,    // no barrier between clearing the bitmap (and routing) and filling it
   kFaultPlanBarrier,         // no barrier between filling the bitmap and reading it
   kFaultDecodeRow,           // the last row of an expert repeats the one before it

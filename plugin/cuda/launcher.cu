@@ -159,6 +159,7 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   r.thresholds = a.thresholds;
   r.k_values = a.k_values;
   r.correction_bias = a.correction_bias;
+  r.expert_norms = a.expert_norms;
   r.k = a.k;
   r.entropy = a.entropy;
   r.experts = integers(w.experts);

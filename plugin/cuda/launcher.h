@@ -73,6 +73,7 @@ struct MoeArguments {
   const void* up_scales = nullptr;        // null unless quantised
   const void* down_scales = nullptr;      // null unless quantised
   const float* correction_bias = nullptr;  // [E] or null
+  const float* expert_norms = nullptr;     // [E] or null, which is as all ones
   void* output = nullptr;                  // * [T, H] element type
   int32_t* k = nullptr;                    // [T]
   float* entropy = nullptr;                // [T]

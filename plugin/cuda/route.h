@@ -17,6 +17,7 @@ struct RouteArguments {
   const float* thresholds;
   const int32_t* k_values;
   const float* correction_bias;  // or null
+  const float* expert_norms;     // or null
   int32_t* k;                    // [T]
   float* entropy;                // [T]
   int32_t* experts;              // [T, capacity], best first, -1 after the first k

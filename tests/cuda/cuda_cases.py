@@ -75,9 +75,12 @@ def make_policies(rng: np.random.Generator, experts: int, most: int) -> tuple[Ar
     limits = np.sort(rng.uniform(0, top, choices - 1)).astype(np.float32)
     ks = np.sort(rng.integers(1, most + 1, choices)).astype(np.int32)
     ks[-1] = most
-    kind = np.array([oracle.ENTROPY, oracle.TOP_P, oracle.RATIO, oracle.ENTROPY], np.int32)
-    thresholds = np.array([limits, [0.7, np.inf], [0.4, np.inf], [np.inf, np.inf]], np.float32)
-    k_values = np.array([ks, [1, most, most], [1, most, most], [most, most, most]], np.int32)
+    kind = np.array(
+        [oracle.ENTROPY, oracle.TOP_P, oracle.RATIO, oracle.ENTROPY, oracle.CONTRIBUTION, oracle.CONTRIBUTION], np.int32
+    )
+    thresholds = np.array([limits, *([value, np.inf] for value in (0.7, 0.4, np.inf, 0.85, 0.3))], np.float32)
+    least = [1, 1, most, 1, (most + 1) // 2]
+    k_values = np.array([ks, *([k, most, most] for k in least)], np.int32)
     return kind, thresholds, k_values
 
 
@@ -99,6 +102,8 @@ def make_inputs(
         "thresholds": thresholds,
         "k_values": k_values,
         "correction_bias": (rng.standard_normal(layer.experts) * 0.3).astype(np.float32) if bias else None,
+        # Some of them equal, so that contributions tie where logits do, and 0 for experts that add nothing.
+        "expert_norms": rng.choice(np.array([0, 0.5, 1, 1.75], np.float32), layer.experts) if seed % 3 < 2 else None,
     }
     exact: Inputs = dict(inputs)
     for name, n, k in (("up", wide * layer.intermediate, layer.hidden), ("down", layer.hidden, layer.intermediate)):
@@ -137,6 +142,7 @@ def expected(layer: Layer, exact: Inputs) -> tuple[Array, Array, Array]:
             exact["down"],
             activation=layer.activation,
             correction_bias=exact["correction_bias"],
+            expert_norms=exact["expert_norms"],
             **routing_arguments(layer),
         )
 
@@ -151,6 +157,7 @@ def expected_routing(layer: Layer, exact: Inputs) -> list[oracle.TokenRouting]:
                 exact["thresholds"][row],
                 exact["k_values"][row],
                 correction_bias=exact["correction_bias"],
+                expert_norms=exact["expert_norms"],
                 **routing_arguments(layer),
             )
             for t, row in enumerate(rows)

@@ -42,7 +42,7 @@ class _Layer(ctypes.Structure):
 
 POINTERS = (
     *("hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values"),
-    *("up", "down", "up_scales", "down_scales", "correction_bias", "output", "k", "entropy"),
+    *("up", "down", "up_scales", "down_scales", "correction_bias", "expert_norms", "output", "k", "entropy"),
 )
 
 

@@ -29,6 +29,8 @@ CASES: dict[str, tuple[dict[str, Any], str, Callable[..., None]]] = {
     "kFaultRouteTie": (SMALL, "ties", check_routing),
     "kFaultRouteWeight": (SMALL, "plain", check_routing),
     "kFaultRouteBarrier": ({**SMALL, "experts": 200}, "plain", check_routing),
+    "kFaultRouteNorm": (MANY, "plain", check_routing),
+    "kFaultRouteContributionBarrier": (MANY, "plain", check_routing),
     "kFaultPlanRank": (MANY, "plain", check_plan),
     "kFaultPlanBase": ({**MANY, "tokens": 300, "hidden": 8, "intermediate": 8, "path": "prefill"}, "plain", check_plan),
     "kFaultPlanStartBarrier": (SMALL, "plain", check_plan),

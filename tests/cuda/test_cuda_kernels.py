@@ -215,6 +215,7 @@ def test_equals_the_cpu_face(interpreter: Interpreter, path: str) -> None:
         common = [inputs[name] for name in ("router_logits", "policy_index", "policy_kind", "thresholds", "k_values")]
         routing = {
             "correction_bias": inputs["correction_bias"],
+            "expert_norms": inputs["expert_norms"],
             "scoring": scoring,
             "n_group": groups[0],
             "topk_group": groups[1],

@@ -11,6 +11,7 @@ import pytest
 from cuda_cases import make_inputs
 from cuda_launcher import POINTERS, Interpreter, Layer
 
+OPTIONAL = ("correction_bias", "expert_norms", "up_scales", "down_scales")
 GOOD = Layer(4, 64, 64, 8, max_k=4)
 
 
@@ -50,9 +51,7 @@ def test_good_shapes_are_accepted(interpreter: Interpreter) -> None:
     assert interpreter.check(replace(GOOD, experts=512, max_k=32)) is None
 
 
-@pytest.mark.parametrize(
-    "missing", [name for name in POINTERS if name not in ("correction_bias", "up_scales", "down_scales")]
-)
+@pytest.mark.parametrize("missing", [name for name in POINTERS if name not in OPTIONAL])
 def test_a_missing_pointer_is_refused(interpreter: Interpreter, missing: str) -> None:
     pointers = dict.fromkeys(POINTERS, 1 << 20)
     pointers[missing] = None
