@@ -18,7 +18,15 @@ from adaptive_k_moe.errors import CheckpointError
 # A mapped file's touched pages count as memory until it is closed: it is opened again after so much.
 _REOPEN_BYTES = 1 << 30
 
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+# How a file begins that git left in the place of a large one.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 Array = npt.NDArray[Any]
 
@@ -29,8 +37,8 @@ class CheckpointTensors:
     Every read is recorded, so that `unused` can tell what a model file forgot.
 
     Raises:
-        CheckpointError: no weights, a shard missing or damaged, or a dtype that is not a float of 16
-            or 32 bits (quantised checkpoints).
+        CheckpointError: no weights, a shard missing or damaged, or a dtype that is not a float of 16,
+            32 or 64 bits (quantised checkpoints).
     """
 
     def __init__(self, checkpoint_dir: Path) -> None:
@@ -80,8 +88,8 @@ class CheckpointTensors:
         found = self._handle(name).get_slice(name)
         if found.get_dtype() not in _DTYPES:
             raise CheckpointError(
-                f"{self._directory}: tensor {name!r} is {found.get_dtype()}; only float32, float16 and bfloat16 "
-                "checkpoints can be built, so take the model's unquantised checkpoint."
+                f"{self._directory}: tensor {name!r} is {found.get_dtype()}; only bfloat16, float16, float32 and "
+                "float64 can be built, so take the model's unquantised checkpoint."
             )
         if tuple(found.get_shape()) != shape:
             raise CheckpointError(
@@ -123,7 +131,11 @@ def _locate(directory: Path) -> dict[str, str]:
     single = directory / "model.safetensors"
     if single.exists():
         return dict.fromkeys(_open_shard(single).keys(), single.name)
-    hint = " (only .bin files: save it again with safetensors)" if list(directory.glob("*.bin")) else ""
+    hint = ""
+    if list(directory.glob("*.safetensors")):
+        hint = f" (only files of other names: it takes {index.name} to find them)"
+    elif list(directory.glob("*.bin")):
+        hint = " (only .bin files: save it again with safetensors)"
     raise CheckpointError(f"{directory} has neither model.safetensors nor an index of shards{hint}.")
 
 
@@ -133,4 +145,14 @@ def _open_shard(path: Path) -> Any:
     except FileNotFoundError:
         raise CheckpointError(f"the checkpoint's shard {path} is missing.") from None
     except (SafetensorError, OSError) as error:
+        if _begins_with(path, _LFS_POINTER):
+            raise CheckpointError(f"{path} is only git's pointer to the file: run `git lfs pull` there.") from None
         raise CheckpointError(f"{path} is damaged or truncated: {error}.") from None
+
+
+def _begins_with(path: Path, beginning: bytes) -> bool:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(len(beginning)) == beginning
+    except OSError:
+        return False

@@ -70,6 +70,17 @@ def test_a_16_bit_checkpoint_keeps_its_values(shape: Shape, dtype: Any, built: s
         np.testing.assert_array_equal(array.astype(np.float32), widened[name])
 
 
+def test_tensors_of_several_dtypes_keep_their_values(originals: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = shutil.copytree(originals["mixtral"], tmp_path / "checkpoint")
+    wider = [np.float64, np.float32]
+    edit_tensors(
+        lambda tensors: tensors.update({n: t.astype(wider[i % 2]) for i, (n, t) in enumerate(tensors.items())})
+    )(checkpoint)
+    build(checkpoint, tmp_path / "mixed", target="onnx")
+    build(originals["mixtral"], tmp_path / "plain", target="onnx")
+    assert_same_weights(tmp_path / "mixed", tmp_path / "plain")
+
+
 def test_an_explicit_dtype_converts(tmp_path: Path) -> None:
     checkpoint = make_mixtral(tmp_path / "checkpoint")
     config = build(checkpoint, tmp_path / "engine", target="onnx", dtype="bfloat16")
@@ -261,6 +272,16 @@ TENSORS = [
         "1 tensor that.*model.extra.weight",
     ),
     Refusal("truncated", lambda checkpoint: truncate(checkpoint / "model.safetensors"), "model.safetensors is damaged"),
+    Refusal(
+        "git's pointer to a large file",
+        write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234567\n"),
+        "model.safetensors is only git's pointer.*git lfs pull",
+    ),
+    Refusal(
+        "shards without their index",
+        lambda checkpoint: (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00001.safetensors"),
+        "takes model.safetensors.index.json to find them",
+    ),
     Refusal("empty file", write("model.safetensors", ""), "model.safetensors is damaged"),
     Refusal("a web page instead", write("model.safetensors", "<html>" * 20), "model.safetensors is damaged"),
     Refusal(

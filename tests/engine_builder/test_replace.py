@@ -64,7 +64,7 @@ def test_an_engine_that_holds_its_checkpoint_is_not_replaced(tmp_path: Path) -> 
     make_mixtral(tmp_path / "elsewhere")
     build(tmp_path / "elsewhere", tmp_path / "engine", target="onnx")
     (tmp_path / "elsewhere").rename(tmp_path / "engine" / "checkpoint")
-    with pytest.raises(BuildError, match="the checkpoint .* lies in .*: move it first"):
+    with pytest.raises(BuildError, match=r"the checkpoint .* lies in .*: move it first"):
         build(tmp_path / "engine" / "checkpoint", tmp_path / "engine", target="onnx", force=True)
     assert (tmp_path / "engine" / "checkpoint" / "model.safetensors").is_file()
     # The other way round nothing is lost: an engine may lie in its checkpoint.
