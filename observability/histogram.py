@@ -68,7 +68,7 @@ class Histograms:
         self._counts[row, bisect_left(self.limits, value)] += 1
         self._sums[row] += value
 
-    def observe_many(self, values: npt.NDArray[np.floating], rows: npt.NDArray[np.integer]) -> None:
+    def observe_many(self, values: Floats | npt.NDArray[np.float32], rows: Counts) -> None:
         """Take observations [n], each for the histogram in its place of `rows` [n].
 
         NaN counts as beyond the last limit and adds nothing to the sum.

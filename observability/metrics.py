@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The metrics of this process's engines for Prometheus, by an HTTP server of their own::
+"""The metrics of this process's engines for Prometheus, by an HTTP server of their own.
+
+Example::
 
     from adaptive_k_moe.observability import metrics
 
