@@ -5,6 +5,7 @@
 #include <tbb/parallel_for.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -21,18 +22,9 @@ constexpr int64_t kTaskFloats = 16 << 10;
 // Channels that a task of the convolution takes, and products that are worth one.
 constexpr int64_t kTaskChannels = 2048;
 constexpr int64_t kTaskProducts = 16 << 10;
-// The longest convolution; a task keeps the addresses of its rows on the stack.
-constexpr int64_t kMaxTaps = 16;
 
 [[noreturn]] void fail(const std::string& sentence) {
   throw std::invalid_argument("Mamba2: " + sentence);
-}
-
-std::string text(const std::vector<int64_t>& shape) {
-  std::string out = "[";
-  for (size_t i = 0; i < shape.size(); ++i)
-    out += (i ? ", " : "") + (shape[i] < 0 ? std::string("?") : std::to_string(shape[i]));
-  return out + "]";
 }
 
 // Calls body(i) for i in [0, n), at least `grain` calls to a task.
@@ -60,10 +52,10 @@ void check_values(const MambaArguments& args) {
     if (args.past_lens[i] < 0)
       fail("input past_lens has " + std::to_string(args.past_lens[i]) + " for sequence " +
            std::to_string(i));
-    if (slots[i] < 0 || slots[i] >= s.slots)
+    if (slots[i] < kNoSlot || slots[i] >= s.slots)
       fail("input state_slots has " + std::to_string(slots[i]) + " but there are " +
            std::to_string(s.slots) + " slots");
-    if (i > 0 && slots[i] == slots[i - 1])
+    if (i > 0 && slots[i] != kNoSlot && slots[i] == slots[i - 1])
       fail("input state_slots has " + std::to_string(slots[i]) + " twice");
   }
 }
@@ -95,6 +87,7 @@ class Mixer {
     return args_.conv_state +
            (args_.state_slots[sequence] * (sizes_.taps - 1) + row) * sizes_.channels;
   }
+  bool has_slot(int64_t sequence) const { return args_.state_slots[sequence] != kNoSlot; }
   int64_t length(int64_t sequence) const {
     return args_.subsequence_begins[sequence + 1] - args_.subsequence_begins[sequence];
   }
@@ -115,6 +108,7 @@ class Mixer {
     parallel_for(sizes_.tokens * parts, grain, [&](int64_t i) {
       const int64_t token = i / parts, first = i % parts * kTaskChannels;
       const int64_t sequence = sequence_of_[token];
+      if (!has_slot(sequence)) return;
       const int64_t begin = args_.subsequence_begins[sequence];
       const float* rows[kMaxTaps];
       for (int64_t k = 0; k < sizes_.taps; ++k) {
@@ -139,7 +133,7 @@ class Mixer {
     const size_t bytes = sizes_.channels * sizeof(float);
     for (int64_t s = 0; s < sizes_.sequences; ++s) {
       const int64_t begin = args_.subsequence_begins[s], count = length(s);
-      if (count == 0) continue;
+      if (count == 0 || !has_slot(s)) continue;
       for (int64_t row = 0; row < kept; ++row) {
         const int64_t from = row + count - kept;  // from here in this step; before 0 in the slot
         if (from >= 0)
@@ -156,9 +150,10 @@ class Mixer {
     parallel_for(sizes_.tokens, std::max<int64_t>(1, 512 / sizes_.heads), [&](int64_t token) {
       for (int64_t head = 0; head < sizes_.heads; ++head) {
         const int64_t i = token * sizes_.heads + head;
-        const MambaStep step = mamba_step(params_, args_.dt[i], args_.dt_bias[head], args_.a[head]);
-        decay_[i] = step.decay;
-        dt_[i] = step.dt;
+        const MambaStep<double> step =
+            mamba_step<double>(params_, args_.dt[i], args_.dt_bias[head], args_.a[head]);
+        decay_[i] = static_cast<float>(std::exp(step.log_decay));
+        dt_[i] = static_cast<float>(step.dt);
       }
     });
   }
@@ -175,8 +170,12 @@ class Mixer {
       const int64_t begin = args_.subsequence_begins[sequence];
       MambaScan s;
       s.tokens = length(sequence);
-      if (s.tokens == 0) return;
+      s.y = y_ + begin * width + head * sizes_.head_dim;
+      s.y_stride = width;
       s.head_dim = sizes_.head_dim;
+      if (!has_slot(sequence))
+        for (int64_t t = 0; t < s.tokens; ++t) std::fill_n(s.y + t * s.y_stride, s.head_dim, 0.0f);
+      if (s.tokens == 0 || !has_slot(sequence)) return;
       s.state_size = sizes_.state_size;
       const float* mixed = mixed_ + begin * sizes_.channels;
       s.x = mixed + head * sizes_.head_dim;
@@ -188,8 +187,6 @@ class Mixer {
       s.step_stride = heads;
       s.d = args_.d[head];
       s.state = args_.ssm_state + (args_.state_slots[sequence] * heads + head) * state_floats;
-      s.y = y_ + begin * width + head * sizes_.head_dim;
-      s.y_stride = width;
       if (args_.past_lens[sequence] == 0) std::fill(s.state, s.state + state_floats, 0.0f);
       kernels_.scan(s);
     });
@@ -207,82 +204,6 @@ class Mixer {
 };
 
 }  // namespace
-
-const char* mamba_input_name(int index) {
-  constexpr const char* kNames[kMambaInputs] = {"conv_input", "dt",          "subsequence_begins",
-                                                "past_lens",  "state_slots", "conv_weight",
-                                                "conv_bias",  "A",           "D",
-                                                "dt_bias",    "conv_state",  "ssm_state"};
-  return kNames[index];
-}
-
-MambaSizes check_mamba_shapes(const MambaParams& params, const Shape (&shapes)[kMambaInputs]) {
-  MambaSizes sizes;
-  // A dimension that is `offset` more than a size; the first input that has it says what it is.
-  struct Dimension {
-    const char* name;
-    int64_t* size;
-    int64_t offset;
-  };
-  int64_t kept = -1;  // K - 1
-  int64_t width = -1;
-  const Dimension tokens{"T", &sizes.tokens, 0}, channels{"channels", &sizes.channels, 0},
-      heads{"heads", &sizes.heads, 0}, sequences{"S", &sizes.sequences, 0},
-      slots{"slots", &sizes.slots, 0}, states{"N", &sizes.state_size, 0},
-      columns{"P", &sizes.head_dim, 0};
-  const std::vector<Dimension> patterns[kMambaInputs] = {
-      {tokens, channels},
-      {tokens, heads},
-      {{"S + 1", &sizes.sequences, 1}},
-      {sequences},
-      {sequences},
-      {{"K", &kept, 1}, channels},
-      {channels},
-      {heads},
-      {heads},
-      {heads},
-      {slots, {"K - 1", &kept, 0}, channels},
-      {slots, heads, states, columns},
-  };
-  for (int i = 0; i < kMambaInputs; ++i) {
-    if (!shapes[i]) continue;
-    const std::vector<Dimension>& pattern = patterns[i];
-    bool fits = shapes[i]->size() == pattern.size();
-    for (size_t axis = 0; fits && axis < pattern.size(); ++axis) {
-      const int64_t size = (*shapes[i])[axis] - pattern[axis].offset;
-      if ((*shapes[i])[axis] < 0) continue;
-      int64_t& known = *pattern[axis].size;
-      if (known < 0) known = size;
-      fits = size >= 0 && size == known;
-    }
-    if (fits) continue;
-    std::string expected;
-    for (const Dimension& d : pattern)
-      expected += (expected.empty() ? "" : ", ") + std::string(d.name) +
-                  (*d.size < 0 ? "" : " = " + std::to_string(*d.size + d.offset));
-    fail("input " + std::string(mamba_input_name(i)) + " has shape " + text(*shapes[i]) +
-         " but must be [" + expected + "]");
-  }
-  sizes.taps = kept < 0 ? -1 : kept + 1;
-  if (sizes.taps >= 0 && (sizes.taps < 2 || sizes.taps > kMaxTaps))
-    fail("input conv_weight has " + std::to_string(sizes.taps) + " taps but must have 2 to " +
-         std::to_string(kMaxTaps));
-  if (params.n_groups < 1 || (sizes.heads >= 0 && sizes.heads % params.n_groups != 0))
-    fail("attribute n_groups is " + std::to_string(params.n_groups) + " but must divide the heads" +
-         (sizes.heads < 0 ? "" : ", which are " + std::to_string(sizes.heads)));
-  if (!(params.dt_min >= 0) || !(params.dt_max >= params.dt_min))
-    fail("attributes dt_min and dt_max are " + std::to_string(params.dt_min) + " and " +
-         std::to_string(params.dt_max) + " but must rise from 0");
-  if (sizes.heads == 0 || sizes.head_dim == 0 || sizes.state_size == 0)
-    fail("input ssm_state has an empty dimension");
-  if (sizes.heads > 0 && sizes.head_dim > 0 && sizes.state_size > 0 && sizes.channels >= 0) {
-    width = sizes.heads * sizes.head_dim + 2 * params.n_groups * sizes.state_size;
-    if (sizes.channels != width)
-      fail("input conv_input has " + std::to_string(sizes.channels) +
-           " channels but heads * P + 2 * n_groups * N is " + std::to_string(width));
-  }
-  return sizes;
-}
 
 void mamba2(const MambaParams& params, const MambaArguments& args, float* y) {
   if (args.sizes.tokens == 0) return;

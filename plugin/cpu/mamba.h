@@ -11,20 +11,9 @@
 #include <cstdint>
 
 #include "adaptive_k/mamba.h"
-#include "shapes.h"
+#include "mamba_shapes.h"
 
 namespace adaptive_k::cpu {
-
-struct MambaSizes {
-  int64_t tokens = -1;     // T, over all sequences
-  int64_t sequences = -1;  // S
-  int64_t slots = -1;
-  int64_t channels = -1;  // of the convolution: heads * head_dim + 2 * n_groups * state_size
-  int64_t taps = -1;      // K, at least 2
-  int64_t heads = -1;
-  int64_t head_dim = -1;    // P
-  int64_t state_size = -1;  // N
-};
 
 // All arrays are row-major and contiguous. conv_input is x, B and C side by side, as the model's
 // projection makes them.
@@ -34,7 +23,7 @@ struct MambaArguments {
   const float* dt = nullptr;                    // [T, heads], before its bias
   const int32_t* subsequence_begins = nullptr;  // [S + 1], from 0 to T
   const int32_t* past_lens = nullptr;           // [S]; at 0 a sequence starts from zero states
-  const int32_t* state_slots = nullptr;         // [S], all different
+  const int32_t* state_slots = nullptr;         // [S], all different but for kNoSlot
   const float* conv_weight = nullptr;           // [K, channels], the newest token's tap last
   const float* conv_bias = nullptr;             // [channels]
   const float* a = nullptr;                     // [heads], below 0
@@ -43,29 +32,6 @@ struct MambaArguments {
   float* conv_state = nullptr;                  // [slots, K - 1, channels], the newest token last
   float* ssm_state = nullptr;                   // [slots, heads, N, P]
 };
-
-// The operator's array inputs, in order.
-enum class MambaInput : int {
-  kConvInput,
-  kDt,
-  kSubsequenceBegins,
-  kPastLens,
-  kStateSlots,
-  kConvWeight,
-  kConvBias,
-  kA,
-  kD,
-  kDtBias,
-  kConvState,
-  kSsmState,
-  kCount,
-};
-constexpr int kMambaInputs = static_cast<int>(MambaInput::kCount);
-const char* mamba_input_name(int index);
-
-// The sizes by the inputs' shapes. Throws std::invalid_argument with a sentence that names the
-// operator and the input.
-MambaSizes check_mamba_shapes(const MambaParams& params, const Shape (&shapes)[kMambaInputs]);
 
 // y [T, heads * head_dim]. Throws std::invalid_argument, with nothing changed, when
 // subsequence_begins, past_lens or state_slots hold values that cannot be.

@@ -70,12 +70,27 @@ def test_bits_do_not_depend_on_the_batch_or_on_how_a_prompt_is_cut(case: Case, t
     np.testing.assert_array_equal(parts["ssm_state"], whole["ssm_state"])
 
 
+def test_a_sequence_without_a_slot_gives_zeros_and_changes_no_state() -> None:
+    case = Case((3, 1, 40, 2), (0, 6, 3, 0))
+    inputs = make_inputs(case)
+    inputs["state_slots"][[0, 2]] = -1
+    before = copied(inputs)
+    others = cut(inputs, [(3, 4), (44, 46)], [6, 0], list(inputs["state_slots"][[1, 3]]))
+    expected = run(case, others := {**others, **{name: before[name].copy() for name in ("conv_state", "ssm_state")}})
+    y = run(case, inputs)
+    np.testing.assert_array_equal(y[[3, 44, 45]], expected)
+    assert not y[:3].any()
+    assert not y[4:44].any()
+    for name in ("conv_state", "ssm_state"):
+        np.testing.assert_array_equal(inputs[name], others[name])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"state_slots": [0, 0]}, "state_slots has 0 twice"),
         ({"state_slots": [0, 9]}, "state_slots has 9 but there are 5 slots"),
-        ({"state_slots": [-1, 0]}, "state_slots has -1"),
+        ({"state_slots": [-2, 0]}, "state_slots has -2"),
         ({"past_lens": [-1, 0]}, "past_lens has -1 for sequence 0"),
         ({"subsequence_begins": [0, 3, 6]}, "subsequence_begins must go from 0 to the 5 tokens"),
         ({"subsequence_begins": [0, 7, 5]}, "subsequence_begins falls after sequence 1"),

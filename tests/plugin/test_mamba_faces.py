@@ -74,6 +74,19 @@ def test_the_function_is_the_operator(case: Case) -> None:
     assert_close(inputs["ssm_state"], ssm_state, 1e-5)
 
 
+def test_the_function_leaves_the_states_of_a_sequence_without_a_slot() -> None:
+    case = Case((3, 1, 5), (0, 6, 3))
+    inputs = make_inputs(case)
+    inputs["state_slots"][[0, 2]] = -1
+    session = ort.InferenceSession(
+        model_of(case, function=True).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    found = session.run(OUTPUTS, feed_of(inputs))
+    y = plugin.mamba2(**inputs, n_groups=case.n_groups)
+    for value, expected in zip(found, (y, inputs["conv_state"], inputs["ssm_state"]), strict=True):
+        assert_close(value, expected, 1e-5)
+
+
 def request_of(path: Path) -> Any:
     core = ov.Core()
     core.add_extension(str(plugin.openvino_extension_path()))

@@ -44,7 +44,8 @@ def mamba2(
         subsequence_begins: [S + 1] int32, where each sequence's tokens begin; from 0 to T.
         past_lens: [S] int32, tokens of each sequence that its states have seen. At 0 it starts from zero states,
             whatever lies in its slot.
-        state_slots: [S] int32, each sequence's place in the states; all different.
+        state_slots: [S] int32, each sequence's place in the states; all different. At -1 a sequence has none: its
+            outputs are zeros and no state changes.
         conv_weight: [K, channels] float32, the newest token's tap last; K is 2 to 16.
         conv_bias: [channels] float32.
         a: [heads] float32, the A of the state space, below 0.
