@@ -259,6 +259,12 @@ class BuildConfig(_Model):
     max_seq_len: int = Field(ge=1)
     max_num_tokens: int = Field(ge=1)
 
+    @property
+    def longest_prompt(self) -> int:
+        """Most tokens that a request's prompt may have, with room for one of the answer."""
+        longest = self.max_seq_len - 1
+        return longest if self.max_input_len is None else min(longest, self.max_input_len)
+
 
 class FileEntry(_Model):
     """One file of the engine: its size in bytes and its SHA-256, in hexadecimal."""

@@ -49,11 +49,13 @@ class EngineLimits:
         max_batch_size: most sequences in a step.
         max_num_tokens: most tokens in a step.
         max_seq_len: most tokens of a sequence, prompt and answer.
+        max_input_len: most tokens of a prompt; None is as many as `max_seq_len` leaves room for.
     """
 
     max_batch_size: int
     max_num_tokens: int
     max_seq_len: int
+    max_input_len: int | None = None
 
 
 class Engine:
@@ -126,6 +128,13 @@ class Engine:
             raise RequestError(
                 f"the prompt has {len(token_ids)} tokens, but max_seq_len is {max_seq_len} here, "
                 "answer included: shorten the prompt or build the engine with a larger --max_seq_len."
+            )
+        # What the server scores in idle time is a prompt with its answer, which max_input_len is not about.
+        max_input_len = self.limits.max_input_len
+        if max_input_len is not None and len(token_ids) > max_input_len and not background:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, but max_input_len is {max_input_len} here: shorten the "
+                "prompt or build the engine with a larger --max_input_len."
             )
         for token_id in (min(token_ids), max(token_ids)):
             if not 0 <= token_id < session.vocab_size:

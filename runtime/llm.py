@@ -359,6 +359,7 @@ def _limits(config: EngineConfig, max_batch_size: int | None, max_num_tokens: in
         max_batch_size=max_batch_size or build.max_batch_size,
         max_num_tokens=max_num_tokens or build.max_num_tokens,
         max_seq_len=build.max_seq_len,
+        max_input_len=build.max_input_len,
     )
 
 

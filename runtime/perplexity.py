@@ -58,14 +58,14 @@ def measure_perplexity(llm: LLM, token_ids: Sequence[int], policy: str | None, w
         llm: the engine.
         token_ids: the text.
         policy: name of the policy; None is the engine's default.
-        window: tokens in a window, at least 2 and less than the engine's `max_seq_len`; a last window of
+        window: tokens in a window, at least 2 and at most the engine's longest prompt; a last window of
             a single token is left out.
 
     Raises:
         RequestError: the text or the window is too short, or the window too long for the engine.
         PolicyError: there is no policy of that name.
     """
-    longest = llm.config.build_config.max_seq_len - 1
+    longest = llm.config.build_config.longest_prompt
     if not 2 <= window <= longest:
         raise RequestError(f"the window is {window} tokens, but this engine takes 2 to {longest}.")
     windows = [list(token_ids[start : start + window]) for start in range(0, len(token_ids), window)]

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     with LLM(args.engine_dir, num_threads=args.num_threads) as llm:
         assert llm.tokenizer is not None
         token_ids = llm.tokenizer.encode(text)[: args.max_tokens]
-        window = args.window or min(512, llm.config.build_config.max_seq_len - 1)
+        window = args.window or min(512, llm.config.build_config.longest_prompt)
         names = args.adaptive_k_policy or llm.policies.names
         for name in names:
             llm.policies.index(name)
