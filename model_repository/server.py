@@ -134,11 +134,11 @@ class TritonServer:
         self._ports = _reserve_ports(self.host, self._asked_ports)
         try:
             directory = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="adaptive_k_serve_")))
-            repository = self._model_repository or directory / "models"
+            repository = (self._model_repository or directory / "models").absolute()
             write_model_repository(repository, self.engine_dir, num_threads=self._num_threads)
             options, environment = installation.prepare(directory)
-            command = [str(installation.program), *self._options(repository), *options]
-            self._launch(command, {**os.environ, **environment})
+            command = [str(installation.program.absolute()), *self._options(repository), *options]
+            self._launch(command, {**os.environ, **environment}, directory)
             return self._wait_ready(stop_asked)
         except BaseException:
             self.stop()
@@ -203,7 +203,7 @@ class TritonServer:
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
         ]
 
-    def _launch(self, command: list[str], environment: dict[str, str]) -> None:
+    def _launch(self, command: list[str], environment: dict[str, str], directory: Path) -> None:
         sink: IO[bytes] = sys.stderr.buffer
         if self._log_file is not None:
             try:
@@ -215,6 +215,7 @@ class TritonServer:
             self._process = subprocess.Popen(
                 command,
                 env=environment,
+                cwd=directory,  # the backend's Python imports what lies there first, whatever it is
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

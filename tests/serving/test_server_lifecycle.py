@@ -71,6 +71,19 @@ def _child(process: subprocess.Popen[str]) -> int:
     return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
 
 
+def test_the_folder_in_which_it_starts_does_not_matter(
+    engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A clone of the repository has a folder adaptive_k_moe, too, with half of the installed package in it.
+    for name in ("adaptive_k_moe", "numpy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise ImportError('the wrong one')")
+    monkeypatch.chdir(tmp_path)
+    with TritonServer(engine_dir, model_repository="models", **ANY_PORTS) as server:
+        assert Client(server.grpc_url).generate("Once", max_tokens=1).num_output_tokens == 1
+    assert (tmp_path / "models" / "ensemble" / "config.pbtxt").is_file()
+
+
 def test_an_engine_that_is_missing_or_truncated_is_one_sentence(engine_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="there is no engine directory"):
         TritonServer(tmp_path / "nothing", **ANY_PORTS).start()
