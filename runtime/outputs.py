@@ -98,11 +98,13 @@ class Enrollment:
         experiment: the test's name.
         variant: name of the variant that the request was assigned to.
         unit: what was assigned: the request's id, or its user.
+        counted: whether the test counts it; not if the variant that it was assigned to was stopped.
     """
 
     experiment: str
     variant: str
     unit: str
+    counted: bool = True
 
 
 @dataclass(slots=True)
