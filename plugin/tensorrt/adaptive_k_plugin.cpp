@@ -243,6 +243,7 @@ int32_t AdaptiveKPlugin::enqueue(const PluginTensorDesc* input_desc, const Plugi
     a.up_scales = input(inputs_.up_scales);
     a.down_scales = input(inputs_.down_scales);
     a.correction_bias = static_cast<const float*>(input(inputs_.correction_bias));
+    a.expert_norms = static_cast<const float*>(input(inputs_.expert_norms));
     a.output = outputs[kOutput];
     a.k = static_cast<int32_t*>(outputs[kK]);
     a.entropy = static_cast<float*>(outputs[kEntropy]);

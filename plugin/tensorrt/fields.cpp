@@ -128,6 +128,8 @@ void read_field(const PluginField& field, Attributes* a) {
     a->params.topk_group = read_int(field);
   } else if (name == "max_k") {
     a->params.max_k = read_int(field);
+  } else if (name == "has_expert_norms") {
+    a->has_expert_norms = read_int(field) != 0;
   } else {
     std::string known;
     const PluginFieldCollection* names = field_names();
@@ -151,7 +153,8 @@ std::string describe(const Attributes& a) {
        << " norm_topk_prob=" << (a.params.norm_topk_prob ? 1 : 0)
        << " routed_scaling_factor=" << a.params.routed_scaling_factor
        << " n_group=" << a.params.n_group << " topk_group=" << a.params.topk_group
-       << " max_k=" << a.params.max_k << " weight_format=" << word(a.weights);
+       << " max_k=" << a.params.max_k << " weight_format=" << word(a.weights)
+       << " has_expert_norms=" << (a.has_expert_norms ? 1 : 0);
   return text.str();
 }
 
@@ -185,6 +188,7 @@ const PluginFieldCollection* field_names() {
       {"topk_group", nullptr, PluginFieldType::kINT32, 1},
       {"max_k", nullptr, PluginFieldType::kINT32, 1},
       {"weight_format", nullptr, PluginFieldType::kCHAR, 1},
+      {"has_expert_norms", nullptr, PluginFieldType::kINT32, 1},
   };
   static const PluginFieldCollection kCollection{
       static_cast<int32_t>(sizeof(kFields) / sizeof(kFields[0])), kFields};
@@ -199,6 +203,7 @@ FieldList::FieldList(const Attributes& a)
       n_group_(a.params.n_group),
       topk_group_(a.params.topk_group),
       max_k_(a.params.max_k),
+      has_expert_norms_(a.has_expert_norms ? 1 : 0),
       routed_scaling_factor_(a.params.routed_scaling_factor) {
   const auto text = [this](const char* name, const std::string& value) {
     // With the closing NUL, as the ONNX parser gives them.
@@ -217,6 +222,7 @@ FieldList::FieldList(const Attributes& a)
   number("topk_group", topk_group_);
   number("max_k", max_k_);
   text("weight_format", weight_format_);
+  number("has_expert_norms", has_expert_norms_);
   collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
 }
 

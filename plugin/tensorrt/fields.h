@@ -20,6 +20,7 @@ enum class WeightFields : int32_t { kAsHiddenStates, kFloat32, kFloat16, kBFloat
 struct Attributes {
   MoeParams params;  // its weight_format is the CPU's and not used here
   WeightFields weights = WeightFields::kAsHiddenStates;
+  bool has_expert_norms = false;  // whether the last input is expert_norms
 };
 
 inline bool is_quantised(WeightFields weights) {
@@ -50,7 +51,7 @@ class FieldList {
 
  private:
   std::string activation_, scoring_, weight_format_;
-  int32_t norm_topk_prob_, n_group_, topk_group_, max_k_;
+  int32_t norm_topk_prob_, n_group_, topk_group_, max_k_, has_expert_norms_;
   float routed_scaling_factor_;
   std::vector<nvinfer1::PluginField> fields_;
   nvinfer1::PluginFieldCollection collection_;

@@ -96,12 +96,14 @@ int32_t narrow(const char* what, int64_t size) {
 
 Inputs find_inputs(const Attributes& attributes, int32_t num_inputs) {
   const int32_t scales = is_quantised(attributes.weights) ? 2 : 0;
-  const int32_t without_bias = kNumRequiredInputs + scales;
+  const int32_t norms = attributes.has_expert_norms ? 1 : 0;
+  const int32_t without_bias = kNumRequiredInputs + scales + norms;
   if (num_inputs != without_bias && num_inputs != without_bias + 1) {
     std::string sentence = "has " + std::to_string(num_inputs) + " inputs but takes " +
                            std::to_string(without_bias) + ", or " +
                            std::to_string(without_bias + 1) + " with correction_bias";
     if (scales) sentence += std::string(" (weight_format ") + word(attributes.weights) + ")";
+    if (norms) sentence += " (has_expert_norms)";
     fail(sentence);
   }
   Inputs inputs;
@@ -112,6 +114,7 @@ Inputs find_inputs(const Attributes& attributes, int32_t num_inputs) {
     inputs.up_scales = next++;
     inputs.down_scales = next++;
   }
+  if (norms) inputs.expert_norms = next++;
   return inputs;
 }
 
@@ -122,6 +125,7 @@ const char* input_name(const Attributes& attributes, const Inputs& inputs, int32
   if (index == kUp && gated) return "gate_up";
   if (index < kNumRequiredInputs) return kNames[index];
   if (index == inputs.correction_bias) return "correction_bias";
+  if (index == inputs.expert_norms) return "expert_norms";
   if (index == inputs.down_scales) return "down_scales";
   return gated ? "gate_up_scales" : "up_scales";
 }
@@ -178,7 +182,8 @@ DataType expected_type(const Inputs& inputs, const Attributes& attributes, int32
     case kDown:
       return is_quantised(attributes.weights) ? DataType::kINT8 : hidden_states;
     default:
-      return pos == inputs.correction_bias ? DataType::kFLOAT : hidden_states;  // else scales
+      return pos == inputs.correction_bias || pos == inputs.expert_norms ? DataType::kFLOAT
+                                                                         : hidden_states;  // scales
   }
 }
 
@@ -229,6 +234,8 @@ cpu::Sizes check_input_shapes(const Attributes& attributes, const Inputs& inputs
   s.down = unpacked(attributes, shapes[kDown]);
   s.has_correction_bias = inputs.correction_bias >= 0;
   if (s.has_correction_bias) s.correction_bias = shapes[inputs.correction_bias];
+  s.has_expert_norms = inputs.expert_norms >= 0;
+  if (s.has_expert_norms) s.expert_norms = shapes[inputs.expert_norms];
   const cpu::Sizes sizes = cpu::check_shapes(attributes.params, s);
   check_scales(attributes, inputs, shapes);
   return sizes;

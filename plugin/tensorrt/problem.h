@@ -14,8 +14,9 @@
 
 namespace adaptive_k::tensorrt {
 
-// The inputs that every layer has, in order. correction_bias follows if there is one, then
-// up_scales and down_scales if the weights are quantised; the number of inputs tells which.
+// The inputs that every layer has, in order. correction_bias follows if there is one (the number of
+// inputs tells), then up_scales and down_scales if the weights are quantised, then expert_norms if
+// the attribute says so.
 enum Input : int32_t {
   kHiddenStates,
   kRouterLogits,
@@ -36,6 +37,7 @@ struct Inputs {
   int32_t correction_bias = -1;
   int32_t up_scales = -1;
   int32_t down_scales = -1;
+  int32_t expert_norms = -1;
 };
 
 Inputs find_inputs(const Attributes& attributes, int32_t num_inputs);

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import plugin_harness as h
 from plugin_harness import Layer
 
-from oracle import ENTROPY, RATIO, TOP_P, moe
+from oracle import CONTRIBUTION, ENTROPY, RATIO, TOP_P, moe
 
 Array = npt.NDArray[Any]
 DTYPES: dict[int, Any] = {h.FLOAT: np.float32, h.HALF: np.float16, h.BF16: ml_dtypes.bfloat16}
@@ -42,9 +42,10 @@ class Case:
     def __post_init__(self) -> None:
         x, logits, index, kind, thresholds, k_values, *_ = self.inputs
         bias = self.inputs[8] if self.layer.bias else None
+        norms = self.inputs[-1] if self.layer.norms else None
         self.expected = moe(
             x.astype(np.float64), logits, index, kind, thresholds, k_values, *self.dense,
-            correction_bias=bias, **self.oracle,
+            correction_bias=bias, expert_norms=norms, **self.oracle,
         )  # fmt: skip
 
 
@@ -73,14 +74,14 @@ def make_case(seed: int, layer: Layer, **attributes: Any) -> Case:
     rows = 2 * inner if layer.gated else inner
     up = normal(e, rows, hidden, scale=hidden**-0.5)
     down = normal(e, hidden, inner, scale=inner**-0.5)
-    kinds = np.array([ENTROPY, TOP_P, RATIO], np.int32)
+    kinds = np.array([ENTROPY, TOP_P, RATIO, CONTRIBUTION], np.int32)
     inputs = [
         normal(t, hidden),
         (rng.standard_normal((t, e)) * rng.uniform(0.2, 3, (t, 1))).astype(np.float32),
-        rng.integers(0, 3, t).astype(np.int32),
+        rng.integers(0, 4, t).astype(np.int32),
         kinds,
-        np.array([[0.8, 1.2], [0.7, 0], [0.4, 0]], np.float32),
-        np.array([[1, 2, 3], [1, 1, 3], [1, 1, 2]], np.int32),
+        np.array([[0.8, 1.2], [0.7, 0], [0.4, 0], [0.75, 0]], np.float32),
+        np.array([[1, 2, 3], [1, 1, 3], [1, 1, 2], [1, 1, 4]], np.int32),
     ]
     if layer.weights in ("int8", "int4"):
         bits = int(layer.weights.removeprefix("int"))
@@ -93,7 +94,10 @@ def make_case(seed: int, layer: Layer, **attributes: Any) -> Case:
         inputs.append((rng.standard_normal(e) * 0.3).astype(np.float32))
     if layer.weights in ("int8", "int4"):
         inputs += [up_scales, down_scales]
-    oracle = {k: v for k, v in attributes.items() if k != "weight_format"}
+    if layer.norms:
+        inputs.append(rng.uniform(0.3, 2, e).astype(np.float32))
+        attributes["has_expert_norms"] = 1
+    oracle = {k: v for k, v in attributes.items() if k not in ("weight_format", "has_expert_norms")}
     if "norm_topk_prob" in oracle:
         oracle["norm_topk_prob"] = bool(oracle["norm_topk_prob"])
     if layer.weights:
@@ -119,36 +123,39 @@ SIGMOID: dict[str, Any] = {
     "topk_group": 2,
     "max_k": 6,
 }
-P3: dict[str, Any] = {"policies": 3, "choices": 3}
+ROWS: dict[str, Any] = {"policies": 4, "choices": 3}
 CASES: dict[str, tuple[Layer, dict[str, Any]]] = {
     **{
-        f"{name}-{tokens}": (Layer(tokens, hidden=32, intermediate=16, experts=6, element=element, **P3), SOFTMAX)
+        f"{name}-{tokens}": (
+            Layer(tokens, hidden=32, intermediate=16, experts=6, element=element, norms=tokens > 1, **ROWS),
+            SOFTMAX,
+        )
         for name, element in (("float32", h.FLOAT), ("float16", h.HALF), ("bfloat16", h.BF16))
         for tokens in (1, 5, 40)
     },
     "sigmoid-groups-bias": (
-        Layer(9, hidden=16, intermediate=24, experts=8, element=h.FLOAT, gated=False, bias=True, **P3),
+        Layer(9, hidden=16, intermediate=24, experts=8, element=h.FLOAT, gated=False, bias=True, norms=True, **ROWS),
         SIGMOID,
     ),
     "unnormalised": (
-        Layer(3, hidden=16, intermediate=8, experts=5, element=h.FLOAT, **P3),
+        Layer(3, hidden=16, intermediate=8, experts=5, element=h.FLOAT, **ROWS),
         {**SOFTMAX, "activation": "geglu", "norm_topk_prob": 0, "routed_scaling_factor": 0.5},
     ),
     "capped-at-one": (
-        Layer(6, hidden=16, intermediate=8, experts=5, element=h.FLOAT, **P3),
+        Layer(6, hidden=16, intermediate=8, experts=5, element=h.FLOAT, **ROWS),
         {**SOFTMAX, "max_k": 1},
     ),
-    "int8-row": (Layer(4, hidden=32, intermediate=32, element=h.FLOAT, weights="int8", **P3), SOFTMAX),
+    "int8-row": (Layer(4, hidden=32, intermediate=32, element=h.FLOAT, weights="int8", **ROWS), SOFTMAX),
     "int8-groups-bias": (
-        Layer(4, hidden=64, intermediate=32, element=h.HALF, weights="int8", groups=(2, 1), bias=True, **P3),
+        Layer(4, hidden=64, intermediate=32, element=h.HALF, weights="int8", groups=(2, 1), bias=True, **ROWS),
         {**SOFTMAX, "scoring": "sigmoid"},
     ),
     "int4-groups": (
-        Layer(4, hidden=64, intermediate=32, element=h.BF16, weights="int4", groups=(2, 1), **P3),
+        Layer(4, hidden=64, intermediate=32, element=h.BF16, weights="int4", groups=(2, 1), norms=True, **ROWS),
         SOFTMAX,
     ),
     "int4-row": (
-        Layer(2, hidden=64, intermediate=32, element=h.HALF, weights="int4", gated=False, **P3),
+        Layer(2, hidden=64, intermediate=32, element=h.HALF, weights="int4", gated=False, **ROWS),
         {**SOFTMAX, "activation": "gelu_tanh"},
     ),
 }

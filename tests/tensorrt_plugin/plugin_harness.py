@@ -188,6 +188,7 @@ class Layer:
     bias: bool = False
     weights: str = ""  # a weight_format
     groups: tuple[int, int] = (1, 1)  # scales in a row of up and of down
+    norms: bool = False
     replaced: dict[int, Tensor] = field(default_factory=dict)
 
     def inputs(self) -> list[Tensor]:
@@ -212,6 +213,8 @@ class Layer:
         if quantised:
             tensors.append(Tensor(self.element, (e, rows, self.groups[0])))
             tensors.append(Tensor(self.element, (e, h, self.groups[1])))
+        if self.norms:
+            tensors.append(Tensor(FLOAT, (e,)))
         for index, tensor in self.replaced.items():
             tensors[index] = tensor
         return tensors
@@ -406,7 +409,7 @@ class Recorder:
     PARAMS = ("activation", "scoring", "norm_topk_prob", "n_group", "topk_group", "max_k")
     POINTERS = (
         "hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values", "up", "down",
-        "up_scales", "down_scales", "correction_bias", "output", "k", "entropy", "workspace", "stream",
+        "up_scales", "down_scales", "correction_bias", "expert_norms", "output", "k", "entropy", "workspace", "stream",
     )  # fmt: skip
 
     def __init__(self, library: PluginLibrary) -> None:

@@ -68,6 +68,7 @@ EXPORT void recorder_read(int64_t* numbers, float* routed_scaling_factor, void**
                        a.up_scales,
                        a.down_scales,
                        a.correction_bias,
+                       a.expert_norms,
                        a.output,
                        a.k,
                        a.entropy,

@@ -75,6 +75,7 @@ class Engine:
         layer = self.case.layer
         names = ["up", "down"] + ["correction_bias"] * layer.bias
         names += ["up_scales", "down_scales"] * bool(layer.weights)
+        names += ["expert_norms"] * layer.norms
         element = {h.FLOAT: TensorProto.FLOAT, h.HALF: TensorProto.FLOAT16, h.BF16: TensorProto.BFLOAT16}[layer.element]
         return layer_model(
             {**self.case.attributes, "plugin_namespace": "adaptive_k", "plugin_version": "1"},

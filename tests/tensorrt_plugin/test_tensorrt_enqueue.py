@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import plugin_harness as h
 import pytest
-from layer_cases import CASES, DTYPES, P3, SOFTMAX, Array, Case, aligned, check, make_case
+from layer_cases import CASES, DTYPES, ROWS, SOFTMAX, Array, Case, aligned, check, make_case
 from plugin_harness import Layer, Plugin, PluginLibrary
 
 
@@ -60,10 +60,10 @@ def test_an_engines_plugin_computes_the_same_bits(computing: PluginLibrary, name
 def test_steps_of_different_sizes_run_in_the_workspace_of_the_largest(computing: PluginLibrary) -> None:
     attributes = SOFTMAX
     plugin = computing.made(**attributes)
-    most = Layer(40, hidden=32, intermediate=16, experts=6, **P3)
+    most = Layer(40, hidden=32, intermediate=16, experts=6, **ROWS)
     workspace = aligned(np.zeros(plugin.workspace(most.inputs(), most.outputs()), np.uint8))
     for tokens in (40, 1, 17, 0, 2):
-        layer = Layer(tokens, hidden=32, intermediate=16, experts=6, **P3)
+        layer = Layer(tokens, hidden=32, intermediate=16, experts=6, **ROWS)
         assert plugin.workspace(layer.inputs(), layer.outputs()) <= workspace.size
         if tokens == 0:
             assert plugin.shape_change(layer.inputs(), layer.outputs()) == 0

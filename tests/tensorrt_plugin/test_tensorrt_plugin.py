@@ -48,8 +48,10 @@ LAYERS = [
     (Layer(weights="int4", groups=(4, 2), gated=False, bias=True), {"weight_format": "int4", "activation": "gelu"}),
     (Layer(choices=1), {}),
     (Layer(tokens=5), {}),
+    (Layer(norms=True), {"has_expert_norms": 1}),
+    (Layer(weights="int8", bias=True, norms=True), {"weight_format": "int8", "has_expert_norms": 1}),
 ]
-LAYER_IDS = ["plain", "bias", "int8", "int8-bias-groups", "int4", "one-choice", "fixed-tokens"]
+LAYER_IDS = ["plain", "bias", "int8", "int8-bias-groups", "int4", "one-choice", "fixed-tokens", "norms", "all-inputs"]
 over_layers = pytest.mark.parametrize(("layer", "attributes"), LAYERS, ids=LAYER_IDS)
 
 
@@ -191,6 +193,7 @@ def test_enqueue_hands_every_pointer_to_its_place(
     names = ["hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values", "up", "down"]
     names += ["correction_bias"] * layer.bias
     names += ["up_scales", "down_scales"] * bool(layer.weights)
+    names += ["expert_norms"] * layer.norms
     expected: dict[str, int | None] = dict.fromkeys(Recorder.POINTERS)
     expected.update(zip(names, given, strict=True))
     expected.update(zip(["output", "k", "entropy", "workspace", "stream"], [*made, 0xA000, 0xB000], strict=True))
@@ -273,6 +276,7 @@ def errors(plugin: Plugin) -> str:
         ({}, 10, "has 10 inputs but takes 8, or 9 with correction_bias"),
         ({}, 0, "has 0 inputs but takes 8, or 9 with correction_bias"),
         ({"weight_format": "int8"}, 9, "has 9 inputs but takes 10, or 11 with correction_bias (weight_format int8)"),
+        ({"has_expert_norms": 1}, 8, "has 8 inputs but takes 9, or 10 with correction_bias (has_expert_norms)"),
     ],
 )
 def test_a_wrong_number_of_inputs_is_refused_everywhere(
@@ -341,6 +345,7 @@ WRONG_TYPES: list[tuple[Layer, dict[str, Any], int, int, str]] = [
     ),
     (Layer(), {}, 7, FLOAT, "input down has type float32 but must be float16, as hidden_states"),
     (Layer(bias=True), {}, 8, HALF, "input correction_bias has type float16 but must be float32"),
+    (Layer(norms=True), {"has_expert_norms": 1}, 8, HALF, "input expert_norms has type float16 but must be float32"),
     (Layer(weights="int8"), {"weight_format": "int8"}, 6, HALF, "input gate_up has type float16 but must be int8"),
     (
         Layer(weights="int8"),
@@ -410,6 +415,13 @@ WRONG_SHAPES: list[tuple[Layer, dict[str, Any], int, tuple[int, ...], str]] = [
         8,
         (5,),
         "input correction_bias has shape [5] but must be [E], where E = 4 by input router_logits",
+    ),
+    (
+        Layer(bias=True, norms=True),
+        {"has_expert_norms": 1},
+        9,
+        (3,),
+        "input expert_norms has shape [3] but must be [E], where E = 4 by input router_logits",
     ),
     (Layer(), {"n_group": 3, "topk_group": 1}, 0, (2, 16), "attribute n_group must divide the number of experts"),
     (

@@ -31,10 +31,11 @@ ATTRIBUTES: dict[str, Any] = {
     "topk_group": 1,
     "max_k": 2,
     "weight_format": "float16",
+    "has_expert_norms": 1,
 }
 DESCRIPTION = (
     "activation=swiglu scoring=softmax norm_topk_prob=1 routed_scaling_factor=1 n_group=1 topk_group=1 max_k=2 "
-    "weight_format=float16"
+    "weight_format=float16 has_expert_norms=1"
 )
 CREATED = ["INFO", "Successfully created plugin: AdaptiveKMoe"]
 
