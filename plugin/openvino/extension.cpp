@@ -33,6 +33,7 @@ ov::OutputVector from_onnx(const ov::frontend::NodeContext& node) {
   a.n_group = node.get_attribute<int64_t>("n_group", defaults.n_group);
   a.topk_group = node.get_attribute<int64_t>("topk_group", defaults.topk_group);
   a.max_k = node.get_attribute<int64_t>("max_k", defaults.max_k);
+  a.has_expert_norms = node.get_attribute<int64_t>("has_expert_norms", defaults.has_expert_norms);
   return std::make_shared<AdaptiveKMoe>(inputs_of(node), a)->outputs();
 }
 

@@ -61,6 +61,8 @@ def arguments() -> dict[str, Any]:
             r"input down has shape \[5, 16, 8\] but must be \[E, H, I\], where E = 4 by input router_logits",
         ),
         ({"correction_bias": np.zeros(3, np.float32)}, r"input correction_bias has shape \[3\] but must be \[E\]"),
+        ({"expert_norms": np.zeros(3, np.float32)}, r"input expert_norms has shape \[3\] but must be \[E\]"),
+        ({"expert_norms": np.zeros(8)}, "input expert_norms is float64 but must be float32"),
         ({"activation": "tanh"}, "attribute activation is 'tanh' but must be one of swiglu, geglu"),
         ({"scoring": "topk"}, "attribute scoring is 'topk' but must be one of softmax, sigmoid"),
         ({"n_group": 3}, "attribute n_group must divide the number of experts"),

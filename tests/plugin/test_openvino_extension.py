@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import openvino as ov
 import pytest
-from cases import policies, tokens, weights
+from cases import norms, policies, tokens, weights
 from onnx import TensorProto, helper, numpy_helper
 
 from adaptive_k_moe.plugin import moe, openvino_extension_path
@@ -37,6 +37,7 @@ def graph(
     up: Any,
     down: Any,
     bias: Any = None,
+    norms: Any = None,
     shapes: dict[str, list[Any]] | None = None,
     types: dict[str, int] | None = None,
     **attributes: Any,
@@ -53,7 +54,10 @@ def graph(
     }
     integers = ("policy_index", "policy_kind", "k_values")
     kind = {name: TensorProto.INT32 if name in integers else TensorProto.FLOAT for name in FEED} | (types or {})
-    constants = {"gate_up": up, "down": down, **({} if bias is None else {"correction_bias": bias})}
+    optional = {"correction_bias": bias, "expert_norms": norms}
+    constants = {"gate_up": up, "down": down, **{name: x for name, x in optional.items() if x is not None}}
+    if norms is not None:
+        attributes["has_expert_norms"] = 1
     node = helper.make_node(
         "AdaptiveKMoe", FEED + list(constants), ["output", "k", "entropy"], domain="adaptive_k", **attributes
     )
@@ -92,13 +96,15 @@ def graph(
     ids=["defaults", "all attributes"],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("normed", [False, True])
 def test_onnx_and_ir_give_the_bits_of_the_python_face(
-    core: ov.Core, tmp_path: Path, attributes: dict[str, Any], dtype: str
+    core: ov.Core, tmp_path: Path, attributes: dict[str, Any], normed: bool, dtype: str
 ) -> None:
     up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, attributes.get("activation", "swiglu"), dtype)
     bias = np.linspace(-0.2, 0.2, EXPERTS, dtype=np.float32) if attributes else None
     stored = {**attributes, "weight_format": "bfloat16"} if dtype == "bfloat16" else attributes
-    model = core.read_model(graph(tmp_path / "op.onnx", as_bytes(up), as_bytes(down), bias, **stored))
+    expert_norms = norms(EXPERTS) if normed else None
+    model = core.read_model(graph(tmp_path / "op.onnx", as_bytes(up), as_bytes(down), bias, expert_norms, **stored))
     ov.save_model(model, tmp_path / "op.xml", compress_to_fp16=False)
     for source in (model, core.read_model(tmp_path / "op.xml")):
         request = core.compile_model(source, "CPU").create_infer_request()
@@ -107,7 +113,7 @@ def test_onnx_and_ir_give_the_bits_of_the_python_face(
             feed = (x, logits, *policies(count))
             got = request.infer(dict(zip(FEED, feed, strict=True)))
             options = {**attributes, "norm_topk_prob": bool(attributes.get("norm_topk_prob", 1))}
-            want = moe(*feed, up, down, correction_bias=bias, **options)
+            want = moe(*feed, up, down, correction_bias=bias, expert_norms=expert_norms, **options)
             for name, value in zip(("output", "k", "entropy"), want, strict=True):
                 assert got[name].shape == value.shape
                 np.testing.assert_array_equal(got[name], value)
@@ -162,6 +168,18 @@ def test_output_shapes_follow_the_inputs(core: ov.Core, tmp_path: Path) -> None:
         ({"activation": "tanh"}, "AdaptiveKMoe: attribute activation is 'tanh' but must be one of swiglu"),
         ({"scoring": "topk"}, "AdaptiveKMoe: attribute scoring is 'topk'"),
         ({"n_group": 3}, "AdaptiveKMoe: attribute n_group must divide the number of experts"),
+        (
+            {"norms": np.ones(7, np.float32)},
+            r"AdaptiveKMoe: input expert_norms has shape \[7\] but must be \[E\], where E = 8",
+        ),
+        (
+            {"norms": np.ones(8, np.int32)},
+            "AdaptiveKMoe: input expert_norms has element type i32 but must be f32",
+        ),
+        (
+            {"has_expert_norms": 1},
+            r"AdaptiveKMoe: has 8 inputs but takes 9, or 10 with correction_bias \(expert_norms is the last\)",
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_is_refused_by_name(

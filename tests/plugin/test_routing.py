@@ -80,7 +80,66 @@ def test_mass_and_ratio_rows_match_the_oracle(scoring: str, kind: int, parameter
     compare(x, kind, [parameter, 0.0], [1, 0, 8], scoring=scoring)
 
 
-@pytest.mark.parametrize("kind", [oracle.ENTROPY, oracle.TOP_P, oracle.RATIO])
+@given(logits(HOSTILE), st.integers(0, 2**31), st.sampled_from([0.01, 0.3, 0.77, 0.999, 1.0]))
+@settings(max_examples=150, deadline=None)
+def test_contribution_rows_match_the_oracle_on_any_logits(x: Any, seed: int, p: float) -> None:
+    experts = x.shape[1]
+    rng = np.random.default_rng(seed)
+    bias = rng.choice([0.0, 0.1, 0.25], experts).astype(np.float32)
+    groups = 4 if experts % 4 == 0 else 1
+    for scoring, norms in (
+        ("softmax", None),
+        ("softmax", rng.choice([0.0, 0.5, 1.5], experts)),
+        ("sigmoid", 10.0 ** rng.integers(-6, 6, experts)),
+    ):
+        compare(
+            x,
+            oracle.CONTRIBUTION,
+            [p, 0.0],
+            [1 + seed % 3, 0, 6],
+            scoring=scoring,
+            correction_bias=bias if seed % 2 else None,
+            expert_norms=None if norms is None else norms.astype(np.float32),
+            n_group=groups,
+            topk_group=(groups + 1) // 2,
+        )
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_norms_that_are_no_numbers_drop_no_expert_and_spoil_no_weight(poison: float) -> None:
+    x = np.linspace(0, 1, 8, dtype=np.float32)[None]
+    rows = np.array([3], np.int32), np.array([[0.5]], np.float32), np.array([[1, 5]], np.int32)
+    norms = np.ones(8, np.float32)
+    norms[6] = poison
+    got = route(x, np.zeros(1, np.int32), *rows, expert_norms=norms)
+    full = route(x, *fixed(1, 5))
+    kept = got.experts[0, : got.k[0]].tolist()
+    assert kept == ([6] if np.isinf(poison) else full.experts[0, :5].tolist())
+    assert np.isfinite(got.weights).all()
+
+
+@pytest.mark.parametrize("norm_topk_prob", [True, False])
+def test_a_whole_share_is_full_to_the_bit(norm_topk_prob: bool) -> None:
+    """Kept experts stay in the order of their rank, so that nothing is summed differently."""
+    x = np.random.default_rng(0).standard_normal((200, 16)).astype(np.float32)
+    rows = np.array([3], np.int32), np.array([[1.0]], np.float32), np.array([[1, 4]], np.int32)
+    norms = np.random.default_rng(1).uniform(0.5, 2, 16).astype(np.float32)
+    got = route(x, np.zeros(200, np.int32), *rows, expert_norms=norms, norm_topk_prob=norm_topk_prob)
+    full = route(x, *fixed(200, 4), norm_topk_prob=norm_topk_prob)
+    for ours, theirs in zip(got, full, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_an_expert_that_adds_much_goes_before_one_that_ranks_higher() -> None:
+    x = np.log(np.array([[0.5, 0.3, 0.2]], np.float32))
+    rows = np.array([3], np.int32), np.array([[0.6]], np.float32), np.array([[1, 3]], np.int32)
+    norms = np.array([1, 0.1, 2.5], np.float32)  # contributions 0.5, 0.03, 0.5
+    got = route(x, np.zeros(1, np.int32), *rows, expert_norms=norms)
+    assert got.experts[0, :2].tolist() == [0, 2]
+    np.testing.assert_allclose(got.weights[0], [5 / 7, 2 / 7, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [oracle.ENTROPY, oracle.TOP_P, oracle.RATIO, oracle.CONTRIBUTION])
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 def test_a_row_without_a_softmax_runs_its_full_k(kind: int, poison: float) -> None:
     x = np.zeros((1, 8), np.float32)
