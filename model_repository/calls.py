@@ -6,13 +6,12 @@ from __future__ import annotations
 import functools
 import queue
 import threading
-import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from adaptive_k_moe.model_repository.requests import GenerationRequest
 from adaptive_k_moe.model_repository.responses import Outputs, ResponseBuilder
-from adaptive_k_moe.runtime.outputs import RequestOutput
+from adaptive_k_moe.runtime.outputs import ErrorKind, RequestContext, RequestOutput
 
 if TYPE_CHECKING:
     from adaptive_k_moe.runtime import LLM
@@ -34,30 +33,31 @@ class Sender(Protocol):
         """Whether nobody waits for the answer any more."""
 
 
-class Ended(NamedTuple):
-    """A prompt that ended, for the metrics; `seconds` and `builder` are None if it never ran."""
-
-    policy: str | None
-    outcome: str
-    seconds: float | None = None
-    builder: ResponseBuilder | None = None
-
-
 class Report(NamedTuple):
-    """Something to tell about a call: responses, then prompts that ended, then the end of the call."""
+    """Something to tell about a call: responses, then the end of the call.
+
+    `failure` is an error's message and code; `blame` is what failed, where the runtime does not know of it.
+    """
 
     call: Call
     responses: Sequence[Outputs] = ()
-    ended: Sequence[Ended] = ()
     final: bool = False
-    failure: tuple[str, str] | None = None  # message and code
+    failure: tuple[str, str] | None = None
+    blame: ErrorKind | None = None
 
 
 class Call:
     """One request with its prompts in the engine. Reports are made on any thread and queued in order."""
 
-    def __init__(self, request_id: str, sender: Sender, reports: queue.SimpleQueue[Report]) -> None:
+    def __init__(
+        self,
+        request_id: str,
+        sender: Sender,
+        reports: queue.SimpleQueue[Report],
+        trace_headers: Mapping[str, str] | None = None,
+    ) -> None:
         self.request_id = request_id
+        self.trace_headers = trace_headers or {}
         self.sender = sender
         self.abandoned = False  # nobody waits for the answer any more; the reporter's to set
         self._reports = reports
@@ -80,12 +80,17 @@ class Call:
                 prompt.sampling_params,
                 streaming=prompt.streaming,
                 on_output=functools.partial(self._on_output, ResponseBuilder(prompt)),
+                context=self.context(prompt.batch_index),
             )
             with self._lock:
                 self._handles.append(handle)
                 aborted = self._aborted
             if aborted:
                 handle.abort()
+
+    def context(self, batch_index: int = 0) -> RequestContext:
+        """What the records of one of its prompts shall say."""
+        return RequestContext(client_id=self.request_id, batch_index=batch_index, trace_headers=self.trace_headers)
 
     def abort(self) -> None:
         """Take the prompts out of the engine; their last outputs end the call."""
@@ -102,10 +107,16 @@ class Call:
         with self._lock:
             self._close(Report(self, final=True))
 
-    def fail(self, message: str, code: str, outcome: str) -> None:
-        """End the call with an error, and take its prompts out of the engine."""
+    def fail(self, message: str, code: str, blame: ErrorKind | None = None) -> None:
+        """End the call with an error, and take its prompts out of the engine.
+
+        Args:
+            message: the sentence.
+            code: name of one of Triton's error codes.
+            blame: what failed; None if the runtime has told its observers.
+        """
         with self._lock:
-            self._close(Report(self, ended=[Ended(None, outcome)], final=True, failure=(message, code)))
+            self._close(Report(self, final=True, failure=(message, code), blame=blame))
         self.abort()
 
     def _on_output(self, builder: ResponseBuilder, output: RequestOutput) -> None:
@@ -114,7 +125,7 @@ class Call:
             with self._lock:
                 self._take(builder, output)
         except Exception as error:  # the engine's thread serves all requests: it goes on, and the client is told
-            self.fail(f"the server failed: {type(error).__name__}: {error}", "INTERNAL", "error")
+            self.fail(f"the server failed: {type(error).__name__}: {error}", "INTERNAL", "server")
         if output.error:
             self.abort()
 
@@ -127,24 +138,14 @@ class Call:
                 self._reports.put(Report(self, responses))
             return
         self._running -= 1
-        metrics = output.metrics
-        seconds = (metrics.finished_time or time.monotonic()) - metrics.arrival_time
-        ended = [Ended(output.policy, _outcome(output), seconds, builder)]
         if output.error:
-            self._close(Report(self, ended=ended, final=True, failure=(output.error, "INTERNAL")))
+            self._close(Report(self, final=True, failure=(output.error, "INTERNAL")))
         elif self._running:
-            self._reports.put(Report(self, responses, ended))
+            self._reports.put(Report(self, responses))
         else:
-            self._close(Report(self, responses, ended, final=True))
+            self._close(Report(self, responses, final=True))
 
     def _close(self, report: Report) -> None:
         if not self._closed:
             self._closed = True
             self._reports.put(report)
-
-
-def _outcome(output: RequestOutput) -> str:
-    reasons = {completion.finish_reason for completion in output.outputs}
-    if output.error or "error" in reasons:
-        return "error"
-    return next((reason for reason in ("cancelled", "length") if reason in reasons), "stop")

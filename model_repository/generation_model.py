@@ -4,7 +4,8 @@
 Three threads meet here. Triton's calls `execute`, which hands prompts to the runtime and returns; requests
 under the model's other name come in the same way from the relay. The engine's thread reports to a `Call`
 after each step. The reporter does everything that talks to Triton about running requests: it sends
-responses, asks which clients have gone, and sets metrics; so no two threads ever use one response sender.
+responses and asks which clients have gone; so no two threads ever use one response sender. What else is said of
+requests goes the way of the runtime's observers, to `Observation`.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ import triton_python_backend_utils as pb_utils  # exists inside Triton only
 
 from adaptive_k_moe.errors import AdaptiveKError, EngineError
 from adaptive_k_moe.model_repository.calls import Call, Report, Sender
-from adaptive_k_moe.model_repository.metrics import Metrics
+from adaptive_k_moe.model_repository.observation import Observation
+from adaptive_k_moe.model_repository.observation_options import ObservationOptions
 from adaptive_k_moe.model_repository.pace import Pace
 from adaptive_k_moe.model_repository.policy_watch import PolicyWatch
 from adaptive_k_moe.model_repository.relay import RelayServer
-from adaptive_k_moe.model_repository.requests import Inputs, asks_to_stop, parse_request
+from adaptive_k_moe.model_repository.requests import Inputs, asks_to_stop, parse_request, trace_headers
 from adaptive_k_moe.model_repository.triton_sender import TritonSender, read_inputs
+from adaptive_k_moe.runtime.telemetry import Refusal
 
 if TYPE_CHECKING:
     from adaptive_k_moe.runtime import LLM
@@ -51,10 +54,11 @@ class GenerationModel:
                 for name, value in json.loads(args["model_config"]).get("parameters", {}).items()
             }
             self._engine_dir = _engine_dir(parameters)
-            self._metrics = Metrics(args["model_name"])
+            self._observation = Observation(ObservationOptions.from_parameters(parameters), args["model_name"])
             self._llm = _open_engine(self._engine_dir, parameters)
         except AdaptiveKError as error:
             raise pb_utils.TritonModelException(str(error)) from None
+        self._observation.watch(self._llm)
         self._policy_watch = PolicyWatch(self._engine_dir)
         self._policy_lock = threading.Lock()
         self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
@@ -84,26 +88,31 @@ class GenerationModel:
         self._llm.shutdown()
         self._stopping.set()
         self._reporter.join(timeout=_DRAIN_SECONDS)
+        self._observation.close()
 
     def _begin(self, request_id: str, inputs: Inputs, parameters: dict[str, Any], sender: Sender) -> None:
-        call = Call(request_id, sender, self._reports)
+        call = Call(request_id, sender, self._reports, trace_headers(parameters))
         if self._closing:
-            call.fail("this model is being unloaded: ask again.", "UNAVAILABLE", "refused")
+            call.fail("this model is being unloaded: ask again.", "UNAVAILABLE", "server")
             return
         try:
             if asks_to_stop(inputs):
                 self._stop(call)
                 return
             self._reload_changed_policies()
-            prompts = parse_request(inputs, parameters)
+            try:
+                prompts = parse_request(inputs, parameters)
+            except AdaptiveKError as error:
+                call.fail(str(error), "INVALID_ARG", "request")
+                return
             with self._calls_lock:
                 self._calls[id(call)] = call
             call.start(self._llm, prompts)
         except AdaptiveKError as error:
-            call.fail(str(error), "INVALID_ARG", "refused")
+            call.fail(str(error), "INVALID_ARG")
         except Exception as error:  # one request's trouble must not end the others
             pb_utils.Logger.log_error(f"unexpected {type(error).__name__} in a request: {error}")
-            call.fail(f"the server failed: {type(error).__name__}: {error}", "INTERNAL", "error")
+            call.fail(f"the server failed: {type(error).__name__}: {error}", "INTERNAL", "server")
 
     def _running(self) -> list[Call]:
         with self._calls_lock:
@@ -130,7 +139,7 @@ class GenerationModel:
                     pb_utils.Logger.log_error(f"the policies stay as they were: {error}")
 
     def _report(self) -> None:
-        """The reporter's loop: reports as they come, and every so often a look at clients and metrics."""
+        """The reporter's loop: reports as they come, and every so often a look at the clients."""
         pace = Pace(_POLL_SECONDS)
         while not (self._stopping.is_set() and self._reports.empty()):
             with contextlib.suppress(queue.Empty):
@@ -141,8 +150,9 @@ class GenerationModel:
 
     def _handle(self, report: Report) -> None:
         try:
-            for ended in report.ended:
-                self._metrics.ended(ended)
+            if report.failure is not None and report.blame is not None:
+                call = report.call
+                self._observation.refused(Refusal("", None, report.failure[0], report.blame, context=call.context()))
             if not report.call.abandoned:
                 for outputs in report.responses:
                     report.call.sender.send(outputs)
@@ -163,7 +173,6 @@ class GenerationModel:
                 if not call.abandoned and call.sender.cancelled():
                     call.abandoned = True
                     call.abort()
-            self._metrics.engine(self._llm.stats())
         except Exception as error:  # as above
             pb_utils.Logger.log_error(f"looking after running requests failed: {error}")
 

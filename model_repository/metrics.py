@@ -1,106 +1,141 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine's metrics on Triton's own metrics port. Imported inside Triton only.
 
-Labels are bounded: `model` is the served model's name, `policy` one of the engine's policies (`-` where a
-request was refused before it had one), `outcome` one of five words.
+What is counted, and under which names, is defined in `observability.definitions`. Triton's histograms take one
+observation a call, so those of which there are thousands a second are exported as the series that a histogram
+consists of: Prometheus stores the same, though the page calls them counters.
 """
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 import triton_python_backend_utils as pb_utils  # exists inside Triton only
 
 from adaptive_k_moe.errors import DependencyError
-from adaptive_k_moe.model_repository.calls import Ended
+from adaptive_k_moe.observability.definitions import MODEL_LABEL, Metric, format_limit
+from adaptive_k_moe.observability.histogram import HistogramValue
+from adaptive_k_moe.observability.recorder import Recorder, Sample
 
-LATENCY_BUCKETS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0]
-"""Upper limits of `adaptive_k_latency_seconds`, in seconds."""
+_INTERVAL_SECONDS = 1.0
+# Most of a processor that the export may take; of very many series, the interval grows.
+_SHARE = 0.01
 
-NO_POLICY = "-"
-
-# Counters of the runtime's `EngineStats` that are passed on as they are.
-_ENGINE_COUNTERS = {
-    "prompt_tokens_total": "prompt tokens computed",
-    "generation_tokens_total": "tokens generated",
-    "preemptions_total": "times that a running request lost its KV blocks to others",
-    "cancellations_total": "requests ended before their last token because nobody waits for them",
-}
-_ENGINE_GAUGES = {
-    "kv_blocks_total": "KV cache blocks of the engine",
-    "kv_blocks_used": "KV cache blocks that hold tokens of requests",
-}
+_Key = tuple[str, ...]
 
 
-class Metrics:
-    """All metric families of one served model; not thread-safe, one thread reports."""
+def check_metrics_support() -> None:
+    """Refuse a Triton that lacks a kind of metric.
 
-    def __init__(self, model: str) -> None:
-        kinds = pb_utils.MetricFamily
-        if not hasattr(kinds, "HISTOGRAM"):
-            raise DependencyError("this Triton has no histogram metrics: use release 24.10 or a newer one.")
+    Raises:
+        DependencyError: it is too old.
+    """
+    if not hasattr(pb_utils.MetricFamily, "HISTOGRAM"):
+        raise DependencyError("this Triton has no histogram metrics: use release 24.10 or a newer one.")
+
+
+class MetricsExporter:
+    """Hands a recorder's counts to Triton, now and then, on a thread of its own, with a small share of its time.
+
+    Args:
+        model: value of the label `model`.
+        recorder: keeps observations.
+    """
+
+    def __init__(self, model: str, recorder: Recorder) -> None:
+        self._export = _Export(model, recorder)
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="adaptive-k-metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Hand over what is left, and end the thread."""
+        self._stopping.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        pause = 0.0
+        while not self._stopping.wait(pause):
+            began = time.thread_time()
+            _guarded(self._export.all)
+            pause = max(_INTERVAL_SECONDS, (time.thread_time() - began) / _SHARE)
+        _guarded(self._export.all)
+
+
+class _Export:
+    """The metrics of one model within Triton; one thread uses it."""
+
+    def __init__(self, model: str, recorder: Recorder) -> None:
         self._model = model
+        self._recorder = recorder
+        self._news: Any = None
         # A metric lives as long as its family, so both are kept.
         self._families: dict[str, Any] = {}
-        self._metrics: dict[tuple[str, ...], Any] = {}
-        self._values: dict[tuple[str, ...], float] = {}
-        self._k_sums: dict[str, tuple[float, float, int]] = {}  # policy: k, saved (both x weight), weight
-        self._family("adaptive_k_latency_seconds", "from a request's arrival to its last token", kinds.HISTOGRAM)
-        self._family("adaptive_k_avg_k", "mean experts run a token and layer, over finished requests", kinds.GAUGE)
-        self._family(
-            "adaptive_k_compute_saved_ratio",
-            "share of expert runs left out against the trained top-k, over finished requests (a count, not a time)",
-            kinds.GAUGE,
-        )
-        self._family("adaptive_k_requests_total", "prompts ended, by outcome", kinds.COUNTER)
-        self._family("adaptive_k_queue_depth", "prompts in the engine, by state", kinds.GAUGE)
-        for name, description in _ENGINE_COUNTERS.items():
-            self._family(f"adaptive_k_{name}", description, kinds.COUNTER)
-        for name, description in _ENGINE_GAUGES.items():
-            self._family(f"adaptive_k_{name}", description, kinds.GAUGE)
+        self._metrics: dict[_Key, Any] = {}
+        self._values: dict[_Key, float] = {}
 
-    def ended(self, ended: Ended) -> None:
-        """A prompt ended."""
-        policy = ended.policy or NO_POLICY
-        self._metric("adaptive_k_requests_total", policy=policy, outcome=ended.outcome).increment(1)
-        if ended.seconds is not None:
-            latency = self._metric("adaptive_k_latency_seconds", policy=policy)
-            latency.observe(ended.seconds)
-        if ended.builder is not None and (weight := ended.builder.expert_choices):
-            k, saved, weights = self._k_sums.get(policy, (0.0, 0.0, 0))
-            weights += weight
-            k += ended.builder.avg_k * weight
-            saved += ended.builder.compute_saved_ratio * weight
-            self._k_sums[policy] = (k, saved, weights)
-            self._set("adaptive_k_avg_k", k / weights, policy=policy)
-            self._set("adaptive_k_compute_saved_ratio", saved / weights, policy=policy)
+    def all(self) -> None:
+        """Hand over what has changed since the last time."""
+        news = self._recorder.news()
+        if news == self._news:
+            return
+        for sample in self._recorder.collect():
+            if isinstance(sample.value, HistogramValue):
+                if sample.metric.bulk:
+                    self._series_of_histogram(sample, sample.value)
+            elif sample.metric.kind == "counter":
+                self._raise(sample.metric.name, _labels(sample.metric, sample.labels), sample.value, sample.metric)
+            else:
+                self._set(sample, sample.value)
+        for metric, labels, value in self._recorder.take_observations():
+            self._metric(metric.name, _labels(metric, labels), metric).observe(value)
+        self._news = news
 
-    def engine(self, stats: Any) -> None:
-        """Take over the runtime's `EngineStats`; a value that did not change costs nothing."""
-        self._set("adaptive_k_queue_depth", stats.num_running, state="running")
-        self._set("adaptive_k_queue_depth", stats.num_waiting, state="waiting")
-        for name in _ENGINE_GAUGES:
-            self._set(f"adaptive_k_{name}", getattr(stats, name))
-        for name in _ENGINE_COUNTERS:
-            total = getattr(stats, name)
-            metric = self._metric(f"adaptive_k_{name}")
-            grown = total - self._values.get((name,), 0)
-            if grown > 0:
-                metric.increment(grown)
-                self._values[name,] = total
+    def _series_of_histogram(self, sample: Sample, value: HistogramValue) -> None:
+        metric, labels = sample.metric, _labels(sample.metric, sample.labels)
+        if self._values.get((f"{metric.name}_count", *labels.values())) == value.count:
+            return
+        for limit, count in value.cumulative():
+            self._raise(f"{metric.name}_bucket", {**labels, "le": format_limit(limit)}, count, metric)
+        self._raise(f"{metric.name}_sum", labels, value.sum, metric)
+        self._raise(f"{metric.name}_count", labels, value.count, metric)
 
-    def _family(self, name: str, description: str, kind: Any) -> None:
-        self._families[name] = pb_utils.MetricFamily(name=name, description=description, kind=kind)
-
-    def _set(self, name: str, value: float, **labels: str) -> None:
-        key = (name, *labels.values())
-        if self._values.get(key) != value:
-            self._metric(name, **labels).set(value)
+    def _raise(self, series: str, labels: dict[str, str], value: float, metric: Metric) -> None:
+        """Have a counter show this value, which is never less than the last."""
+        key = (series, *labels.values())
+        counter = self._metric(series, labels, metric)
+        if (grown := value - self._values.get(key, 0)) > 0:
+            counter.increment(grown)
             self._values[key] = value
 
-    def _metric(self, name: str, **labels: str) -> Any:
-        key = (name, *labels.values())
+    def _set(self, sample: Sample, value: float) -> None:
+        key = (sample.metric.name, *sample.labels)
+        if self._values.get(key) != value:
+            self._metric(sample.metric.name, _labels(sample.metric, sample.labels), sample.metric).set(value)
+            self._values[key] = value
+
+    def _metric(self, series: str, labels: dict[str, str], metric: Metric) -> Any:
+        key = (series, *labels.values())
         if key not in self._metrics:
-            options = {"buckets": LATENCY_BUCKETS} if name == "adaptive_k_latency_seconds" else {}
-            self._metrics[key] = self._families[name].Metric(labels={"model": self._model, **labels}, **options)
+            kinds = pb_utils.MetricFamily
+            native = metric.kind == "histogram" and not metric.bulk
+            if series not in self._families:
+                kind = kinds.GAUGE if metric.kind == "gauge" else kinds.HISTOGRAM if native else kinds.COUNTER
+                self._families[series] = kinds(name=series, description=metric.help, kind=kind)
+            options = {"buckets": list(metric.buckets)} if native else {}
+            self._metrics[key] = self._families[series].Metric(labels={MODEL_LABEL: self._model, **labels}, **options)
         return self._metrics[key]
+
+
+def _labels(metric: Metric, values: tuple[str, ...]) -> dict[str, str]:
+    return dict(zip(metric.labels, values, strict=True))
+
+
+def _guarded(function: Callable[[], None]) -> None:
+    try:
+        function()
+    except Exception as error:  # metrics are not worth a server
+        pb_utils.Logger.log_error(f"the metrics could not be handed over: {error}")

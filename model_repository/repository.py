@@ -4,28 +4,36 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from adaptive_k_moe.errors import ServerError
 from adaptive_k_moe.model_repository.contract import BLS, ENSEMBLE, render_config
 
 
-def write_model_repository(directory: Path, engine_dir: Path, *, num_threads: int | None = None) -> None:
+def write_model_repository(
+    directory: Path,
+    engine_dir: Path,
+    *,
+    num_threads: int | None = None,
+    parameters: Mapping[str, str] | None = None,
+) -> None:
     """Write the models of an engine to `directory`, which any Triton server can then be pointed at.
 
     Args:
         directory: where; made if missing. Models of the same names there are replaced.
         engine_dir: the engine; its absolute path is written.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
+        parameters: more parameters of the model that holds the engine.
 
     Raises:
         ServerError: the directory cannot be written.
     """
-    parameters = {"engine_dir": str(engine_dir.resolve())}
+    engine = {"engine_dir": str(engine_dir.resolve()), **(parameters or {})}
     if num_threads is not None:
-        parameters["num_threads"] = str(num_threads)
+        engine["num_threads"] = str(num_threads)
     try:
-        for model, its_parameters in ((ENSEMBLE, parameters), (BLS, {})):
+        for model, its_parameters in ((ENSEMBLE, engine), (BLS, {})):
             version = directory / model / "1"
             version.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(__file__).parent / model / "1" / "model.py", version / "model.py")

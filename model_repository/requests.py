@@ -16,6 +16,11 @@ from adaptive_k_moe.runtime.sampling_params import SamplingParams
 Inputs = Mapping[str, npt.NDArray[Any]]
 
 _UNSUPPORTED = {tensor.name for tensor in UNSUPPORTED_INPUTS}
+# Headers of the W3C trace context. The server is started so that gRPC's come as parameters; they can be given as
+# parameters, too.
+_TRACE_HEADERS = ("traceparent", "tracestate")
+# A field of Triton's own that its `generate` endpoints also pass on.
+_REQUEST_ID = "id"
 # Of the inputs that are not supported, those whose zero says "not used".
 _OFF_AT_ZERO = {"num_draft_tokens", "use_draft_logits", "prompt_vocab_size"}
 
@@ -52,6 +57,12 @@ def asks_to_stop(inputs: Inputs) -> bool:
     return "stop" in inputs and bool(inputs["stop"].any())
 
 
+def trace_headers(parameters: Mapping[str, Any]) -> dict[str, str]:
+    """The W3C trace context among a request's parameters; header names come in lower case."""
+    lower = {name.lower(): value for name, value in parameters.items()}
+    return {name: str(lower[name]) for name in _TRACE_HEADERS if name in lower}
+
+
 def parse_request(inputs: Inputs, parameters: Mapping[str, Any] | None = None) -> list[GenerationRequest]:
     """The prompts of a request.
 
@@ -65,7 +76,7 @@ def parse_request(inputs: Inputs, parameters: Mapping[str, Any] | None = None) -
         RequestError: a value is out of range, an option is not supported, or a field is unknown.
     """
     for name in parameters or {}:
-        if not name.startswith("triton_"):
+        if not name.startswith("triton_") and name.lower() not in (*_TRACE_HEADERS, _REQUEST_ID):
             raise RequestError(f"{name!r} is not an input of this model: remove it or check its spelling.")
     for name in _UNSUPPORTED & inputs.keys():
         if not _is_off(name, inputs[name]):

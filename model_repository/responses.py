@@ -37,11 +37,6 @@ class ResponseBuilder:
         return self._experts_run / self._expert_choices if self._expert_choices else float("nan")
 
     @property
-    def expert_choices(self) -> int:
-        """Over how many tokens times layers `avg_k` is the mean."""
-        return self._expert_choices
-
-    @property
     def compute_saved_ratio(self) -> float:
         """Share of expert runs left out against the trained top-k."""
         return 1.0 - self.avg_k / self._full_k if self._full_k else float("nan")

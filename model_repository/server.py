@@ -26,12 +26,15 @@ from adaptive_k_moe.engine_config import read_engine_config
 from adaptive_k_moe.errors import ServerError
 from adaptive_k_moe.model_repository.contract import BLS, ENSEMBLE
 from adaptive_k_moe.model_repository.installation import find_tritonserver
+from adaptive_k_moe.model_repository.observation_options import ObservationOptions
 from adaptive_k_moe.model_repository.repository import write_model_repository
 from adaptive_k_moe.model_repository.socket_directory import socket_directory
 
 _POLL_SECONDS = 0.1
 _DRAIN_SECONDS = 5
 _KILL_AFTER_SECONDS = 15.0
+# What lines of a request log that goes to standard output begin with.
+_REQUEST_LINE = b'{"ts":'
 _PORT_NAMES = ("HTTP", "gRPC", "metrics")
 
 
@@ -54,6 +57,7 @@ class TritonServer:
         log_file: where the server's log goes; None is standard error.
         log_verbose: Triton's verbosity, 0 is none.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
+        observation: what the server writes down of its requests besides metrics; None is nothing.
         ready_timeout: seconds that the server may take to load the engine.
         end_with_thread: on Linux, have the server end when the thread that calls `start` ends for whatever
             reason, `kill -9` of this process among them. For a thread that lives as long as the server should.
@@ -77,6 +81,7 @@ class TritonServer:
         log_file: str | Path | None = None,
         log_verbose: int = 0,
         num_threads: int | None = None,
+        observation: ObservationOptions | None = None,
         ready_timeout: float = 600.0,
         end_with_thread: bool = False,
     ) -> None:
@@ -88,6 +93,7 @@ class TritonServer:
         self._log_file = log_file
         self._log_verbose = log_verbose
         self._num_threads = num_threads
+        self._observation = observation or ObservationOptions()
         self._ready_timeout = ready_timeout
         self._end_with_thread = end_with_thread
         self._process: subprocess.Popen[bytes] | None = None
@@ -135,7 +141,12 @@ class TritonServer:
         try:
             directory = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="adaptive_k_serve_")))
             repository = (self._model_repository or directory / "models").absolute()
-            write_model_repository(repository, self.engine_dir, num_threads=self._num_threads)
+            write_model_repository(
+                repository,
+                self.engine_dir,
+                num_threads=self._num_threads,
+                parameters=self._observation.to_parameters(),
+            )
             options, environment = installation.prepare(directory)
             command = [str(installation.program.absolute()), *self._options(repository), *options]
             self._launch(command, {**os.environ, **environment}, directory)
@@ -197,6 +208,7 @@ class TritonServer:
             "--disable-auto-complete-config",  # they are complete; spares starting each model twice
             *(f"--{kind}-address={self.host}" for kind in ("http", "grpc", "metrics")),
             *(f"--{kind}-port={port}" for kind, port in zip(("http", "grpc", "metrics"), self._ports, strict=True)),
+            "--grpc-header-forward-pattern=(?i)(traceparent|tracestate)",  # become the request's parameters
             f"--exit-timeout-secs={_DRAIN_SECONDS}",
             f"--log-verbose={self._log_verbose}",
             "--pinned-memory-pool-byte-size=0",  # nothing of ours travels through it
@@ -232,10 +244,19 @@ class TritonServer:
     def _copy_log(self, source: IO[bytes], sink: IO[bytes]) -> None:
         with source:
             for line in source:
+                if line.startswith(_REQUEST_LINE):
+                    self._copy_request(line)
+                    continue
                 self._log_tail.append(line.decode(errors="replace").rstrip())
                 with contextlib.suppress(OSError, ValueError):  # the reader of our standard error has gone
                     sink.write(line)
                     sink.flush()
+
+    def _copy_request(self, line: bytes) -> None:
+        """Pass a line of the request log on to standard output."""
+        with contextlib.suppress(OSError, ValueError):  # its reader has gone
+            sys.stdout.buffer.write(line)
+            sys.stdout.buffer.flush()
 
     def _wait_ready(self, stop_asked: threading.Event | None) -> bool:
         deadline = time.monotonic() + self._ready_timeout

@@ -35,15 +35,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_threads", type=int, metavar="N", help="CPU threads of the engine (default: all cores)")
     parser.add_argument("--log_file", type=Path, metavar="FILE", help="the server's log (default: standard error)")
     parser.add_argument("--log_verbose", type=int, default=0, metavar="N", help="Triton's verbosity (default: 0)")
+    parser.add_argument(
+        "--log_requests",
+        metavar="FILE|-",
+        help="append a line of JSON for each request to a file, or write it to standard output",
+    )
+    parser.add_argument("--log_prompts", action="store_true", help="have prompts and answers in --log_requests, too")
+    parser.add_argument(
+        "--log_sample",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="share of the requests in --log_requests; those that fail are always there (default: 1)",
+    )
+    parser.add_argument(
+        "--log_max_bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="begin a new --log_requests file before this size, and keep five old ones (default: no limit)",
+    )
+    parser.add_argument(
+        "--otlp_endpoint", metavar="URL", help="send OpenTelemetry spans to this gRPC receiver, http://HOST:PORT"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Serve until asked to stop; 0 if that is how it ended."""
+    from adaptive_k_moe.model_repository.observation_options import STANDARD_OUTPUT, ObservationOptions
     from adaptive_k_moe.model_repository.server import TritonServer
 
     stop_asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop_asked.set())
+    log = args.log_requests
+    observation = ObservationOptions(
+        # The model's process may have another working directory.
+        request_log=log if log is None or log == STANDARD_OUTPUT else str(Path(log).absolute()),
+        log_prompts=args.log_prompts,
+        sample=args.log_sample,
+        max_bytes=args.log_max_bytes,
+        otlp_endpoint=args.otlp_endpoint,
+    )
     server = TritonServer(
         args.engine_dir,
         http_port=args.http_port,
@@ -55,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         log_file=args.log_file,
         log_verbose=args.log_verbose,
         num_threads=args.num_threads,
+        observation=observation,
         end_with_thread=True,
     )
     try:

@@ -314,18 +314,21 @@ def test_metrics_by_model_and_policy(server: TritonServer, client: Client) -> No
     def read(name: str, **labels: str) -> float:
         return metric(server.metrics_url, name, model="ensemble", **labels)
 
-    time.sleep(0.2)  # what came before has been reported
+    # What came before has been reported.
+    assert eventually(lambda: read("adaptive_k_queue_depth") == 0)
+    time.sleep(1.2)
     counters = ["adaptive_k_latency_seconds_count", "adaptive_k_requests_total"]
     before = [read(name, policy="top1") for name in counters]
     tokens = [read("adaptive_k_prompt_tokens_total"), read("adaptive_k_generation_tokens_total")]
     answer = client.generate("import os", max_tokens=7, end_id=-1, adaptive_k_policy="top1")
     assert eventually(lambda: [read(name, policy="top1") for name in counters] == [count + 1 for count in before])
     assert eventually(lambda: read("adaptive_k_generation_tokens_total") == tokens[1] + 7)
+    assert read("adaptive_k_steps_total") >= 7
     assert read("adaptive_k_prompt_tokens_total") == tokens[0] + answer.num_input_tokens
     assert read("adaptive_k_avg_k", policy="top1") == 1.0
     assert read("adaptive_k_compute_saved_ratio", policy="top1") == pytest.approx(answer.compute_saved_ratio)
     assert read("adaptive_k_latency_seconds_bucket", policy="top1", le="+Inf") == before[0] + 1
-    assert read("adaptive_k_kv_blocks_total") > 0
+    assert read("adaptive_k_kv_blocks") > 0
     refused = read("adaptive_k_requests_total", outcome="refused")
     with pytest.raises(InferenceServerException):
         infer(server.grpc_url, tensors(["import os"], max_tokens=0))
