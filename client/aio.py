@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from adaptive_k_moe.client.connection import CHANNEL_OPTIONS, check_url, credentials, metadata
+from adaptive_k_moe.client.connection import CHANNEL_OPTIONS, check_url, credentials, metadata, with_trace_context
 from adaptive_k_moe.client.options import GenerateOptions
 from adaptive_k_moe.client.protocol import decode_chunk, encode_request, explain, join
 from adaptive_k_moe.client.results import Chunk, Completion
@@ -65,7 +65,9 @@ class AsyncClient:
         """Ask for an answer: await it, or with `stream` iterate over it; see `Client.generate`."""
         timeout = options.get("timeout", self._timeout)
         request = encode_request(self._model_name, prompt, options, stream=stream)
-        call = self._stub().ModelStreamInfer(iter([request]), timeout=timeout, metadata=self._metadata)
+        call = self._stub().ModelStreamInfer(
+            iter([request]), timeout=timeout, metadata=with_trace_context(self._metadata)
+        )
         chunks = AsyncCompletionStream(call, self._url, timeout)
         return chunks if stream else _whole(chunks)
 

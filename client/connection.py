@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,20 @@ def credentials(
 def metadata(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
     """Headers that go with each request."""
     return (*METADATA, *((name.lower(), value) for name, value in (headers or {}).items()))
+
+
+def with_trace_context(headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    """The headers, and the W3C trace context of the span that this thread or task is in.
+
+    Only a program that uses OpenTelemetry has one; where its package was never imported, nothing is looked for.
+    """
+    propagate = sys.modules.get("opentelemetry.propagate")
+    if propagate is None:
+        return headers
+    context: dict[str, str] = {}
+    propagate.inject(context)
+    given = {name for name, _ in headers}
+    return (*headers, *((name, value) for name, value in context.items() if name not in given))
 
 
 def _read(name: str, path: str | None) -> bytes | None:

@@ -26,6 +26,7 @@ class GenerateOptions(TypedDict, total=False):
         frequency_penalty: subtracted once for each time that a token is in the answer.
         return_k: return k and entropy of each token and layer (default True).
         return_log_probs: return the tokens' log-probabilities.
+        request_id: names the request in the server's logs and spans; it need not be unique.
         timeout: seconds that the whole answer may take; None is the client's.
     """
 
@@ -44,4 +45,5 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float | None
     return_k: bool
     return_log_probs: bool
+    request_id: str | None
     timeout: float | None

@@ -66,7 +66,10 @@ def encode_request(model_name: str, prompt: str, options: GenerateOptions, *, st
             tensors[name] = _strings(*([strings] if isinstance(strings, str) else strings))
     if (policy := options.get("adaptive_k_policy")) is not None:
         tensors["adaptive_k_policy"] = _strings(policy)
-    request = service_pb2.ModelInferRequest(model_name=model_name)
+    request_id = options.get("request_id") or ""
+    if not isinstance(request_id, str):
+        raise ClientError(f"request_id is {request_id!r}: give a string.")
+    request = service_pb2.ModelInferRequest(model_name=model_name, id=request_id)
     for name, array in tensors.items():
         request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
         raw = serialize_byte_tensor(array).item() if array.dtype == object else array.tobytes()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from adaptive_k_moe.client.connection import CHANNEL_OPTIONS, check_url, credentials, metadata
+from adaptive_k_moe.client.connection import CHANNEL_OPTIONS, check_url, credentials, metadata, with_trace_context
 from adaptive_k_moe.client.options import GenerateOptions
 from adaptive_k_moe.client.protocol import decode_chunk, encode_request, explain, join
 from adaptive_k_moe.client.results import Chunk, Completion
@@ -87,7 +87,9 @@ class Client:
         timeout = options.get("timeout", self._timeout)
         request = encode_request(self._model_name, prompt, options, stream=stream)
         # One message, then the end of the client's side: the server ends the stream after its last answer.
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=timeout, metadata=self._metadata)
+        call = self._stub.ModelStreamInfer(
+            iter([request]), timeout=timeout, metadata=with_trace_context(self._metadata)
+        )
         chunks = CompletionStream(call, self._url, timeout)
         if stream:
             return chunks
