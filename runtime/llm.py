@@ -7,8 +7,8 @@ import contextlib
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from adaptive_k_moe.errors import AdaptiveKError, EngineError, PolicyError, RequestError
 from adaptive_k_moe.policy import PolicyTables
+from adaptive_k_moe.runtime.chat_template import Message
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.handle import GenerationHandle, OnOutput
 from adaptive_k_moe.runtime.outputs import NO_CONTEXT, Enrollment, ErrorKind, RequestContext, RequestOutput
@@ -233,6 +234,68 @@ class LLM:
             raise
         return outputs[0] if single else outputs
 
+    @overload
+    def chat(  # type: ignore[overload-overlap]  # a message is no sequence, but nothing keeps it from being one
+        self,
+        messages: Sequence[Message],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RequestOutput: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> RequestOutput | list[RequestOutput]:
+        """Answer one conversation or many by the model's chat template, and wait for all.
+
+        Args:
+            messages: a conversation, ``[{"role": "user", "content": "…"}, …]``, or a list of them.
+            sampling_params: as for `generate`; special tokens are the template's to add.
+            add_generation_prompt: let the template end with what begins an answer of the assistant.
+            chat_template_kwargs: what else the model's template knows, such as `tools` or `enable_thinking`.
+
+        Returns:
+            The output of a single conversation, or a list in their order.
+
+        Raises:
+            RequestError, PolicyError: a conversation or its parameters are unusable; none is run.
+        """
+        single = len(messages) > 0 and isinstance(messages[0], Mapping)
+        conversations: list[Any] = [messages] if single else list(messages)
+        options = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
+        prompts = [self.apply_chat_template(conversation, **options) for conversation in conversations]
+        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
+            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
+        outputs = self.generate(prompts, [replace(params, add_special_tokens=False) for params in sampling_params])
+        return outputs[0] if single else outputs
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The text that `chat` lets the model go on from, for `generate_async` with `add_special_tokens` off.
+
+        Args, and what is raised, are those of `chat`.
+        """
+        if not isinstance(self.tokenizer, Tokenizer):
+            raise RequestError("a conversation needs the engine's own tokenizer, and this engine was opened without.")
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **variables)
+
     def generate_async(
         self,
         inputs: Prompt,
@@ -267,7 +330,8 @@ class LLM:
             RequestError, PolicyError: the prompt or its parameters are unusable.
         """
         params, request_id = sampling_params or SamplingParams(), request_id or _new_id()
-        with self._telling_of_a_refusal(request_id, params, enrollment, context):
+        told = self._telling_of_a_refusal(request_id, params, enrollment, context)
+        with contextlib.nullcontext() if background else told:
             request = self._engine.prepare(
                 inputs,
                 params,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from adaptive_k_moe.errors import EngineError, RequestError
+from adaptive_k_moe.runtime.chat_template import ChatTemplate, Message, read_chat_template, token_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -39,10 +40,16 @@ class Tokenizer:
         tokenizer: of the `tokenizers` package; its padding and truncation are switched off.
         eos_token: text of the token that ends an answer.
         unk_token: text of the token for what cannot be encoded; None asks the model.
+        chat_template: makes a text of a conversation; None if the model has none.
     """
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, *, eos_token: str | None = None, unk_token: str | None = None
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        eos_token: str | None = None,
+        unk_token: str | None = None,
+        chat_template: ChatTemplate | None = None,
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -50,10 +57,11 @@ class Tokenizer:
         self.eos_token_id: int | None = None if eos_token is None else tokenizer.token_to_id(eos_token)
         unk_token = getattr(tokenizer.model, "unk_token", None) if unk_token is None else unk_token
         self.unk_token_id: int | None = None if unk_token is None else tokenizer.token_to_id(unk_token)
+        self._chat_template = chat_template
 
     @classmethod
     def from_dir(cls, directory: str | Path) -> Tokenizer:
-        """Load `tokenizer.json` (and `tokenizer_config.json`, if it is there).
+        """Load `tokenizer.json` (and `tokenizer_config.json` and the chat template, if they are there).
 
         Raises:
             EngineError: the file is missing or is not a tokenizer.
@@ -71,7 +79,12 @@ class Tokenizer:
         except Exception as error:  # the package raises a bare Exception
             raise EngineError(f"{path} is not a tokenizer that this version can read: {error}.") from None
         config = _read_config(path.with_name("tokenizer_config.json"))
-        return cls(tokenizer, eos_token=_token_text(config, "eos_token"), unk_token=_token_text(config, "unk_token"))
+        return cls(
+            tokenizer,
+            eos_token=token_text(config, "eos_token"),
+            unk_token=token_text(config, "unk_token"),
+            chat_template=read_chat_template(path.parent, config),
+        )
 
     @property
     def vocab_size(self) -> int:
@@ -93,6 +106,17 @@ class Tokenizer:
         """Token ids to text; bytes that are not UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The text of a conversation; it has its special tokens, so it is encoded without adding any.
+
+        Args, and what is raised, are those of `ChatTemplate.render`; a model without a template is a `RequestError`.
+        """
+        if self._chat_template is None:
+            raise RequestError("this model's tokenizer has no chat template: give the whole prompt as a text.")
+        return self._chat_template.render(messages, add_generation_prompt=add_generation_prompt, **variables)
+
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
@@ -102,11 +126,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise EngineError(f"{path} cannot be read as JSON: {error}.") from None
     return content if isinstance(content, dict) else {}
-
-
-def _token_text(config: dict[str, Any], name: str) -> str | None:
-    """A special token's text; the file gives it plainly or as an object with `content`."""
-    token = config.get(name)
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None

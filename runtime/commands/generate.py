@@ -14,7 +14,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
     parser.add_argument("--engine_dir", required=True, help="directory written by `adaptive-k build`")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads standard input")
+    parser.add_argument(
+        "--apply_chat_template",
+        action="store_true",
+        help="the prompt is a user's message: put it into the model's chat template",
+    )
+    parser.add_argument("--system_prompt", metavar="TEXT", help="the system's message before it")
     parser.add_argument("--max_tokens", type=int, default=128, help="most tokens to generate (default: 128)")
     parser.add_argument("--adaptive_k_policy", metavar="NAME", help="policy to follow (default: the engine's)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
@@ -34,9 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Stream the answer to stdout and a line of figures to stderr."""
-    from adaptive_k_moe.errors import EngineError
+    from adaptive_k_moe.errors import EngineError, RequestError
     from adaptive_k_moe.runtime import LLM, SamplingParams
 
+    if args.system_prompt is not None and not args.apply_chat_template:
+        raise RequestError("--system_prompt is for a chat: give --apply_chat_template, too.")
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     params = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
@@ -47,10 +56,16 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
         adaptive_k_policy=args.adaptive_k_policy,
+        add_special_tokens=not args.apply_chat_template,  # the template has them
     )
     with LLM(args.engine_dir, num_threads=args.num_threads) as llm:
+        if args.apply_chat_template:
+            turns = [("system", args.system_prompt), ("user", prompt)]
+            prompt = llm.apply_chat_template(
+                [{"role": role, "content": text} for role, text in turns if text is not None]
+            )
         output: RequestOutput | None = None
-        for output in llm.generate_async(args.prompt, params, streaming=True):
+        for output in llm.generate_async(prompt, params, streaming=True):
             answer = output.outputs[0]
             if args.show_k:
                 sys.stdout.write(_with_k(answer))
