@@ -98,6 +98,7 @@ class Gpu:
         self.failures: dict[str, Error] = {}
         self.counts: dict[str, int] = {}
         self.execution_stream: int | None = None
+        self.tensorrt_refuses_capture = False
         self.misuses: list[str] = []
         self._random = random.Random(seed)
         self._handles = 1000

@@ -43,7 +43,6 @@ class Engine:
         self.profiles: dict[str, list[list[list[int]]]] = json.loads(
             next(prop.value for prop in proto.metadata_props if prop.key == PROFILES_KEY)
         )
-        self.num_optimization_profiles = len(next(iter(self.profiles.values())))
         self.values: dict[str, tuple[IOMode, str, Any, tuple[int | str, ...]]] = {}
         for mode, values in ((IOMode.INPUT, proto.graph.input), (IOMode.OUTPUT, proto.graph.output)):
             for value in values:
@@ -61,6 +60,10 @@ class Engine:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         self.session = ort.InferenceSession(plan, options, providers=["CPUExecutionProvider"])
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return len(next(iter(self.profiles.values())))
 
     @property
     def num_io_tensors(self) -> int:
@@ -140,6 +143,9 @@ class Context:
             engine.logger.log(Severity.ERROR, "the kernel cannot be launched.")
             return False
         capturing = gpu.capturing is not None and gpu.capturing[0] == stream_handle
+        if capturing and gpu.tensorrt_refuses_capture:
+            engine.logger.log(Severity.ERROR, "operation not permitted when stream is capturing")
+            return False
         if capturing and self._warm != self._version:
             raise gpu.misuse("captured without a run since the last change")
         if gpu.execution_stream not in (None, stream_handle):

@@ -58,7 +58,7 @@ class TrtEngine:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
-                f"TensorRT {trt.__version__} cannot load {path}: {self._logger.last}; an engine is for the TensorRT "
+                f"TensorRT {trt.__version__} cannot load {path}: {self._logger.reason()}; an engine is for the TensorRT "
                 "and the kind of GPU that it was built with, so build it again here."
             )
         self._workspace_size = int(self._engine.device_memory_size_v2)
@@ -115,10 +115,10 @@ class TrtEngine:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         context = self._engine.create_execution_context(strategy)
         if context is None:
-            raise DeviceError(f"TensorRT cannot create an execution context: {self._logger.last}.")
+            raise DeviceError(f"TensorRT cannot create an execution context: {self._logger.reason()}.")
         context.set_device_memory(self._workspace, self._workspace_size)
         if not context.set_optimization_profile_async(profile, stream):
-            raise DeviceError(f"TensorRT refuses the profile {PROFILES[profile]!r}: {self._logger.last}.")
+            raise DeviceError(f"TensorRT refuses the profile {PROFILES[profile]!r}: {self._logger.reason()}.")
         return Context(context, self._logger)
 
 
@@ -137,10 +137,10 @@ class Context:
         """
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
-                raise DeviceError(f"TensorRT refuses the shape {list(shape)} of {name!r}: {self._logger.last}.")
+                raise DeviceError(f"TensorRT refuses the shape {list(shape)} of {name!r}: {self._logger.reason()}.")
         for name, address in addresses.items():
             if not self._context.set_tensor_address(name, address):
-                raise DeviceError(f"TensorRT refuses the address of {name!r}: {self._logger.last}.")
+                raise DeviceError(f"TensorRT refuses the address of {name!r}: {self._logger.reason()}.")
 
     def enqueue(self, stream: int) -> None:
         """Run the engine on a stream.
@@ -149,7 +149,7 @@ class Context:
             DeviceError: TensorRT refuses or fails.
         """
         if not self._context.execute_async_v3(stream):
-            raise DeviceError(f"TensorRT cannot run the engine: {self._logger.last}.")
+            raise DeviceError(f"TensorRT cannot run the engine: {self._logger.reason()}.")
 
 
 def _as_tensorrt_says(binding: Binding) -> tuple[bool, str, tuple[int, ...]]:
@@ -165,19 +165,25 @@ def _described(is_input: bool, dtype: str, shape: tuple[int, ...]) -> str:
 
 
 def _make_logger(trt: Any) -> Any:
-    """TensorRT's messages into our log; the last error is kept for the exception that follows it."""
+    """TensorRT's messages into our log; errors are kept for the exception that follows them."""
     from adaptive_k_moe.runtime.telemetry import logger
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
-            self.last = "it does not say why"
+            self._errors: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
+        def reason(self) -> str:
+            """The first error since the last call: what comes after it is what follows from it."""
+            first = self._errors[0] if self._errors else "it does not say why"
+            self._errors.clear()
+            return first
+
+        def log(self, severity: Any, msg: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.last = message.strip().rstrip(".")
-                logger.error("TensorRT: %s", message)
+                self._errors.append(msg.strip().rstrip("."))
+                logger.error("TensorRT: %s", msg)
             elif severity == trt.ILogger.WARNING:
-                logger.warning("TensorRT: %s", message)
+                logger.warning("TensorRT: %s", msg)
 
     return Logger()

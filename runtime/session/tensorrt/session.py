@@ -216,9 +216,15 @@ class TensorRtSession:
         """Bring the sequences that decode to the first places."""
         for table, past in zip(step.block_tables, step.past_lens, strict=True):
             self._slots.set_length(table[0], int(past))
-        for exchange in self._slots.gather([step.block_tables[sequence][0] for sequence in decoding(step)]):
-            for cache in self._caches:
-                cache.exchange(exchange, self._scratch, self._stream)
+        exchanges = self._slots.gather([step.block_tables[sequence][0] for sequence in decoding(step)])
+        try:
+            for exchange in exchanges:
+                for cache in self._caches:
+                    cache.exchange(exchange, self._scratch, self._stream)
+        except DeviceError as error:
+            # Caches of sequences that are not in this step may be torn now.
+            self._lose(error)
+            raise
 
     def _stage(self, execution: Execution) -> dict[str, int]:
         """Write an execution's inputs where the copy to the GPU takes them from; their addresses there."""
@@ -285,18 +291,17 @@ class TensorRtSession:
 
     def _capture(self, context: Context) -> int | None:
         """The work of a context as a CUDA graph; None, and no more attempts, where it cannot be captured."""
-        self._cuda.begin_capture(self._stream)
         try:
-            context.enqueue(self._stream)
+            self._cuda.begin_capture(self._stream)
+            try:
+                context.enqueue(self._stream)
+            finally:
+                graph = self._cuda.end_capture(self._stream)
         except DeviceError as error:
             self._use_graphs = False
             logger.warning("decode runs without CUDA graphs: %s", error)
-        try:
-            graph = self._cuda.end_capture(self._stream)
-        except DeviceError as error:
-            self._use_graphs = False
-            logger.warning("decode runs without CUDA graphs: %s", error)
-        return graph if self._use_graphs else None
+            return None
+        return graph
 
     def _settle(self, error: BaseException) -> None:
         """After a failure: wait for what is under way, so that the next step can begin; note if that fails, too."""
@@ -306,7 +311,10 @@ class TensorRtSession:
             self._cuda.synchronize(self._stream)
             self._cuda.synchronize(self._copy_stream)
         except DeviceError:
-            self._lost = f"the GPU takes no more work since an earlier failure ({error}): start the server again."
+            self._lose(error)
+
+    def _lose(self, error: BaseException) -> None:
+        self._lost = f"the GPU takes no more work since an earlier failure ({error}): start the server again."
 
 
 @dataclass
