@@ -13,8 +13,13 @@ import grpc
 from adaptive_k_moe.client.protocol import METADATA
 from adaptive_k_moe.errors import ClientError
 
-# Logits and long prompts exceed gRPC's 4 MB; tritonclient lifts the limits in the same way.
-CHANNEL_OPTIONS = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+CHANNEL_OPTIONS = (
+    # Logits and long prompts exceed gRPC's 4 MB; tritonclient lifts the limits in the same way.
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # Servers that are replicas have one name and an address each: requests go to them in turn.
+    ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
+)
 
 
 def check_url(url: str) -> str:
