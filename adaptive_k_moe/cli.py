@@ -37,7 +37,9 @@ COMMANDS = {
     "calibrate": _Command("adaptive_k_moe.calibration.commands.calibrate", "choose a policy by measurement"),
     "eval": _Command("adaptive_k_moe.calibration.commands.eval", "measure policies: quality, experts and time"),
     "serve": _Command("adaptive_k_moe.model_repository.commands.serve", "serve an engine with Triton"),
+    "trace": _Command("adaptive_k_moe.observability.commands.trace", "show how many experts each token runs"),
     "client": _Command("adaptive_k_moe.client.commands.client", "ask a running server"),
+    "ab": _Command("adaptive_k_moe.observability.commands.ab", "A/B tests of policies on running servers"),
 }
 
 # The extra that brings what a subpackage imports, for the sentence when it is missing.

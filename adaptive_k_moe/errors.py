@@ -46,3 +46,7 @@ class ServerError(AdaptiveKError):
 
 class ClientError(AdaptiveKError):
     """A server cannot be reached, refused the request, or broke off an answer."""
+
+
+class ExperimentError(AdaptiveKError):
+    """An A/B test cannot be started, read, recorded or stopped."""
