@@ -72,6 +72,71 @@ def test_a_layers_own_rule_goes_before_the_common_one_and_unnamed_layers_run_ful
     assert found.k_values[2, found.index("only")].tolist() == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("kind", "number", "name"), [(1, "p", "top_p"), (2, "ratio", "ratio"), (3, "p", "contribution")]
+)
+def test_kinds_with_one_number_have_rules_of_single_layers(kind: int, number: str, name: str) -> None:
+    mixed = {"kind": name, number: 0.5, "k_max": 2, "layers": {"1": {number: 0.7, "k_min": 2}}}
+    only = {"kind": name, "layers": {"2": {number: 0.25, "k_max": 3}}}
+    content = {**policies(mixed=mixed, only=only), "expert_norms": [[1.0] * 8] * 3}
+    found = tables(content, top_k=4)
+    row = found.index("mixed")
+    assert found.policy_kind[row] == kind
+    np.testing.assert_allclose(found.thresholds[:, row, 0], [0.5, 0.7, 0.5])
+    assert found.k_values[:, row].tolist() == [[1, 2], [2, 4], [1, 2]]
+    # A layer that nobody names runs the trained top-k, whatever its number would say.
+    row = found.index("only")
+    assert found.k_values[:, row].tolist() == [[4, 4], [4, 4], [1, 3]]
+    assert found.thresholds[2, row, 0] == 0.25
+    again = parse_policy_set(parse_policy_set(content, "x").to_json(), "x")
+    assert again == parse_policy_set(content, "x")
+    # And as the engine keeps it, fitted to the model.
+    fitted = again.for_model(num_experts=8, num_experts_per_tok=4, num_moe_layers=3)
+    assert parse_policy_set(fitted.to_json(), "x") == fitted
+
+
+def test_a_k_above_the_trained_top_k_in_a_layers_rule_is_capped() -> None:
+    rule = {"kind": "top_p", "layers": {"1": {"p": 0.5, "k_max": 6}}}
+    with pytest.warns(UserWarning, match="k = 6 is above the trained top-k and was capped to 2"):
+        assert tables(policies(a=rule)).k_values[1, 1].tolist() == [1, 2]
+
+
+def test_norms_are_relative_to_their_layers_mean_and_one_where_nobody_has_measured() -> None:
+    assert (tables({}).expert_norms == 1).all()
+    norms = [[1.0, 2.0, 3.0, 2.0], [0.0, 0.0, 0.0, 8.0]]
+    found = tables({"expert_norms": norms}, experts=4, layers=2).expert_norms
+    assert found.dtype == np.float32
+    assert found.tolist() == [[0.5, 1, 1.5, 1], [0, 0, 0, 4]]
+
+
+@pytest.mark.parametrize(
+    ("norms", "sentence"),
+    [
+        (None, "policy 'a' weighs experts by the norm of their output, but there are no expert_norms"),
+        ([[1.0] * 8] * 2, "expert_norms are of 2 layers of 8 experts, but the model has 3 MoE layers of 8"),
+        ([[1.0] * 8, [1.0] * 8, [1.0] * 7], "3 layers of 7 or 8 experts"),
+        ([[1.0] * 8, [0.0] * 8, [1.0] * 8], "the expert_norms of layer 1 are all 0"),
+        ([[1.0] * 8, [], [1.0] * 8], "the expert_norms of layer 1 are all 0 or none at all"),
+        ([[-1.0] * 8] * 3, "greater than or equal to 0"),
+        ([[float("inf")] * 8] * 3, "finite number"),
+        ("many", "valid list"),
+    ],
+)
+def test_norms_that_cannot_be_used_are_refused(norms: Any, sentence: str) -> None:
+    content = {**policies(a={"kind": "contribution", "p": 0.5}), "expert_norms": norms}
+    with pytest.raises(PolicyError, match=sentence) as caught:
+        tables(content)
+    assert "\n" not in str(caught.value)
+
+
+def test_more_policies_than_an_engine_has_rows_are_refused() -> None:
+    rules = {f"p{i}": {"kind": "fixed", "k": 1} for i in range(64)}
+    with pytest.raises(PolicyError, match="65 policies, 'full' among them, are too many: an engine holds at most 64"):
+        tables(policies(**rules))
+    rules.pop("p0")
+    assert len(tables(policies(**rules)).names) == 64
+
+
 def test_k_above_the_trained_top_k_is_capped_with_a_warning_unless_allowed() -> None:
     rule = {"kind": "entropy", "thresholds": [0.6, 1.2], "k": [1, 2, 4]}
     with pytest.warns(UserWarning, match="above the trained top-k"):
@@ -94,14 +159,37 @@ def test_k_above_the_trained_top_k_is_capped_with_a_warning_unless_allowed() -> 
         ({"kind": "fixed", "k": 0}, "greater than or equal to 1"),
         ({"kind": "fixed", "k": 1.5}, "valid integer"),
         ({"kind": "top_p", "p": 1.5}, "less than or equal to 1"),
+        ({"kind": "top_p", "p": 0}, "greater than 0"),
+        ({"kind": "top_p"}, "give p, or layers"),
+        ({"kind": "top_p", "layers": {}}, "give p, or layers"),
+        ({"kind": "top_p", "k_min": 1, "k_max": 2, "layers": {"0": {"p": 0.5}}}, "k_min and k_max need p beside them"),
+        ({"kind": "top_p", "p": 0.5, "k_min": 2, "k_max": 1}, "k_min 2 is above k_max 1"),
+        ({"kind": "top_p", "p": 0.5, "layers": {"0": {"p": 0.5, "k_min": 2, "k_max": 1}}}, "k_min 2 is above k_max 1"),
+        ({"kind": "top_p", "layers": {"0": {"p": 1.5}}}, "layers.0.p: it must be less than or equal to 1"),
+        ({"kind": "top_p", "layers": {"0": {"ratio": 0.5}}}, "layers.0.p: Field required"),
+        ({"kind": "top_p", "layers": {"-1": {"p": 0.5}}}, "greater than or equal to 0"),
+        ({"kind": "top_p", "layers": {"3": {"p": 0.5}}}, "names layer 3, but the model's 3 MoE layers are 0 to 2"),
         ({"kind": "ratio", "ratio": -0.1}, "greater than or equal to 0"),
+        ({"kind": "ratio"}, "give ratio, or layers"),
+        ({"kind": "ratio", "k_min": 2, "layers": {"0": {"ratio": 0.5}}}, "k_min and k_max need ratio beside them"),
+        ({"kind": "ratio", "layers": {"0": {"ratio": 2}}}, "less than or equal to 1"),
+        ({"kind": "ratio", "layers": {"9": {"ratio": 0.5}}}, "names layer 9"),
+        ({"kind": "contribution"}, "give p, or layers"),
+        ({"kind": "contribution", "p": -1}, "greater than 0"),
+        ({"kind": "contribution", "layers": {"0": {"p": 0}}}, "greater than 0"),
+        ({"kind": "contribution", "layers": {"7": {"p": 0.5}}}, "names layer 7"),
+        ({"kind": "entropy", "thresholds": [0.01 * i for i in range(33)], "k": [1] * 34}, "has 34 values of k"),
+        (
+            {"kind": "entropy", "layers": {"0": {"thresholds": [0.01 * i for i in range(33)], "k": [1] * 34}}},
+            "at most 33",
+        ),
         ({"kind": "magic"}, "'magic'"),
         ({"kind": "fixed", "k": 1, "layer": 2}, "Extra inputs"),
     ],
 )
 def test_a_wrong_rule_is_refused_in_one_sentence(rule: dict[str, Any], sentence: str) -> None:
     with pytest.raises(PolicyError, match=sentence) as caught:
-        tables(policies(wrong=rule))
+        tables({**policies(wrong=rule), "expert_norms": [[1.0] * 8] * 3})
     assert "wrong" in str(caught.value)
     assert "\n" not in str(caught.value)
 

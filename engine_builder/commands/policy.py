@@ -22,13 +22,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     remove.add_argument("--name", required=True, help="the policy to remove")
     set_.add_argument("--file", type=Path, help="policy file whose content replaces all policies")
     set_.add_argument("--name", help="the policy to add or replace")
-    set_.add_argument("--kind", choices=["entropy", "fixed", "top_p", "ratio"], default="entropy")
+    set_.add_argument("--kind", choices=["entropy", "fixed", "top_p", "ratio", "contribution"], default="entropy")
     set_.add_argument("--thresholds", type=float, nargs="*", help="entropy: limits between the choices, rising")
     set_.add_argument("--k", type=int, nargs="+", help="entropy: one k more than thresholds; fixed: the k")
-    set_.add_argument("--p", type=float, help="top_p: probability mass")
+    set_.add_argument(
+        "--p", type=float, help="top_p: probability mass; contribution: share of the best experts' contribution"
+    )
     set_.add_argument("--ratio", type=float, help="ratio: share of the best expert's score")
-    set_.add_argument("--k_min", type=int, help="top_p, ratio: fewest experts")
-    set_.add_argument("--k_max", type=int, help="top_p, ratio: most experts")
+    set_.add_argument("--k_min", type=int, help="top_p, ratio, contribution: fewest experts")
+    set_.add_argument("--k_max", type=int, help="top_p, ratio, contribution: most experts")
     set_.add_argument("--default", action="store_true", help="make it the default policy")
 
 
@@ -51,7 +53,10 @@ def run(args: argparse.Namespace) -> int:
             content["default"] = FULL
         policies = parse_policy_set(content, "the remaining policies")
     elif args.file is not None:
+        norms = policies.expert_norms
         policies = read_policy_file(args.file)
+        if policies.expert_norms is None:  # they are the model's, whoever wrote the file
+            policies = policies.model_copy(update={"expert_norms": norms})
     elif args.name is not None:
         policies = policies.with_policy(args.name, _definition(args), default=args.default)
     else:

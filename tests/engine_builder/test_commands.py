@@ -185,7 +185,7 @@ def test_policy_remove(run: Run, engine: Path) -> None:
         (["set", "--name", "x", "--thresholds", "1.5", "0.5", "--k", "1", "2", "3"], "thresholds must rise"),
         (["set", "--name", "x", "--thresholds", "0.5", "--k", "1"], "1 thresholds need 2 values of k"),
         (["set", "--name", "x", "--kind", "top_p", "--p", "1.5"], "policies.x.top_p.p"),
-        (["set", "--name", "x", "--kind", "top_p"], "policies.x.top_p.p"),
+        (["set", "--name", "x", "--kind", "top_p"], "policies.x.top_p: give p, or layers"),
         (["set", "--name", "x", "--kind", "fixed", "--k", "1", "--p", "0.5"], "policies.x.fixed.p"),
         (["set", "--name", "full", "--kind", "fixed", "--k", "1"], "'full' is the trained top-k"),
         (["set", "--file", "/no/such/policy.json"], "cannot read the policy file /no/such/policy.json"),
@@ -197,3 +197,30 @@ def test_a_policy_that_cannot_be_changes_nothing(arguments: list[str], names: st
     assert names in run("policy", *arguments, fails=True)
     assert (engine / "config.json").read_text() == before
     assert not list(engine.glob(".config-*"))
+
+
+def test_policies_of_the_kind_contribution_need_norms(run: Run, engine: Path, tmp_path: Path) -> None:
+    set_it = ("policy", "set", "--name", "weighed", "--kind", "contribution", "--p", "0.8")
+    before = (engine / "config.json").read_bytes()
+    assert "there are no expert_norms: `adaptive-k calibrate` measures them" in run(*set_it, fails=True)
+    assert (engine / "config.json").read_bytes() == before
+
+    norms = [[1.0, 2.0, 3.0, 4.0, 1.0, 2.0, 1.0], [0.5] * 7]
+    content = {"policies": {"weighed": {"kind": "contribution", "p": 0.9}}, "expert_norms": norms}
+    (tmp_path / "with.json").write_text(json.dumps(content))
+    run("policy", "set", "--file", str(tmp_path / "with.json"))
+    run(*set_it, "--k_min", "2", "--default")
+    shown = json.loads(run("policy", "show"))
+    assert shown["policies"]["weighed"] == {"kind": "contribution", "p": 0.8, "k_min": 2, "k_max": 3}
+    assert shown["expert_norms"] == norms
+    tables = read_policy_tables(engine)
+    assert tables.expert_norms.tolist() == [[0.5, 1.0, 1.5, 2.0, 0.5, 1.0, 0.5], [1.0] * 7]
+    assert tables.policy_kind[tables.default] == 3
+
+    # A file without norms keeps those that the engine has; a file with another model's is refused.
+    (tmp_path / "without.json").write_text(json.dumps({"policies": {"other": {"kind": "contribution", "p": 0.7}}}))
+    run("policy", "set", "--file", str(tmp_path / "without.json"))
+    assert json.loads(run("policy", "show"))["expert_norms"] == norms
+    (tmp_path / "foreign.json").write_text(json.dumps({**content, "expert_norms": [[1.0] * 8] * 3}))
+    sentence = run("policy", "set", "--file", str(tmp_path / "foreign.json"), fails=True)
+    assert "expert_norms are of 3 layers of 8 experts, but the model has 2 MoE layers of 7" in sentence
