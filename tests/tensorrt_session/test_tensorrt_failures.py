@@ -297,15 +297,14 @@ def test_without_tensorrt_the_sentence_says_what_to_install(engine: Path, monkey
 
 
 def test_without_cuda_python_the_sentence_says_what_to_install(engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Gpu().installed():
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
+    def missing() -> Any:
+        raise RuntimeError("Failed to dlopen libcudart.so.13\nand a long story")
+
+    with Gpu().installed(), monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cuda.bindings.runtime", None)
         with pytest.raises(DependencyError, match=r"needs cuda-python .* pip install 'adaptive-k-moe\[tensorrt\]'"):
             open_llm(engine)
-
-        def missing() -> Any:
-            raise RuntimeError("Failed to dlopen libcudart.so.13\nand a long story")
-
-        monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", SimpleNamespace(cudaGetDeviceCount=missing))
+        patch.setitem(sys.modules, "cuda.bindings.runtime", SimpleNamespace(cudaGetDeviceCount=missing))
         with pytest.raises(DependencyError, match=r"cuda-python \(Failed to dlopen libcudart.so.13\): install"):
             open_llm(engine)
 

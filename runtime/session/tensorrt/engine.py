@@ -58,8 +58,8 @@ class TrtEngine:
             self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
             raise EngineError(
-                f"TensorRT {trt.__version__} cannot load {path}: {self._logger.reason()}; an engine is for the TensorRT "
-                "and the kind of GPU that it was built with, so build it again here."
+                f"TensorRT {trt.__version__} cannot load {path}: {self._logger.reason()}; an engine is for the "
+                "TensorRT and the kind of GPU that it was built with, so build it again here."
             )
         self._workspace_size = int(self._engine.device_memory_size_v2)
         self._workspace = cuda.allocate(self._workspace_size)
