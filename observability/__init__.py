@@ -14,7 +14,7 @@ from typing import Any
 _MODULES = ("ab_test", "debugger", "metrics")
 _FUNCTIONS = {"get_logger": "logs"}
 
-__all__ = ["ab_test", "debugger", "get_logger", "metrics"]  # noqa: F822  # found by __getattr__
+__all__ = ["ab_test", "debugger", "get_logger", "metrics"]  # found by __getattr__
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows a trace of k in a terminal: a row for each token, a cell for each layer, coloured where there are colours."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.text import Text
+
+from adaptive_k_moe.observability.k_trace import KTrace, TokenTrace
+
+_HEIGHTS = "▁▂▃▄▅▆▇█"
+_TEXT_WIDTH = 18
+# From few experts to all of them.
+_COLOURS = ("green", "cyan", "yellow", "red")
+
+
+def show(trace: KTrace, console: Console) -> None:
+    """Print a trace; layers that do not fit beside each other follow below.
+
+    Args:
+        trace: what to show.
+        console: where to; it knows its width and whether it has colours.
+    """
+    title = f"{trace.model}, policy {trace.policy}: a bar's height is the entropy (full at {trace.largest_entropy:.2f} "
+    console.print(Text(f"{title}nats), the number beside it k (trained top-{trace.full_k})"))
+    cell = 1 + max((len(str(k)) for token in trace.tokens for k in token.k), default=1)
+    at_once = max(1, (console.width - _TEXT_WIDTH - len(" prompt  mean ")) // (cell + 1))
+    for first in range(0, max(trace.num_layers, 1), at_once):
+        last = min(first + at_once, trace.num_layers)
+        if first or last < trace.num_layers:
+            console.print(Text(f"layers {first} to {last - 1}", style="bold"))
+        header = "".join(f" {str(layer)[-cell:]:<{cell}}" for layer in range(first, last))
+        console.print(Text(f"{'token':<{_TEXT_WIDTH}} {'part':<6}  mean{header}", style="dim"), no_wrap=True)
+        for token in trace.tokens:
+            console.print(_row(trace, token, first, last, cell), no_wrap=True, crop=True)
+    if trace.tokens:
+        console.print(_summary(trace))
+
+
+def _row(trace: KTrace, token: TokenTrace, first: int, last: int, cell: int) -> Text:
+    mean = sum(token.k) / len(token.k) if token.k else float("nan")
+    # Control characters would act on the terminal.
+    shown = repr(token.text)[1:-1]
+    shown = shown if len(shown) <= _TEXT_WIDTH else f"{shown[: _TEXT_WIDTH - 1]}…"
+    row = Text(f"{shown:<{_TEXT_WIDTH}} {token.part:<6} {mean:5.2f}")
+    for layer in range(first, last):
+        height = _height(token.entropy[layer] / trace.largest_entropy)
+        row.append(f" {height}{token.k[layer]:<{cell - 1}}", style=_colour(token.k[layer], trace.full_k))
+    return row
+
+
+def _summary(trace: KTrace) -> Text:
+    k = trace.k
+    avg_k = float(k.mean())
+    saved = 1.0 - avg_k / trace.full_k
+    by_layer = "  ".join(f"{layer}: {mean:.2f}" for layer, mean in enumerate(k.mean(axis=0).tolist()))
+    return Text(
+        f"{len(trace.tokens)} tokens, mean k {avg_k:.3f}, {100 * saved:.1f} % of the expert runs saved\n"
+        f"mean k by layer  {by_layer}"
+    )
+
+
+def _height(share: float) -> str:
+    if math.isnan(share):
+        return "?"
+    return _HEIGHTS[min(max(int(share * len(_HEIGHTS)), 0), len(_HEIGHTS) - 1)]
+
+
+def _colour(k: int, full_k: int) -> str:
+    """Of a k from 1 to the trained top-k, and of one beyond it."""
+    if full_k <= 1:
+        return _COLOURS[0]
+    share = min(max((k - 1) / (full_k - 1), 0.0), 1.0)
+    return _COLOURS[round(share * (len(_COLOURS) - 1))]
