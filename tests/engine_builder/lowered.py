@@ -81,7 +81,11 @@ class Lowered:
 
     def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if self._session is None:
-            self._session = ort.InferenceSession(self.path, providers=["CPUExecutionProvider"])
+            options = ort.SessionOptions()
+            if self.model.quantization is not None:
+                # Further ones multiply int8 weights with activations that are rounded to int8, too.
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+            self._session = ort.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
         sizes: dict[str, int] = {}
 
         def check(binding: Binding, array: np.ndarray) -> None:
