@@ -421,7 +421,8 @@ def nemotron_config(args: argparse.Namespace) -> PreTrainedConfig:
 
 def nemotron_facts(config: Any) -> list[list[str]]:
     """Its layers and the shapes of its Mamba-2 mixers."""
-    kinds = config.layers_block_type
+    names = {"linear_attention": "Mamba-2", "full_attention": "attention"}  # what transformers makes of the kinds
+    kinds = [names.get(kind, kind) for kind in config.layers_block_type]
     return [
         ["layers by kind", ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))],
         [
@@ -599,6 +600,31 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def load_table(routers: list[dict[str, Any]]) -> str:
+    """Every expert's share in each layer; of many experts, the spread."""
+    experts = len(routers[0]["expert_load"])
+    if experts <= 16:
+        header = [f"expert {expert}" for expert in range(experts)]
+        rows = [row["expert_load"] for row in routers]
+    else:
+        header = ["least", "lower quartile", "median", "upper quartile", "most"]
+        steps = torch.linspace(0, 1, len(header))
+        rows = [torch.quantile(torch.tensor(row["expert_load"]), steps).tolist() for row in routers]
+    return table(
+        ["layer", *header], [[str(layer), *(f"{share:.3f}" for share in row)] for layer, row in enumerate(rows)]
+    )
+
+
+def balance_sentence(run: dict[str, Any]) -> str:
+    """What kept the experts' load even besides the loss, if anything."""
+    if not run.get("moves_correction_bias"):
+        return "No other term acts on router entropy."
+    return (
+        f"The routers' correction biases move by {run['bias_rate']} a step towards the experts that were chosen too "
+        "seldom. No other term acts on router entropy."
+    )
+
+
 def training_paragraph(run: dict[str, Any]) -> str:
     """What was run, in sentences; a run that went on from another's checkpoint names that one too."""
     sentences = []
@@ -673,8 +699,7 @@ def model_card(facts: dict[str, Any]) -> str:
         "To keep the routers from collapsing onto few experts and from staying close to uniform: a "
         f"load-balancing loss for each layer with coefficient {run['router_aux_loss_coef']}; gate weights "
         f"drawn with standard deviation {run['gate_init_std']} (0.02 is the default), trained at "
-        f"{run['gate_lr_scale']} times the learning rate and left out of weight decay. No other term acts "
-        "on router entropy.",
+        f"{run['gate_lr_scale']} times the learning rate and left out of weight decay. {balance_sentence(run)}",
         "Training loss in nats per token, from the first logged interval to the last:",
         f"```text\n{losses[0]:.2f} {sparkline(losses)} {losses[-1]:.2f}\n```",
         table(
@@ -712,10 +737,7 @@ def model_card(facts: dict[str, Any]) -> str:
             ],
         ),
         f"Expert load: each expert's share of the top-{k} choices. Even would be {1 / experts:.3f}.",
-        table(
-            ["layer", *(f"expert {expert}" for expert in range(experts))],
-            [[str(row["layer"]), *(f"{share:.3f}" for share in row["expert_load"])] for row in facts["routers"]],
-        ),
+        load_table(facts["routers"]),
         "## What it writes",
         f"Greedy decoding at k={k}, up to {NEW_TOKENS} tokens, as generated:",
     ]
@@ -981,6 +1003,7 @@ def train(args: argparse.Namespace) -> None:
                 "weight_decay": args.weight_decay,
                 "router_aux_loss_coef": args.router_aux_loss_coef,
                 "bias_rate": args.bias_rate,
+                "moves_correction_bias": hasattr(gates[0], "e_score_correction_bias"),
                 "gate_init_std": args.gate_init_std,
                 "gate_lr_scale": args.gate_lr_scale,
                 "seed": args.seed,
