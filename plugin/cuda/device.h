@@ -42,6 +42,20 @@ enum Fault : int {
   kFaultMixedScale,          // the first group's scale taken for all
   kFaultMixedWait,           // a tile used before its copies have arrived
   kFaultMixedBarrier,        // no barrier between copies and use
+  kFaultMambaGroup,          // every head takes the first group's B and C
+  kFaultMambaFreshConv,      // a sequence without a past convolves what lies in its slot
+  kFaultMambaFresh,          // and starts from the state that lies there
+  kFaultMambaConvOrder,      // the convolution's state moved up in falling order
+  kFaultMambaDecay,          // the recurrence forgets nothing
+  kFaultMambaRecurBarrier,   // no barrier between B, C and the step and their use
+  kFaultMambaSumBarrier,     // no barrier between the warps' sums and their reading
+  kFaultMambaCausal,         // a token of a chunk sees the ones behind it
+  kFaultMambaPassState,      // a chunk does not see the states of the ones before it
+  kFaultMambaTail,           // the last chunk takes in rows beyond the sequence's end
+  kFaultMambaStateDecay,     // a chunk's tokens all reach its end undiminished
+  kFaultMambaWait,           // a chunk used before its copies have arrived
+  kFaultMambaChunkBarrier,   // no barrier between a chunk's products and their use
+  kFaultMambaHalvesBarrier,  // no barrier between the two halves' sums
 };
 
 #if defined(ADAPTIVE_K_SIMT)
@@ -51,6 +65,20 @@ __host__ __device__ constexpr bool fault(Fault) { return false; }
 #endif
 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Lets a kernel have more shared memory than 48 KiB.
+#if defined(ADAPTIVE_K_SIMT)
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel, size_t) {
+  return cudaSuccess;
+}
+#else
+template <typename Kernel>
+cudaError_t allow_shared_memory(Kernel kernel, size_t size) {
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(size));
+}
+#endif
 
 // The block's shared memory as a structure; the launch gives its size.
 template <typename T>

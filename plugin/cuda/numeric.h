@@ -136,6 +136,21 @@ struct Vector16<float> {
   }
 };
 
+// Packs the floats that 16 bytes of T hold.
+__device__ __forceinline__ uint4 pack_floats(const float* from, float) {
+  return {bit_copy<uint32_t>(from[0]), bit_copy<uint32_t>(from[1]), bit_copy<uint32_t>(from[2]),
+          bit_copy<uint32_t>(from[3])};
+}
+template <typename T>
+__device__ __forceinline__ uint4 pack_floats(const float* from, T) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    words[i] = from_float<T>(from[2 * i]).bits |
+               static_cast<uint32_t>(from_float<T>(from[2 * i + 1]).bits) << 16;
+  return {words[0], words[1], words[2], words[3]};
+}
+
 // Integers become floats without the slow conversion instructions: an unsigned byte u in the low
 // bits of 2^23 makes the float 2^23 + u, exactly.
 constexpr uint32_t kTwoTo23 = 0x4b000000u;

@@ -15,21 +15,6 @@ __device__ __forceinline__ void load_floats(const T* from, float* to) {
   Vector16<T>::unpack(load_vector(from), to);
 }
 
-// Packs the floats that 16 bytes of T hold.
-__device__ __forceinline__ uint4 pack_floats(const float* from, float) {
-  return {bit_copy<uint32_t>(from[0]), bit_copy<uint32_t>(from[1]), bit_copy<uint32_t>(from[2]),
-          bit_copy<uint32_t>(from[3])};
-}
-template <typename T>
-__device__ __forceinline__ uint4 pack_floats(const float* from, T) {
-  uint32_t words[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i)
-    words[i] = from_float<T>(from[2 * i]).bits |
-               static_cast<uint32_t>(from_float<T>(from[2 * i + 1]).bits) << 16;
-  return {words[0], words[1], words[2], words[3]};
-}
-
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const T* x, const int32_t* row_token, const int32_t* num_rows, int32_t columns,

@@ -45,7 +45,57 @@ const char* resolve_mma(void* const payloads[simt::kWarp]) {
   }
   return nullptr;
 }
+
+struct LoadMatricesPayload {
+  const void* row;
+  uint32_t* to;
+  bool transposed;
+};
+
+inline const char* resolve_load_matrices(void* const payloads[simt::kWarp]) {
+  for (int lane = 0; lane < 32; ++lane)
+    if (payloads[lane] == nullptr) return "ldmatrix needs all lanes of the warp";
+  for (int lane = 0; lane < 32; ++lane) {
+    const auto& mine = *static_cast<LoadMatricesPayload*>(payloads[lane]);
+    for (int i = 0; i < 4; ++i) {
+      uint16_t pair[2];
+      for (int half = 0; half < 2; ++half) {
+        const int row = mine.transposed ? 2 * (lane % 4) + half : lane / 4;
+        const int column = mine.transposed ? lane / 4 : 2 * (lane % 4) + half;
+        const auto& given = *static_cast<LoadMatricesPayload*>(payloads[8 * i + row]);
+        std::memcpy(&pair[half], static_cast<const uint16_t*>(given.row) + column, 2);
+      }
+      mine.to[i] = pair[0] | static_cast<uint32_t>(pair[1]) << 16;
+    }
+  }
+  return nullptr;
+}
 #endif
+
+// Four 8 x 8 matrices of 16-bit numbers from shared memory; lane l gives the address of row l % 8
+// of matrix l / 8. Lane 4 g + q gets of each row g, columns 2q and 2q + 1, of its transpose where
+// kTransposed.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(const void* row, uint32_t (&to)[4]) {
+#if defined(ADAPTIVE_K_SIMT)
+  simt::require_aligned(static_cast<const char*>(row), 16);
+  LoadMatricesPayload payload = {row, to, kTransposed};
+  simt::warp_operation(kAllLanes, &resolve_load_matrices, &payload, "ldmatrix");
+#else
+  const auto from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(from)
+                 : "memory");
+  }
+#endif
+}
 
 // c += a . b for the warp's 16 x 16 a and 16 x 8 b, in the layout of mma.sync.m16n8k16.
 template <typename T>

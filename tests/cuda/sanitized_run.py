@@ -10,6 +10,7 @@ import sys
 
 from cuda_cases import check_all, make_inputs
 from cuda_launcher import Interpreter, Layer
+from cuda_mamba import CASES, check, make, run
 
 LAYERS = [
     Layer(1, 8, 8, 1, element="float32"),
@@ -28,4 +29,8 @@ interpreter = Interpreter(sys.argv[1])
 for seed, layer in enumerate(LAYERS):
     inputs, exact = make_inputs(layer, seed, logits=("plain", "ties", "special")[seed % 3], bias=seed % 2 == 0)
     check_all(layer, exact, interpreter.run(layer, inputs, seed=seed))
+for seed, case in enumerate(CASES):
+    element = ("float16", "bfloat16", "float32")[seed % 3]
+    given, rounded = make(case, element, seed)
+    check(case, rounded, element, run(interpreter, case, given, element, seed=seed, in_place=seed % 2 == 0))
 print("clean")

@@ -13,6 +13,12 @@ import numpy as np
 import pytest
 from cuda_cases import check_output, check_plan, check_routing, make_inputs
 from cuda_launcher import Interpreter, Layer
+from cuda_mamba import SMALL as MAMBA
+from cuda_mamba import check as check_mamba
+from cuda_mamba import make as make_mamba
+from cuda_mamba import run as run_mamba
+
+from mamba_oracle import Case
 
 DEVICE_H = Path(__file__).resolve().parents[2] / "plugin" / "cuda" / "device.h"
 FAULTS = re.findall(r"^  (kFault\w+),", DEVICE_H.read_text(), re.MULTILINE)
@@ -51,6 +57,42 @@ CASES: dict[str, tuple[dict[str, Any], str, Callable[..., None]]] = {
 }
 
 
+# The same for Mamba2: the step that meets the fault, and its element type.
+RECURRENCE = (Case((1, 2), (0, 3), **MAMBA), "float32")
+CHUNKS = (Case((70,), (3,), **MAMBA), "float16")
+MAMBA_CASES: dict[str, tuple[Case, str]] = {
+    "kFaultMambaGroup": RECURRENCE,
+    "kFaultMambaFreshConv": RECURRENCE,
+    "kFaultMambaFresh": RECURRENCE,
+    "kFaultMambaConvOrder": RECURRENCE,
+    "kFaultMambaDecay": RECURRENCE,
+    "kFaultMambaRecurBarrier": RECURRENCE,
+    "kFaultMambaSumBarrier": RECURRENCE,
+    "kFaultMambaCausal": CHUNKS,
+    "kFaultMambaPassState": CHUNKS,
+    "kFaultMambaTail": (Case((39, 6), (3, 0), **MAMBA), "float16"),
+    "kFaultMambaStateDecay": CHUNKS,
+    "kFaultMambaWait": CHUNKS,
+    "kFaultMambaChunkBarrier": CHUNKS,
+    "kFaultMambaHalvesBarrier": CHUNKS,
+}
+
+
+def mamba_failures(interpreter: Interpreter, name: str, fault: int, seeds: range) -> int:
+    """As `failures`."""
+    case, element = MAMBA_CASES[name]
+    given, exact = make_mamba(case, element, slow=True)
+    failed = 0
+    for seed in seeds:
+        try:
+            found = run_mamba(interpreter, case, given, element, seed=seed, fault=fault)
+            with np.errstate(all="ignore"):
+                check_mamba(case, exact, element, found)
+        except (AssertionError, RuntimeError):
+            failed += 1
+    return failed
+
+
 def failures(interpreter: Interpreter, name: str, fault: int, seeds: range) -> int:
     """In how many runs the check fails, or the interpreter itself objects."""
     shape, logits, check = CASES[name]
@@ -68,14 +110,15 @@ def failures(interpreter: Interpreter, name: str, fault: int, seeds: range) -> i
     return failed
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *MAMBA_CASES])
 def test_a_wrong_step_is_caught(interpreter: Interpreter, name: str) -> None:
     seeds = range(8 if "Barrier" in name or "Wait" in name else 1)
-    assert failures(interpreter, name, 0, seeds) == 0, "fails without any fault"
-    caught = failures(interpreter, name, NUMBER[name], seeds)
+    failures_of = failures if name in CASES else mamba_failures
+    assert failures_of(interpreter, name, 0, seeds) == 0, "fails without any fault"
+    caught = failures_of(interpreter, name, NUMBER[name], seeds)
     # A random schedule shows a missing barrier in most runs, not in all.
     assert caught > len(seeds) / 2, f"caught in {caught} of {len(seeds)} runs"
 
 
 def test_every_fault_has_a_test() -> None:
-    assert set(CASES) == set(FAULTS)
+    assert {*CASES, *MAMBA_CASES} == set(FAULTS)
