@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SOURCES := adaptive_k_moe engine_builder runtime model_repository client observability plugin/python/plugin
 CPP := $(shell find plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format cuda engine-env test-env clean
+.PHONY: demo test lint format cuda engine-env test-env prometheus clean
 
 MODEL ?= mixtral-small
 
@@ -68,6 +68,14 @@ build/lint.stamp: pyproject.toml
 	build/lint/bin/python -m pip --disable-pip-version-check --quiet install \
 		clang-format==19.1.7 mypy==1.18.2 ruff==0.14.5 pydantic numpy==1.26.4
 	touch $@
+
+# Debian's Prometheus, unpacked and not installed: tests have it scrape a server.
+prometheus: build/debian/prometheus
+
+build/debian/prometheus:
+	mkdir -p build/debian && rm -f build/debian/prometheus_*.deb
+	cd build/debian && apt-get download prometheus && dpkg -x prometheus_*.deb unpacked
+	mv build/debian/unpacked $@
 
 clean:
 	rm -rf build $(VENV) demo_output
