@@ -8,10 +8,14 @@ packages only inside ``run``, so that ``--help`` answers at once and the client 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from adaptive_k_moe import __version__
@@ -54,6 +58,8 @@ _EXTRAS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status; an `AdaptiveKError` prints one line and gives 1."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding has not
     parser = argparse.ArgumentParser(prog="adaptive-k", description="Adaptive-K mixture-of-experts inference.")
     parser.add_argument("--version", action="version", version=f"adaptive-k-moe {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -68,8 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _fail(_missing_package(name, error))
     namespace = parser.parse_args(arguments)
     try:
-        status = importlib.import_module(COMMANDS[namespace.command].module).run(namespace)
-        sys.stdout.flush()
+        with _unwinding_when_terminated():
+            status = importlib.import_module(COMMANDS[namespace.command].module).run(namespace)
+            sys.stdout.flush()
         return int(status)
     except AdaptiveKError as error:
         return _fail(error)
@@ -81,6 +88,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) went away; keep the interpreter from failing again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+@contextlib.contextmanager
+def _unwinding_when_terminated() -> Iterator[None]:
+    """SIGTERM and a terminal that goes away end a command as Ctrl-C does: it removes what it has half written."""
+    numbers = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
+    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+
+    def end(number: int, frame: object) -> None:
+        del frame
+        raise SystemExit(128 + number)
+
+    for number in taken:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _missing_package(command: str, error: ModuleNotFoundError) -> AdaptiveKError:

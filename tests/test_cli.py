@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command as a process: how it ends when it is told to, and what it prints where."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# Waits where a build has written half of an engine, until it is told to end.
+_STOPPED_BUILD = """
+import sys, time
+from adaptive_k_moe import cli
+from adaptive_k_moe.engine_builder.graph import GraphBuilder
+
+def save(self, metadata):
+    print("half", flush=True)
+    time.sleep(60)
+
+GraphBuilder.save = save
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)],
+    ids=lambda value: str(value),
+)
+def test_a_build_that_is_told_to_end_leaves_nothing(
+    number: signal.Signals, status: int, checkpoint_dir: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", _STOPPED_BUILD, "build", "--checkpoint_dir", str(checkpoint_dir)]
+    with subprocess.Popen(
+        [*command, "--output_dir", str(tmp_path / "engine"), "--target", "onnx"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "half\n"
+        assert list(tmp_path.glob(".engine-*"))
+        process.send_signal(number)
+        assert process.wait(30) == status
+        assert process.stderr.read() == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_command_outlives_a_terminal_that_it_was_told_to_ignore(checkpoint_dir: Path, tmp_path: Path) -> None:
+    # As nohup starts it.
+    command = [sys.executable, "-c", _STOPPED_BUILD.replace("60", "0.5"), "build", "--target", "onnx"]
+    with subprocess.Popen(
+        [*command, "--checkpoint_dir", str(checkpoint_dir), "--output_dir", str(tmp_path / "engine")],
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half\n"
+        process.send_signal(signal.SIGHUP)
+        process.wait(30)
+        assert "built" in process.stdout.read()
+
+
+def test_characters_that_the_terminals_encoding_has_not_are_no_traceback(engine_dir: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "adaptive_k_moe",
+        "generate",
+        "--engine_dir",
+        str(engine_dir),
+        "--max_tokens",
+        "40",
+    ]
+    command += ["--prompt", "λόγος “quoted” — ", "--temperature", "5", "--seed", "3"]
+    printed = {}
+    for encoding in ("utf-8", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        result = subprocess.run(command, capture_output=True, check=False, env=environment)
+        assert result.returncode == 0
+        printed[encoding] = result.stdout.decode(encoding)
+    assert not printed["utf-8"].isascii()
+    assert printed["ascii"] == printed["utf-8"].encode("ascii", "replace").decode()
