@@ -24,9 +24,9 @@ def import_tensorrt() -> Any:
     try:
         trt: Any = importlib.import_module("tensorrt")
         trt.Runtime  # noqa: B018 (a folder of this name can be imported too)
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError) as error:
         raise DependencyError(
-            "running a TensorRT engine needs an NVIDIA GPU and TensorRT's Python package: install it with "
+            f"running a TensorRT engine needs an NVIDIA GPU and TensorRT's Python package ({error}): install it with "
             "pip install 'adaptive-k-moe[tensorrt]' there; an engine built with --target openvino runs without a GPU."
         ) from None
     from adaptive_k_moe.engine_builder.targets.tensorrt import load_plugin
