@@ -13,6 +13,7 @@ class GenerateOptions(TypedDict, total=False):
     Attributes:
         max_tokens: most tokens to generate (default 32).
         adaptive_k_policy: name of the engine's policy that decides k.
+        user: whose request it is: where the server runs an A/B test, all requests of a user have one variant.
         temperature: divides the logits; 0, or no sampling option at all, is greedy.
         top_k: sample among so many likeliest tokens.
         top_p: sample among the fewest tokens that reach this probability, in (0, 1].
@@ -32,6 +33,7 @@ class GenerateOptions(TypedDict, total=False):
 
     max_tokens: int
     adaptive_k_policy: str | None
+    user: str | None
     temperature: float | None
     top_k: int | None
     top_p: float | None

@@ -64,8 +64,12 @@ def encode_request(model_name: str, prompt: str, options: GenerateOptions, *, st
     for name, strings in (("stop_words", options.get("stop")), ("bad_words", options.get("bad"))):
         if strings:
             tensors[name] = _strings(*([strings] if isinstance(strings, str) else strings))
-    if (policy := options.get("adaptive_k_policy")) is not None:
-        tensors["adaptive_k_policy"] = _strings(policy)
+    for name, text in (
+        ("adaptive_k_policy", options.get("adaptive_k_policy")),
+        ("adaptive_k_user", options.get("user")),
+    ):
+        if text is not None:
+            tensors[name] = _strings(text)
     request_id = options.get("request_id") or ""
     if not isinstance(request_id, str):
         raise ClientError(f"request_id is {request_id!r}: give a string.")
@@ -93,7 +97,7 @@ def decode_chunk(response: Any) -> Chunk | None:
     if "text_output" not in tensors:
         return None
     k, entropy = tensors.get("adaptive_k_k"), tensors.get("adaptive_k_entropy")
-    log_probs = tensors.get("output_log_probs")
+    log_probs, variant = tensors.get("output_log_probs"), tensors.get("adaptive_k_variant")
     return Chunk(
         text=tensors["text_output"].ravel()[0].decode(),
         num_output_tokens=int(tensors["num_output_tokens"].item()),
@@ -103,6 +107,7 @@ def decode_chunk(response: Any) -> Chunk | None:
         entropy=None if entropy is None else entropy[0],
         num_input_tokens=int(tensors["num_input_tokens"].item()),
         log_probs=None if log_probs is None else log_probs[0, 0],
+        variant=None if variant is None else variant.item().decode(),
     )
 
 
@@ -123,6 +128,7 @@ def join(chunks: Sequence[Chunk]) -> Completion:
         entropy=_concatenate([chunk.entropy for chunk in chunks]),
         num_input_tokens=chunks[-1].num_input_tokens,
         log_probs=_concatenate([chunk.log_probs for chunk in chunks]),
+        variant=chunks[-1].variant,
     )
 
 

@@ -24,6 +24,7 @@ class Chunk:
         entropy: [n, L] the router's entropy, in nats; None if it was not asked for.
         num_input_tokens: tokens of the prompt.
         log_probs: [n] log-probabilities of the tokens; None if they were not asked for.
+        variant: the variant of the server's A/B test that the request belongs to; None if it is in none.
     """
 
     text: str
@@ -34,6 +35,7 @@ class Chunk:
     entropy: npt.NDArray[np.float32] | None
     num_input_tokens: int
     log_probs: npt.NDArray[np.float32] | None
+    variant: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,3 +50,4 @@ class Completion:
     entropy: npt.NDArray[np.float32] | None
     num_input_tokens: int
     log_probs: npt.NDArray[np.float32] | None
+    variant: str | None = None

@@ -81,6 +81,7 @@ class Call:
                 streaming=prompt.streaming,
                 on_output=functools.partial(self._on_output, ResponseBuilder(prompt)),
                 context=self.context(prompt.batch_index),
+                enrollment=prompt.enrollment,
             )
             with self._lock:
                 self._handles.append(handle)

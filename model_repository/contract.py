@@ -49,7 +49,7 @@ OPTIONAL_INPUTS = [
     *_scalars("TYPE_INT32", "beam_width", "num_return_sequences"),
     # Ends the running request that has the same request id; from TensorRT-LLM's `tensorrt_llm` model.
     *_scalars("TYPE_BOOL", "stop"),
-    *_scalars("TYPE_STRING", "adaptive_k_policy"),
+    *_scalars("TYPE_STRING", "adaptive_k_policy", "adaptive_k_user"),
     *_scalars("TYPE_BOOL", "return_adaptive_k"),
 ]
 
@@ -85,6 +85,7 @@ OUTPUTS = [
     *_scalars("TYPE_FP32", "adaptive_k_avg_k", "adaptive_k_compute_saved_ratio"),
     Tensor("adaptive_k_k", "TYPE_INT32", (-1, -1)),
     Tensor("adaptive_k_entropy", "TYPE_FP32", (-1, -1)),
+    *_scalars("TYPE_STRING", "adaptive_k_variant"),
 ]
 
 

@@ -107,7 +107,7 @@ class GenerationModel:
                 return
             with self._calls_lock:
                 self._calls[id(call)] = call
-            call.start(self._llm, prompts)
+            call.start(self._llm, self._observation.enroll(request_id, prompts))
         except AdaptiveKError as error:
             call.fail(str(error), "INVALID_ARG")
         except Exception as error:  # one request's trouble must not end the others

@@ -5,7 +5,12 @@ from __future__ import annotations
 
 import logging
 import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
+
+import triton_python_backend_utils as pb_utils  # exists inside Triton only
 
 from adaptive_k_moe.model_repository.metrics import MetricsExporter, check_metrics_support
 from adaptive_k_moe.model_repository.observation_options import STANDARD_OUTPUT, ObservationOptions
@@ -15,6 +20,8 @@ from adaptive_k_moe.observability.request_records import RequestRecords, Sink
 from adaptive_k_moe.runtime.telemetry import Refusal
 
 if TYPE_CHECKING:
+    from adaptive_k_moe.model_repository.requests import GenerationRequest
+    from adaptive_k_moe.observability.ab_test.service import ABService
     from adaptive_k_moe.observability.spans import RequestSpans
     from adaptive_k_moe.runtime import LLM
 
@@ -47,6 +54,8 @@ class Observation:
             self._spans = RequestSpans.to_otlp(options.otlp_endpoint, model)
             sinks.append(self._spans.export)
         self._records = RequestRecords(sinks) if sinks else None
+        self._ab_db = options.ab_db
+        self._ab_test: ABService | None = None
 
     def watch(self, llm: LLM) -> None:
         """Observe an engine from now on."""
@@ -57,6 +66,23 @@ class Observation:
             records = self._records
             self._recorder.records_dropped = lambda: records.num_dropped
         self._exporter = MetricsExporter(self._model, self._recorder)
+        if self._ab_db is not None:
+            from adaptive_k_moe.observability.ab_test.service import ABService
+
+            log = pb_utils.Logger
+            self._ab_test = ABService(llm, self._ab_db, log=log.log_info, log_error=log.log_error)
+
+    def enroll(self, request_id: str, prompts: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+        """The prompts of a request with their places in the A/B test that is running, if one is."""
+        if self._ab_test is None:
+            return list(prompts)
+        # A request without any name is one of its own.
+        name = request_id or uuid.uuid4().hex
+        enrolled = []
+        for prompt in prompts:
+            params, enrollment = self._ab_test.enroll(prompt.sampling_params, prompt.user or name)
+            enrolled.append(replace(prompt, sampling_params=params, enrollment=enrollment))
+        return enrolled
 
     def refused(self, refusal: Refusal) -> None:
         """A request did not reach the engine, or the server failed it on its way back."""
@@ -66,6 +92,8 @@ class Observation:
 
     def close(self) -> None:
         """Write down what is left, within limits; no request is running."""
+        if self._ab_test is not None:
+            self._ab_test.close()
         self._exporter.close()
         if self._records is not None:
             self._records.close(_CLOSE_SECONDS)

@@ -22,6 +22,7 @@ class ObservationOptions:
         sample: share of the requests that get a line; those that fail always do.
         max_bytes: begin a new log before this size, and keep five old ones; 0 is no limit.
         otlp_endpoint: where OpenTelemetry spans go, `http://HOST:PORT`; None is nowhere.
+        ab_db: database of A/B tests, whose running experiment requests take part in; None is none.
 
     Raises:
         ServerError: a value is out of range.
@@ -32,6 +33,7 @@ class ObservationOptions:
     sample: float = 1.0
     max_bytes: int = 0
     otlp_endpoint: str | None = None
+    ab_db: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.sample <= 1:
@@ -51,6 +53,7 @@ class ObservationOptions:
             "log_sample": "" if self.sample == 1.0 else repr(self.sample),
             "log_max_bytes": str(self.max_bytes or ""),
             "otlp_endpoint": self.otlp_endpoint or "",
+            "ab_db": self.ab_db or "",
         }
         return {name: value for name, value in given.items() if value}
 
@@ -68,6 +71,7 @@ class ObservationOptions:
                 sample=float(parameters.get("log_sample", 1.0)),
                 max_bytes=int(parameters.get("log_max_bytes", 0)),
                 otlp_endpoint=parameters.get("otlp_endpoint") or None,
+                ab_db=parameters.get("ab_db") or None,
             )
         except ValueError as error:
             raise ServerError(f"a parameter of the model's config.pbtxt is no number: {error}.") from None

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from adaptive_k_moe.errors import RequestError
 from adaptive_k_moe.model_repository.contract import UNSUPPORTED_INPUTS
+from adaptive_k_moe.runtime.outputs import Enrollment
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 
 Inputs = Mapping[str, npt.NDArray[Any]]
@@ -39,6 +40,8 @@ class GenerationRequest:
         return_perf_metrics: whether the request's times are returned.
         return_num_input_tokens: whether the prompt's length in tokens is returned.
         return_num_output_tokens: whether the answer's length in tokens is returned.
+        user: whose it is, for A/B tests; None is nobody's.
+        enrollment: its place in an A/B test; None if it is in none.
     """
 
     prompt: str
@@ -50,6 +53,8 @@ class GenerationRequest:
     return_perf_metrics: bool = False
     return_num_input_tokens: bool = False
     return_num_output_tokens: bool = False
+    user: str | None = None
+    enrollment: Enrollment | None = None
 
 
 def asks_to_stop(inputs: Inputs) -> bool:
@@ -140,6 +145,7 @@ def _parse_prompt(inputs: Inputs, row: int) -> GenerationRequest:
         return_perf_metrics=flag("return_perf_metrics"),
         return_num_input_tokens=flag("return_num_input_tokens"),
         return_num_output_tokens=flag("return_num_output_tokens"),
+        user=(text("adaptive_k_user") or None) if "adaptive_k_user" in inputs else None,
     )
 
 

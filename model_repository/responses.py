@@ -75,6 +75,8 @@ class ResponseBuilder:
             "adaptive_k_avg_k": _scalar(self.avg_k, np.float32),
             "adaptive_k_compute_saved_ratio": _scalar(self.compute_saved_ratio, np.float32),
         }
+        if output.variant is not None:
+            tensors["adaptive_k_variant"] = _text(output.variant)
         if request.return_adaptive_k:
             tensors["adaptive_k_k"] = completion.k[None, sent:].astype(np.int32)
             tensors["adaptive_k_entropy"] = completion.entropy[None, sent:].astype(np.float32)

@@ -58,6 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--otlp_endpoint", metavar="URL", help="send OpenTelemetry spans to this gRPC receiver, http://HOST:PORT"
     )
+    parser.add_argument(
+        "--ab_db",
+        type=Path,
+        metavar="FILE",
+        help="database of A/B tests: requests that name no policy take part in the one that is running there",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         sample=args.log_sample,
         max_bytes=args.log_max_bytes,
         otlp_endpoint=args.otlp_endpoint,
+        ab_db=None if args.ab_db is None else str(args.ab_db.absolute()),
     )
     server = TritonServer(
         args.engine_dir,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -25,6 +26,8 @@ from adaptive_k_moe.runtime.telemetry import Observer
 
 if TYPE_CHECKING:
     from adaptive_k_moe.runtime import LLM, SamplingParams
+
+logger = logging.getLogger("adaptive_k_moe.ab_test")
 
 POLL_SECONDS = 1.0
 """How soon a start, a stop or a guardrail of another process is seen."""
@@ -56,7 +59,8 @@ class ABService(Observer):
     Args:
         llm: the engine.
         path: the file; it need not exist yet.
-        log: takes sentences.
+        log: takes sentences of what is new.
+        log_error: takes sentences of what is wrong.
         poll_seconds: how often to look at the file.
         pause_seconds: as `PAUSE_SECONDS`.
     """
@@ -66,16 +70,18 @@ class ABService(Observer):
         llm: LLM,
         path: str | Path,
         *,
-        log: Callable[[str], None],
+        log: Callable[[str], None] = logger.info,
+        log_error: Callable[[str], None] = logger.error,
         poll_seconds: float = POLL_SECONDS,
         pause_seconds: float = PAUSE_SECONDS,
     ) -> None:
         self._llm = llm
         self._path = Path(path)
         self._log = log
+        self._log_error = log_error
         self._poll_seconds = poll_seconds
         self._pause_seconds = pause_seconds
-        self._queue: queue.Queue[RequestRecord | ScoreRecord | RequestOutput] = queue.Queue(_MAX_QUEUED)
+        self._queue: queue.Queue[RequestRecord | ScoreRecord | RequestOutput | None] = queue.Queue(_MAX_QUEUED)
         self._dropped = 0
         self._scorer = Scorer(llm, self._put)
         self._running: _Running | None = None
@@ -132,9 +138,10 @@ class ABService(Observer):
     def close(self) -> None:
         """Write what is queued, within a few seconds, and end the thread."""
         self._closing.set()
+        self._put(None)  # wakes the thread
         self._thread.join(_CLOSE_SECONDS)
 
-    def _put(self, record: RequestRecord | ScoreRecord | RequestOutput) -> None:
+    def _put(self, record: RequestRecord | ScoreRecord | RequestOutput | None) -> None:
         try:
             self._queue.put_nowait(record)
         except queue.Full:
@@ -168,10 +175,10 @@ class ABService(Observer):
                 self._accept(self._queue.get_nowait())
         return bool(self._unwritten)
 
-    def _accept(self, item: RequestRecord | ScoreRecord | RequestOutput) -> None:
+    def _accept(self, item: RequestRecord | ScoreRecord | RequestOutput | None) -> None:
         if isinstance(item, RequestOutput):
             self._scorer.score(item)  # its record came before it
-        else:
+        elif item is not None:
             self._unwritten.append(item)
 
     def _write(self) -> bool:
@@ -191,7 +198,9 @@ class ABService(Observer):
         """Look at the file: is an experiment running, and does a variant do harm?"""
         if self._try(self._look):
             if self._dropped:
-                self._log(f"{self._dropped} requests were not recorded in the A/B database: it could not be written.")
+                self._log_error(
+                    f"{self._dropped} requests were not recorded in the A/B database: it could not be written."
+                )
                 self._dropped = 0
         elif self._failing_since is not None and time.monotonic() - self._failing_since > self._pause_seconds:
             if self._running is not None:
@@ -266,4 +275,4 @@ class ABService(Observer):
     def _say(self, sentence: str) -> None:
         if sentence not in self._said:
             self._said.add(sentence)
-            self._log(sentence)
+            self._log_error(sentence)
