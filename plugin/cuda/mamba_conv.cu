@@ -50,7 +50,7 @@ __device__ __forceinline__ void load_floats(const float* from, float* to) {
 
 // kTaps taps, or any number when it is 0.
 template <typename T, int kTaps>
-__global__ void __launch_bounds__(kThreads) mamba_convolve_kernel(MambaLayer layer) {
+__global__ void __launch_bounds__(kThreads, 4) mamba_convolve_kernel(MambaLayer layer) {
   constexpr int kSize = Vector16<T>::kSize;
   const int32_t tile = static_cast<int32_t>(blockIdx.x);
   const int32_t index = find_sequence(layer, tile);

@@ -34,6 +34,12 @@ BLOCKS = {
     "activate_kernel": (128, 0),
     "combine_kernel": (128, 0),
     "list_tiles": (512, 64),
+    "copy_states": (256, 0),
+    "mamba_convolve_kernel": (128, 0),
+    "mamba_recur_kernel": (128, 2568),
+    "mamba_chunks_kernel<64>": (128, 28672),
+    "mamba_chunks_kernel<128>": (128, 45056),
+    "mamba_chunks_kernel<256>": (128, 77824),
     "mixed_product<int8>": (256, 49152),
     "mixed_product<int4>": (256, 36864),
     "cutlass_sm80<128x128x32>": (128, 65536),
@@ -94,11 +100,21 @@ def kernel_name(mangled: str) -> str:
     if fill := re.search(r"\d+(fill_sm80|fill_cutlass3)I", mangled):
         return fill[1]
     ours = re.search(
-        r"\d+(route_and_plan_kernel|route_by_warp|route_by_block|plan_one_chunk|plan_count|plan_scan|plan_place|list_tiles)",
+        r"\d+(route_and_plan_kernel|route_by_warp|route_by_block|plan_one_chunk|plan_count|plan_scan|plan_place|list_tiles|copy_states)",
         mangled,
     )
     if ours:
         return ours[1]
+    if ours := re.search(
+        r"\d+(mamba_(?:convolve|recur|chunks)_kernel)I(?:NS\w?_)?(4Half|8BFloat16|f)E?(?:Li(\d+))?", mangled
+    ):
+        name, kind, size = ours.groups()
+        words = [ELEMENTS[kind]]
+        if name == "mamba_convolve_kernel":
+            words.append("4 taps" if size == "4" else "any taps")
+        elif size:
+            words.append(size)
+        return f"{name}<{', '.join(words)}>"
     ours = re.search(r"\d+(decode_product|mixed_product|gather_kernel|activate_kernel|combine_kernel)I(.*)", mangled)
     if ours is None:
         return mangled

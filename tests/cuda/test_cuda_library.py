@@ -19,6 +19,7 @@ import cuda_resources as resources
 import pytest
 from cuda_cases import make_inputs
 from cuda_launcher import POINTERS, Interpreter, Layer, Library
+from cuda_mamba import CASES, make, run
 
 ARCHITECTURES = {"sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"}
 
@@ -89,6 +90,9 @@ def test_blocks_of_the_table_are_those_of_the_launches(interpreter: Interpreter)
     ):
         inputs, _ = make_inputs(layer, 0)
         interpreter.run(layer, inputs)
+    for case in (CASES[5], CASES[8], CASES[11]):  # states of up to 64, 128 and 256
+        given, _ = make(case, "float16")
+        run(interpreter, case, given, "float16", in_place=False)
     declared = {(name.split("<")[0], *block) for name, block in resources.BLOCKS.items() if "cutlass" not in name}
     assert interpreter.launches() == declared
 
@@ -150,6 +154,26 @@ def test_quantised_prefill_is_tensor_cores_and_asynchronous_copies(hopper: dict[
         assert count(code, r"HMMA\.16816\.F32.*") >= 32, name
         assert count(code, r"LDGSTS\.E.*128.*") >= 3, name
         assert count(code, r"LDS\.128") >= 4, name
+
+
+def test_the_scan_in_decode_moves_the_state_by_128_bits(hopper: dict[str, Counter[str]]) -> None:
+    kernels = {name: code for name, code in hopper.items() if name.startswith("mamba_recur")}
+    assert len(kernels) == 3
+    for name, code in kernels.items():
+        # Eight rows are loaded before the first is used, and each is written once.
+        assert count(code, r"LDG\.E\.128.*") >= 8, name
+        assert count(code, r"STG\.E\.128.*") >= 8, name
+        assert count(code, r"LDG\.E\.(NA\.)?128\.CONSTANT.*") == 0, f"{name} reads what it writes as if constant"
+
+
+def test_the_chunked_scan_is_tensor_cores_and_asynchronous_copies(hopper: dict[str, Counter[str]]) -> None:
+    kernels = {name: code for name, code in hopper.items() if name.startswith("mamba_chunks")}
+    assert len(kernels) == 6
+    for name, code in kernels.items():
+        assert count(code, r"HMMA\.16816\.F32.*") >= 32, name
+        assert count(code, r"LDSM\.16\.MT88\.4") >= 4, name
+        assert count(code, r"LDSM\.16\.M88\.4") >= 4, name
+        assert count(code, r"LDGSTS\.E.*128.*") >= 2, name
 
 
 def test_no_atomics_on_floats(hopper: dict[str, Counter[str]]) -> None:
