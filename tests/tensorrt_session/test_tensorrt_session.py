@@ -26,11 +26,16 @@ from adaptive_k_moe.runtime.session import Session, StepInput, StepOutput, creat
 from adaptive_k_moe.runtime.session.tensorrt import session as session_module
 
 from checkpoints import Shape, make_checkpoint
+from nemotron_models import Nemotron, make_nemotron
 
 SIZES: dict[str, Any] = {"max_batch_size": 4, "max_seq_len": 48, "max_num_tokens": 20}
-SHAPES = {
+STATES = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2}
+SHAPES: dict[str, Shape | Nemotron] = {
     "mixtral": Shape("plain"),
     "qwen2_moe": Shape("shared expert, dense layer", {"mlp_only_layers": [0]}, "qwen2_moe"),
+    # States of whole multiples of 256 bytes, as those of the published model are.
+    "nemotron": Nemotron("every kind of layer", "ME*-ME", STATES),
+    "mamba alone": Nemotron("no attention", "MEM-E", STATES),
 }
 LENGTHS = (47, 1, 2, 17, 33, 40, 21, 5)
 
@@ -52,7 +57,7 @@ class Model:
         return text % len(self.tables.names)
 
 
-def whole(text: np.ndarray, policy: int, block_size: int) -> StepInput:
+def whole(text: np.ndarray, policy: int, session: Session) -> StepInput:
     """A step that computes a whole sequence and gives all its logits."""
     length = len(text)
     return StepInput(
@@ -61,8 +66,8 @@ def whole(text: np.ndarray, policy: int, block_size: int) -> StepInput:
         policy_index=np.full(length, policy, np.int32),
         past_lens=np.zeros(1, np.int32),
         subsequence_begins=np.array([0, length], np.int32),
-        block_tables=[list(range(-(-length // block_size)))],
-        state_slots=None,
+        block_tables=[list(range(-(-length // session.block_size)))],
+        state_slots=np.zeros(1, np.int32) if session.num_state_slots else None,
         logits_indices=np.arange(length),
     )
 
@@ -70,7 +75,9 @@ def whole(text: np.ndarray, policy: int, block_size: int) -> StepInput:
 @pytest.fixture(scope="module", params=list(SHAPES))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     directory = tmp_path_factory.mktemp(request.param)
-    checkpoint = make_checkpoint(directory / "checkpoint", SHAPES[request.param])
+    shape = SHAPES[request.param]
+    make = make_nemotron if isinstance(shape, Nemotron) else make_checkpoint
+    checkpoint = make(directory / "checkpoint", shape)
     config = make_engine(checkpoint, directory / "gpu", **SIZES)
     policy = PolicySet.model_validate(POLICIES)
     reference_config = build(checkpoint, directory / "cpu", policy=policy, max_batch_size=4, max_seq_len=48)
@@ -81,7 +88,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         session = create_session(directory / "gpu", config)
         found = Model(gpu, config, session, reference, config.policy_tables(), texts, [])
         for index, text in enumerate(texts):
-            found.expected.append(reference.step(whole(text, found.policy_of(index), reference.block_size)))
+            found.expected.append(reference.step(whole(text, found.policy_of(index), reference)))
         yield found
         session.close()
     reference.close()
@@ -299,8 +306,8 @@ def test_new_policies_take_the_place_of_the_old(model: Model) -> None:
             session.set_policies(tables)
         text = model.texts[4]
         for policy in (0, 1, 2, 3, 30, 42):
-            step = whole(text[:20], policy, 48)
-            expected = model.reference.step(whole(text[:20], policy, model.reference.block_size))
+            step = whole(text[:20], policy, model.session)
+            expected = model.reference.step(whole(text[:20], policy, model.reference))
             np.testing.assert_array_equal(model.session.step(step).k, expected.k)
         decode_once(model, [0, 1])
         used = {name: count - before.get(name, 0) for name, count in model.gpu.counts.items()}
@@ -316,7 +323,7 @@ def test_policies_that_do_not_fit_are_refused_and_the_old_stay(model: Model) -> 
     names = {"names": tables.names, "default": 0, "policy_kind": tables.policy_kind, "k_values": tables.k_values}
     with pytest.raises(PolicyError, match=r"policies' thresholds is \[\d, 3, 40\], and this engine takes at most"):
         model.session.set_policies(PolicyTables(**names, thresholds=wide, expert_norms=tables.expert_norms))
-    found = model.session.step(whole(model.texts[3], model.policy_of(3), 48))
+    found = model.session.step(whole(model.texts[3], model.policy_of(3), model.session))
     np.testing.assert_array_equal(found.k, model.expected[3].k)
 
 

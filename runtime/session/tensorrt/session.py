@@ -171,7 +171,7 @@ class TensorRtSession:
         self._caches = [Cache(self._cuda, binding, self._num_slots) for binding in caches]
         for cache in self._caches:
             cache.clear(self._stream)
-        self._scratch = self._cuda.allocate(max(cache.slot_bytes for cache in self._caches))
+        self._scratch = self._cuda.allocate(max((cache.slot_bytes for cache in self._caches), default=0))
         self._policies = PolicyBuffers(self._cuda, [binding for binding in inputs if binding.name in tables])
 
         tokens = build.max_num_tokens
