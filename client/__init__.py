@@ -11,7 +11,15 @@ Example::
 """
 
 from adaptive_k_moe.client.aio import AsyncClient, AsyncCompletionStream
-from adaptive_k_moe.client.results import Chunk, Completion
+from adaptive_k_moe.client.results import Chunk, Completion, EngineDescription
 from adaptive_k_moe.client.sync import Client, CompletionStream
 
-__all__ = ["AsyncClient", "AsyncCompletionStream", "Chunk", "Client", "Completion", "CompletionStream"]
+__all__ = [
+    "AsyncClient",
+    "AsyncCompletionStream",
+    "Chunk",
+    "Client",
+    "Completion",
+    "CompletionStream",
+    "EngineDescription",
+]

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import grpc
@@ -13,11 +15,14 @@ from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor, triton_to_np_dtype
 
 from adaptive_k_moe.client.options import GenerateOptions
-from adaptive_k_moe.client.results import Chunk, Completion
+from adaptive_k_moe.client.results import Chunk, Completion, EngineDescription
 from adaptive_k_moe.errors import ClientError
 
 # Makes Triton end a stream with the error's own status code.
 METADATA = (("triton_grpc_error", "true"),)
+
+QUESTION_SECONDS = 5.0
+"""How long a question that needs no generation may take where the client has no timeout of its own."""
 
 # Types of the inputs that are one number, by name.
 _NUMBERS: dict[str, npt.DTypeLike] = {
@@ -73,12 +78,13 @@ def encode_request(model_name: str, prompt: str, options: GenerateOptions, *, st
     request_id = options.get("request_id") or ""
     if not isinstance(request_id, str):
         raise ClientError(f"request_id is {request_id!r}: give a string.")
-    request = service_pb2.ModelInferRequest(model_name=model_name, id=request_id)
-    for name, array in tensors.items():
-        request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
-        raw = serialize_byte_tensor(array).item() if array.dtype == object else array.tobytes()
-        request.raw_input_contents.append(raw)
-    return request
+    return _request(model_name, tensors, request_id)
+
+
+def encode_engine_question(model_name: str) -> Any:
+    """A `ModelInferRequest` that asks what is served."""
+    required = {"text_input": _strings(""), "max_tokens": np.array([[1]], np.int32)}
+    return _request(model_name, {**required, "return_adaptive_k_engine": _flag(True)})
 
 
 def decode_chunk(response: Any) -> Chunk | None:
@@ -87,13 +93,7 @@ def decode_chunk(response: Any) -> Chunk | None:
     Raises:
         ClientError: it brings the server's refusal.
     """
-    if response.error_message:
-        raise ClientError(f"the server refused the request: {response.error_message}")
-    answer = response.infer_response
-    tensors = {
-        output.name: _array(output, raw)
-        for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=False)
-    }
+    tensors = _tensors(response)
     if "text_output" not in tensors:
         return None
     k, entropy = tensors.get("adaptive_k_k"), tensors.get("adaptive_k_entropy")
@@ -109,6 +109,19 @@ def decode_chunk(response: Any) -> Chunk | None:
         log_probs=None if log_probs is None else log_probs[0, 0],
         variant=None if variant is None else variant.item().decode(),
     )
+
+
+def decode_engine(response: Any) -> EngineDescription | None:
+    """What a `ModelStreamInferResponse` says of the engine; None if it says nothing.
+
+    Raises:
+        ClientError: it brings the server's refusal.
+    """
+    tensors = _tensors(response)
+    if "adaptive_k_engine" not in tensors:
+        return None
+    content = json.loads(tensors["adaptive_k_engine"].item())
+    return EngineDescription(**{field.name: content[field.name] for field in fields(EngineDescription)})
 
 
 def join(chunks: Sequence[Chunk]) -> Completion:
@@ -153,6 +166,26 @@ def explain(error: Any, url: str, timeout: float | None) -> ClientError:
             return ClientError(f"the request to {url} was cancelled.")
         case _:
             return ClientError(f"the server refused the request: {details or code.name}")
+
+
+def _request(model_name: str, tensors: Mapping[str, npt.NDArray[Any]], request_id: str = "") -> Any:
+    request = service_pb2.ModelInferRequest(model_name=model_name, id=request_id)
+    for name, array in tensors.items():
+        request.inputs.add(name=name, datatype=np_to_triton_dtype(array.dtype), shape=array.shape)
+        raw = serialize_byte_tensor(array).item() if array.dtype == object else array.tobytes()
+        request.raw_input_contents.append(raw)
+    return request
+
+
+def _tensors(response: Any) -> dict[str, npt.NDArray[Any]]:
+    """The output tensors of a `ModelStreamInferResponse`, by name."""
+    if response.error_message:
+        raise ClientError(f"the server refused the request: {response.error_message}")
+    answer = response.infer_response
+    return {
+        output.name: _array(output, raw)
+        for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=False)
+    }
 
 
 def _number(name: str, value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -51,3 +51,22 @@ class Completion:
     num_input_tokens: int
     log_probs: npt.NDArray[np.float32] | None
     variant: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineDescription:
+    """What a server serves.
+
+    Attributes:
+        policies: names that a request may give as `adaptive_k_policy`.
+        default_policy: the one of a request that gives none.
+        num_moe_layers: L.
+        num_experts: experts in a MoE layer.
+        num_experts_per_tok: the trained top-k, which `full` runs.
+    """
+
+    policies: list[str]
+    default_policy: str
+    num_moe_layers: int
+    num_experts: int
+    num_experts_per_tok: int

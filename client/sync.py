@@ -12,8 +12,17 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from adaptive_k_moe.client.connection import CHANNEL_OPTIONS, check_url, credentials, metadata, with_trace_context
 from adaptive_k_moe.client.options import GenerateOptions
-from adaptive_k_moe.client.protocol import decode_chunk, encode_request, explain, join
-from adaptive_k_moe.client.results import Chunk, Completion
+from adaptive_k_moe.client.protocol import (
+    QUESTION_SECONDS,
+    decode_chunk,
+    decode_engine,
+    encode_engine_question,
+    encode_request,
+    explain,
+    join,
+)
+from adaptive_k_moe.client.results import Chunk, Completion, EngineDescription
+from adaptive_k_moe.errors import ClientError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,11 +105,28 @@ class Client:
         with chunks:
             return join(list(chunks))
 
+    def describe_engine(self) -> EngineDescription:
+        """What is served: the policies that a request may name, and the experts' numbers.
+
+        Raises:
+            ClientError: the server cannot be reached, or knows no such question.
+        """
+        timeout = self._timeout or QUESTION_SECONDS
+        request = encode_engine_question(self._model_name)
+        try:
+            for response in self._stub.ModelStreamInfer(iter([request]), timeout=timeout, metadata=self._metadata):
+                if (engine := decode_engine(response)) is not None:
+                    return engine
+        except grpc.RpcError as error:
+            raise explain(error, self._url, timeout) from None
+        raise ClientError("the server ended the request without an answer.")
+
     def is_ready(self) -> bool:
         """Whether the server answers and its model is loaded."""
         try:
             request = service_pb2.ModelReadyRequest(name=self._model_name)
-            return bool(self._stub.ModelReady(request, timeout=self._timeout or 5.0, metadata=self._metadata).ready)
+            timeout = self._timeout or QUESTION_SECONDS
+            return bool(self._stub.ModelReady(request, timeout=timeout, metadata=self._metadata).ready)
         except grpc.RpcError:
             return False
 

@@ -103,10 +103,10 @@ class Call:
         for handle in handles:
             handle.abort()
 
-    def finish(self) -> None:
-        """End the call with nothing more to say."""
+    def finish(self, *responses: Outputs) -> None:
+        """End the call with nothing more to say than this."""
         with self._lock:
-            self._close(Report(self, final=True))
+            self._close(Report(self, responses, final=True))
 
     def fail(self, message: str, code: str, blame: ErrorKind | None = None) -> None:
         """End the call with an error, and take its prompts out of the engine.

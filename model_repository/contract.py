@@ -50,7 +50,8 @@ OPTIONAL_INPUTS = [
     # Ends the running request that has the same request id; from TensorRT-LLM's `tensorrt_llm` model.
     *_scalars("TYPE_BOOL", "stop"),
     *_scalars("TYPE_STRING", "adaptive_k_policy", "adaptive_k_user"),
-    *_scalars("TYPE_BOOL", "return_adaptive_k"),
+    # The second one asks about the engine and for no answer.
+    *_scalars("TYPE_BOOL", "return_adaptive_k", "return_adaptive_k_engine"),
 ]
 
 # Declared so that a client that sends one is told which it is, not that Triton knows no such input.
@@ -85,7 +86,7 @@ OUTPUTS = [
     *_scalars("TYPE_FP32", "adaptive_k_avg_k", "adaptive_k_compute_saved_ratio"),
     Tensor("adaptive_k_k", "TYPE_INT32", (-1, -1)),
     Tensor("adaptive_k_entropy", "TYPE_FP32", (-1, -1)),
-    *_scalars("TYPE_STRING", "adaptive_k_variant"),
+    *_scalars("TYPE_STRING", "adaptive_k_variant", "adaptive_k_engine"),
 ]
 
 

@@ -29,7 +29,14 @@ from adaptive_k_moe.model_repository.observation_options import ObservationOptio
 from adaptive_k_moe.model_repository.pace import Pace
 from adaptive_k_moe.model_repository.policy_watch import PolicyWatch
 from adaptive_k_moe.model_repository.relay import RelayServer
-from adaptive_k_moe.model_repository.requests import Inputs, asks_to_stop, parse_request, trace_headers
+from adaptive_k_moe.model_repository.requests import (
+    Inputs,
+    asks_about_engine,
+    asks_to_stop,
+    parse_request,
+    trace_headers,
+)
+from adaptive_k_moe.model_repository.responses import describe_engine
 from adaptive_k_moe.model_repository.triton_sender import TritonSender, read_inputs
 from adaptive_k_moe.runtime.telemetry import Refusal
 
@@ -100,6 +107,9 @@ class GenerationModel:
                 self._stop(call)
                 return
             self._reload_changed_policies()
+            if asks_about_engine(inputs):
+                call.finish(describe_engine(self._llm.config, self._llm.policies))
+                return
             try:
                 prompts = parse_request(inputs, parameters)
             except AdaptiveKError as error:

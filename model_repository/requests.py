@@ -59,7 +59,12 @@ class GenerationRequest:
 
 def asks_to_stop(inputs: Inputs) -> bool:
     """Whether the request only ends another one, the one with the same request id."""
-    return "stop" in inputs and bool(inputs["stop"].any())
+    return _is_on("stop", inputs)
+
+
+def asks_about_engine(inputs: Inputs) -> bool:
+    """Whether the request only asks what is served."""
+    return _is_on("return_adaptive_k_engine", inputs)
 
 
 def trace_headers(parameters: Mapping[str, Any]) -> dict[str, str]:
@@ -147,6 +152,10 @@ def _parse_prompt(inputs: Inputs, row: int) -> GenerationRequest:
         return_num_output_tokens=flag("return_num_output_tokens"),
         user=(text("adaptive_k_user") or None) if "adaptive_k_user" in inputs else None,
     )
+
+
+def _is_on(name: str, inputs: Inputs) -> bool:
+    return name in inputs and bool(inputs[name].any())
 
 
 def _is_off(name: str, tensor: npt.NDArray[Any]) -> bool:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.model_repository.requests import GenerationRequest
+from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestOutput
 
 Outputs = dict[str, npt.NDArray[Any]]
@@ -99,6 +102,19 @@ class ResponseBuilder:
                 seconds = getattr(output.metrics, name)
                 tensors[f"{name}_ns"] = _scalar(0 if seconds is None else round(seconds * 1e9), np.int64)
         return tensors
+
+
+def describe_engine(config: EngineConfig, policies: PolicyTables) -> Outputs:
+    """The response that tells what is served: the policies that a request may name, and the experts' numbers."""
+    model = config.pretrained_config
+    description = {
+        "policies": policies.names,
+        "default_policy": policies.names[policies.default],
+        "num_moe_layers": model.num_moe_layers,
+        "num_experts": model.num_experts,
+        "num_experts_per_tok": model.num_experts_per_tok,
+    }
+    return {"adaptive_k_engine": _text(json.dumps(description))}
 
 
 def _scalar(value: float, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -21,6 +21,7 @@ from tritonclient.utils import InferenceServerException
 
 from adaptive_k_moe import cli
 from adaptive_k_moe.client import AsyncClient, Chunk, Client
+from adaptive_k_moe.engine_config import read_engine_config
 from adaptive_k_moe.model_repository import TritonServer
 
 MODELS = ["ensemble", "tensorrt_llm_bls"]
@@ -116,6 +117,24 @@ def test_a_whole_answer_given_up_by_its_deadline_is_cancelled(server: TritonServ
     with pytest.raises(ClientError, match=r"did not finish its answer within 0.05 s"):
         client.generate("import os", timeout=0.05, **LONG)
     assert eventually(lambda: metric(server.metrics_url, "adaptive_k_queue_depth") == 0, 5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_server_says_what_it_serves(server: TritonServer, served_engine_dir: Path, model: str) -> None:
+    config = read_engine_config(served_engine_dir)
+    with Client(server.grpc_url, model_name=model) as client:
+        described = client.describe_engine()
+    assert described.policies == config.policy_tables().names
+    assert described.default_policy == config.adaptive_k.default
+    numbers = (described.num_moe_layers, described.num_experts, described.num_experts_per_tok)
+    sizes = config.pretrained_config
+    assert numbers == (sizes.num_moe_layers, sizes.num_experts, sizes.num_experts_per_tok)
+
+    async def ask() -> Any:
+        async with AsyncClient(server.grpc_url, model_name=model) as client:
+            return await client.describe_engine()
+
+    assert asyncio.run(ask()) == described
 
 
 @pytest.mark.parametrize("model", MODELS)
