@@ -16,7 +16,13 @@ from typing import Any
 
 import onnx
 
-from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import PROFILES, Binding, make_bindings
+from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import (
+    ITEM_SIZES,
+    PROFILES,
+    Binding,
+    make_bindings,
+    slots_that_cannot_be_bound,
+)
 from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Progress, compile_graph
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_compiler, for_plugin, lower_graph, tensor_bytes
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
@@ -29,8 +35,6 @@ PLUGIN_NAME = "libadaptive_k_tensorrt.so"
 
 CAPABILITIES = ("SM89", "SM120")
 """What a dry run compiles for: Ada and Blackwell."""
-
-_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 
 # TensorRT for RTX holds the weights in memory, the experts' twice: a dry run of more is the lowering alone.
 _MOST_COMPILED = 4 << 30
@@ -92,12 +96,15 @@ def lower_for_tensorrt(
     """Replace ``model.onnx`` by ``rank0.engine``.
 
     Raises:
-        BuildError: TensorRT is not here, or refuses the graph.
+        BuildError: TensorRT is not here, or refuses the graph, or a session could not bind the slots.
     """
     trt = require_tensorrt()
+    table = make_bindings(model, build)
+    if problem := slots_that_cannot_be_bound(table):
+        raise BuildError(f"{problem}.")
     source = directory / "model.onnx"
     onnx.save(for_plugin(lower_graph(source, model, build)), source)
-    compiled = compile_graph(trt, source, make_bindings(model, build), timing_cache=timing_cache, progress=progress)
+    compiled = compile_graph(trt, source, table, timing_cache=timing_cache, progress=progress)
     with (directory / ENGINE_NAME).open("wb") as engine:
         engine.write(compiled.plan)
     source.unlink()
@@ -128,13 +135,15 @@ class DryRun:
     def cache_bytes(self) -> int:
         """Bytes of one sequence's keys and values, and of its states."""
         caches = [binding for binding in self.table if binding.in_place_of is not None]
-        return sum(_SIZES[cache.dtype] * prod(cache.profiles[0].min) for cache in caches)
+        return sum(cache.slot_bytes for cache in caches)
 
     @property
     def step_bytes(self) -> int:
         """Bytes of all other inputs and outputs in the largest step."""
         others = [binding for binding in self.table if binding not in _caches(self.table)]
-        return max(sum(_SIZES[b.dtype] * prod(b.profiles[index].max) for b in others) for index in range(len(PROFILES)))
+        return max(
+            sum(ITEM_SIZES[b.dtype] * prod(b.profiles[index].max) for b in others) for index in range(len(PROFILES))
+        )
 
     @property
     def failed(self) -> bool:
@@ -153,6 +162,7 @@ class DryRun:
             "checked: types and shapes of every node, and inputs and outputs against the table of bindings",
             *(self._compiled_line(result) for result in self.compiled),
             *([f"not compiled: {self.skipped}"] if self.skipped else []),
+            *([f"no session could run it: {problem}"] if (problem := slots_that_cannot_be_bound(self.table)) else []),
             "not checked: the plugin in the engine, numbers on a GPU, speed",
         ]
 

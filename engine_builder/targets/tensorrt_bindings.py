@@ -5,12 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 from adaptive_k_moe.policy import MAX_CHOICES, MAX_POLICIES
 
 PROFILES = ("decode", "prefill")
 """The engine's optimization profiles, by index: one token for each sequence, and a chunk of one sequence."""
+
+ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
+"""Bytes of a value of each type."""
+
+ALIGNMENT = 256
+"""Bytes of which every address that TensorRT is given has to be a multiple."""
 
 Shape = tuple[int, ...]
 
@@ -43,6 +50,11 @@ class Binding:
     shape: tuple[int | str, ...]
     profiles: tuple[Limits, ...]
     in_place_of: str | None = None
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one sequence's part of a cache or state."""
+        return ITEM_SIZES[self.dtype] * prod(self.profiles[0].min)
 
 
 def cache_names(layer: int, kind: str) -> tuple[str, str]:
@@ -115,3 +127,14 @@ def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
         *(binding(present, model.dtype, *cache, output=True, of=past) for past, present in pairs),
         *(binding(present, dtype, *shape, output=True, of=past) for past, present, dtype, shape in states),
     ]
+
+
+def slots_that_cannot_be_bound(table: list[Binding]) -> str | None:
+    """Why TensorRT could not be given the addresses of single slots, which prefill needs; None if it can."""
+    for binding in table:
+        if binding.in_place_of is not None and binding.slot_bytes % ALIGNMENT:
+            return (
+                f"a sequence's part of {binding.in_place_of!r} has {binding.slot_bytes} bytes, and TensorRT takes "
+                f"addresses at multiples of {ALIGNMENT} only: choose another max_seq_len"
+            )
+    return None

@@ -137,12 +137,16 @@ class OpenVinoSession:
             core.add_extension(str(openvino_extension_path()))
             graph = core.read_model(engine_dir / ENGINE_XML)
             use_paged_attention(graph, self._config.pretrained_config)
+            self._prepare(graph)
             self._request = core.compile_model(graph, "CPU", options).create_infer_request()
             # A model without rotary embedding takes no positions, one without attention no blocks.
             self._inputs = {port.get_any_name() for port in self._request.get_compiled_model().inputs}
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise EngineError(f"OpenVINO cannot load the engine in {engine_dir}: {reason}") from error
+
+    def _prepare(self, graph: Any) -> None:
+        """For sessions that look into the model: change the graph before it is compiled."""
 
     def _allocate_cache(self, max_tokens: int | None) -> None:
         build, ov = self._config.build_config, self._ov

@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import Binding
-from adaptive_k_moe.errors import EngineError
+from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import ITEM_SIZES, Binding
 from adaptive_k_moe.policy import PolicyTables
-from adaptive_k_moe.runtime.session.tensorrt.cuda import ALIGNMENT, Bytes, Cuda, aligned
+from adaptive_k_moe.runtime.session.tensorrt.cuda import Bytes, Cuda, aligned
 from adaptive_k_moe.runtime.session.tensorrt.slots import Exchange
-
-ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 
 # What unused rows and columns of the policy tables hold; the columns of `k_values` repeat their row's last.
 _PADDING = {"policy_kind": 0, "thresholds": np.inf, "k_values": 1}
@@ -159,20 +156,12 @@ class Cache:
         cuda: the device.
         binding: the input.
         num_slots: places.
-
-    Raises:
-        EngineError: the parts of the slots do not begin where TensorRT takes addresses.
     """
 
     def __init__(self, cuda: Cuda, binding: Binding, num_slots: int) -> None:
         self.name = binding.name
         self.slot_shape = binding.profiles[0].min[1:]
-        self.slot_bytes = prod(self.slot_shape) * ITEM_SIZES[binding.dtype]
-        if self.slot_bytes % ALIGNMENT:
-            raise EngineError(
-                f"a sequence's part of {self.name!r} has {self.slot_bytes} bytes, and TensorRT takes addresses at "
-                f"multiples of {ALIGNMENT} only: build the engine with another max_seq_len."
-            )
+        self.slot_bytes = binding.slot_bytes
         self._size = num_slots * self.slot_bytes
         # Keys and values are [heads, tokens, head_dim], of which a sequence fills the first tokens of each head; a
         # recurrent state is one piece.
@@ -204,9 +193,3 @@ class Cache:
     def _copy(self, to: int, source: int, length: int, stream: int) -> None:
         width = self._pitch if self._token_bytes is None else length * self._token_bytes
         self._cuda.copy_rows(to, source, width=width, height=self._height, pitch=self._pitch, stream=stream)
-
-
-def slot_bytes(table: list[Binding]) -> int:
-    """Bytes of one sequence's caches and states."""
-    caches = [binding for binding in table if binding.in_place_of is not None]
-    return sum(ITEM_SIZES[cache.dtype] * prod(cache.profiles[0].min) for cache in caches)

@@ -10,12 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import ALIGNMENT
 from adaptive_k_moe.errors import DependencyError, DeviceError, DeviceMemoryError
 
 Bytes = npt.NDArray[np.uint8]
-
-ALIGNMENT = 256
-"""Bytes of which every address that TensorRT is given must be a multiple."""
 
 
 def aligned(size: int) -> int:

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import Binding, Shape, make_bindings
+from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import (
+    ALIGNMENT,
+    ITEM_SIZES,
+    Binding,
+    Shape,
+    make_bindings,
+    slots_that_cannot_be_bound,
+)
 from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.errors import DeviceError, DeviceMemoryError, EngineError, PolicyError
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
-from adaptive_k_moe.runtime.session.tensorrt.buffers import (
-    ITEM_SIZES,
-    Cache,
-    Mirror,
-    PolicyBuffers,
-    Readback,
-    slot_bytes,
-)
-from adaptive_k_moe.runtime.session.tensorrt.cuda import ALIGNMENT, Cuda, aligned, import_cudart
+from adaptive_k_moe.runtime.session.tensorrt.buffers import Cache, Mirror, PolicyBuffers, Readback
+from adaptive_k_moe.runtime.session.tensorrt.cuda import Cuda, aligned, import_cudart
 from adaptive_k_moe.runtime.session.tensorrt.engine import Context, TrtEngine, import_tensorrt
 from adaptive_k_moe.runtime.session.tensorrt.plan import (
     DECODE,
@@ -71,6 +71,8 @@ class TensorRtSession:
             self._num_slots = max(1, min(self._num_slots, kv_cache_max_tokens // build.max_seq_len))
         self._slots = SlotMap(self._num_slots)
         table = make_bindings(config.pretrained_config, build)
+        if problem := slots_that_cannot_be_bound(table):
+            raise EngineError(f"{engine_dir} cannot be run: {problem} and build it again.")
         trt = import_tensorrt()
         self._cuda = Cuda(import_cudart())
         try:
@@ -84,9 +86,10 @@ class TensorRtSession:
             self.set_policies(config.policy_tables())
         except DeviceMemoryError as error:
             self.close()
+            slot = sum(binding.slot_bytes for binding in table if binding.in_place_of is not None)
             raise DeviceMemoryError(
                 f"{engine_dir} does not fit on this GPU: {error} A sequence of {build.max_seq_len} tokens takes "
-                f"{slot_bytes(table) / 1e6:.1f} MB; open it with a KV cache of fewer than "
+                f"{slot / 1e6:.1f} MB; open it with a KV cache of fewer than "
                 f"{self._num_slots * build.max_seq_len} tokens, or build it with a smaller max_batch_size or "
                 "max_seq_len."
             ) from None
