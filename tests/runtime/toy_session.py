@@ -49,7 +49,10 @@ def toy_config(
             vocab_size=vocab_size, num_experts_per_tok=TOP_K, eos_token_ids=list(eos_token_ids)
         ),
         build_config=SimpleNamespace(
-            max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len
+            max_batch_size=max_batch_size,
+            max_num_tokens=max_num_tokens,
+            max_seq_len=max_seq_len,
+            max_input_len=None,
         ),
     )
 
