@@ -426,6 +426,20 @@ def test_a_dry_run_without_a_compiler_says_that_only_the_lowering_was_checked(
     assert any(line.startswith("not compiled: TensorRT for RTX is not installed") for line in found.lines())
 
 
+def test_slots_that_tensorrt_cannot_address_are_refused_before_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape("plain"))  # 2 key-value heads of 12
+    monkeypatch.setattr(target, "has_compiler", lambda: False)
+    monkeypatch.setattr(target, "require_tensorrt", lambda: None)
+    with pytest.raises(BuildError, match=r"'past_key_values\.0\.key' has 1584 bytes, .* multiples of 256 only: choose"):
+        build(checkpoint, tmp_path / "engine", target="tensorrt", max_seq_len=33)
+    assert not (tmp_path / "engine").exists()
+    for length, said in ((33, True), (32, False)):
+        lines = dry_run(checkpoint, max_seq_len=length).lines()
+        assert any(line.startswith("no session could run it: a sequence's part") for line in lines) == said
+
+
 def test_what_the_target_cannot_build_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BuildError, match="no dtype 'float32': it is one of float16, bfloat16"):
         dry_run(MIXTRAL_SMALL, dtype="float32")
