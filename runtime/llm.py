@@ -7,7 +7,7 @@ import contextlib
 import threading
 import uuid
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
 from pathlib import Path
@@ -211,14 +211,13 @@ class LLM:
         Raises:
             RequestError, PolicyError: a prompt or its parameters are unusable; none is run.
         """
-        single = isinstance(inputs, str) or (len(inputs) > 0 and isinstance(inputs[0], Integral))
-        prompts: list[Any] = [inputs] if single else list(inputs)
-        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
-            params = [sampling_params or SamplingParams()] * len(prompts)
-        else:
-            params = list(sampling_params)
-            if len(params) != len(prompts):
-                raise RequestError(f"{len(prompts)} prompts came with {len(params)} sampling_params: give as many.")
+        if isinstance(inputs, bytes | Mapping) or not isinstance(inputs, Iterable):
+            raise RequestError("a prompt is a text or a list of token ids.")
+        prompts: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
+        single = isinstance(inputs, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+        if single:
+            prompts = [inputs]
+        params = _params_for(len(prompts), sampling_params)
         requests = []
         for prompt, param in zip(prompts, params, strict=True):
             request_id = _new_id()
@@ -280,9 +279,8 @@ class LLM:
         conversations: list[Any] = [messages] if single else list(messages)
         options = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
         prompts = [self.apply_chat_template(conversation, **options) for conversation in conversations]
-        if isinstance(sampling_params, SamplingParams) or sampling_params is None:
-            sampling_params = [sampling_params or SamplingParams()] * len(prompts)
-        outputs = self.generate(prompts, [replace(params, add_special_tokens=False) for params in sampling_params])
+        params = [replace(each, add_special_tokens=False) for each in _params_for(len(prompts), sampling_params)]
+        outputs = self.generate(prompts, params)
         return outputs[0] if single else outputs
 
     def apply_chat_template(
@@ -329,7 +327,7 @@ class LLM:
         Raises:
             RequestError, PolicyError: the prompt or its parameters are unusable.
         """
-        params, request_id = sampling_params or SamplingParams(), request_id or _new_id()
+        params, request_id = _params_for(1, sampling_params)[0], request_id or _new_id()
         told = self._telling_of_a_refusal(request_id, params, enrollment, context)
         with contextlib.nullcontext() if background else told:
             request = self._engine.prepare(
@@ -425,6 +423,17 @@ def _limits(config: EngineConfig, max_batch_size: int | None, max_num_tokens: in
         max_seq_len=build.max_seq_len,
         max_input_len=build.max_input_len,
     )
+
+
+def _params_for(count: int, given: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:
+    """The parameters of each of so many prompts."""
+    if given is None or isinstance(given, SamplingParams):
+        return [given or SamplingParams()] * count
+    if not isinstance(given, Sequence) or not all(isinstance(params, SamplingParams) for params in given):
+        raise RequestError("sampling_params are a SamplingParams, or a list with one for each prompt.")
+    if len(given) != count:
+        raise RequestError(f"{count} prompts came with {len(given)} sampling_params: give as many.")
+    return list(given)
 
 
 def _new_id() -> str:

@@ -11,6 +11,9 @@ from typing import Any
 
 from adaptive_k_moe.errors import RequestError
 
+MAX_N = 256
+"""Most sequences of one prompt: each has memory of its own from the start, and one request must not take all of it."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
@@ -28,7 +31,7 @@ class SamplingParams:
         frequency_penalty: subtracted once for each time that a token is in the answer so far.
         min_tokens: no end token and no stop string before so many generated tokens.
         seed: of this request's own generator; without one it is drawn at random.
-        n: sequences to generate from the prompt, each with its own generator.
+        n: sequences to generate from the prompt, each with its own generator; at most `MAX_N`.
         stop: strings that end the answer; the answer does not hold them unless
             `include_stop_str_in_output`.
         stop_token_ids: tokens that end the answer, besides `end_id`.
@@ -88,7 +91,7 @@ class SamplingParams:
         self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
         self._check("repetition_penalty", self.repetition_penalty > 0, "above 0 (1 is none)")
         self._check("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "between 0 and max_tokens")
-        self._check("n", self.n >= 1, "at least 1")
+        self._check("n", 1 <= self.n <= MAX_N, f"between 1 and {MAX_N}")
         self._check("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more")
         self._check("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more")
         self._check("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -36,6 +37,7 @@ class EngineThread:
         self._lock = threading.RLock()
         self._handles: dict[str, GenerationHandle] = {}
         self._stopping = False
+        self._process = os.getpid()
         self.thread = threading.Thread(target=self._run, name="adaptive-k-engine", daemon=True)
         self.thread.start()
 
@@ -95,6 +97,8 @@ class EngineThread:
     def _refuse_if_stopping(self) -> None:
         if self._stopping:
             raise EngineError("this LLM is shut down: open another.")
+        if os.getpid() != self._process:  # a fork has no thread but its own, so nobody would answer
+            raise EngineError("this LLM was opened before the process forked: open one in each process.")
 
     def _run(self) -> None:
         engine = self.engine

@@ -164,10 +164,16 @@ class OpenVinoSession:
             self._num_blocks: int = wanted
         else:
             self._num_blocks = max(1, max_tokens // self._block_size)
-        self._cache = {
-            port.get_any_name(): ov.Tensor(port.get_element_type(), ov.Shape([self._num_blocks, *shape]))
-            for port, shape in shapes.items()
-        }
+        try:
+            self._cache = {
+                port.get_any_name(): ov.Tensor(port.get_element_type(), ov.Shape([self._num_blocks, *shape]))
+                for port, shape in shapes.items()
+            }
+        except (RuntimeError, TypeError, MemoryError):  # OpenVINO says bad_alloc, or that the number is no size
+            raise EngineError(
+                f"this machine has no memory for a KV cache of {self._num_blocks * self._block_size} tokens, "
+                f"{self._num_blocks * block_bytes / 1e9:.1f} GB: give it fewer max_tokens."
+            ) from None
         for name, tensor in self._cache.items():
             self._request.set_tensor(name, tensor)
 

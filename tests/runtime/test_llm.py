@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime import (
     LLM,
     EngineStats,
+    KvCacheConfig,
     Observer,
     Refusal,
     RequestContext,
@@ -223,11 +225,49 @@ def test_an_impossible_request_is_refused_at_once(
     assert llm.generate([1], SamplingParams(max_tokens=1)).finished
 
 
+@pytest.mark.parametrize("inputs", [None, 3, b"text", {"prompt": "text"}, [{"prompt": "text"}], [1.5], [None]])
+def test_what_is_no_prompt_is_one_sentence(llm: LLM, inputs: Any) -> None:
+    with pytest.raises(RequestError, match="a prompt is a text or a list of token ids"):
+        llm.generate(inputs)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 3}, 3, "full", [None], [{"max_tokens": 3}]])
+def test_what_is_no_sampling_params_is_one_sentence(llm: LLM, params: Any) -> None:
+    for ask in (llm.generate, llm.generate_async):
+        with pytest.raises(RequestError, match="sampling_params are a SamplingParams, or a list"):
+            ask([1], params)  # type: ignore[operator]
+
+
+def test_prompts_may_come_from_a_generator(llm: LLM) -> None:
+    outputs = llm.generate(prompt for prompt in ([1], [2, 3]))  # type: ignore[call-overload]
+    assert [output.prompt_token_ids for output in outputs] == [[1], [2, 3]]
+
+
+def test_a_fork_is_told_that_the_llm_is_its_parents(llm: LLM) -> None:
+    code = 0
+    if (child := os.fork()) == 0:
+        try:
+            llm.generate([1])
+            code = 1
+        except EngineError as error:
+            code = 2 if "before the process forked" in str(error) else 3
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert llm.generate([1]).finished
+
+
 def test_a_request_larger_than_the_whole_cache_is_refused() -> None:
     with open_llm(ToySession(num_blocks=4)) as llm:
         assert llm.generate([1] * 8, SamplingParams(max_tokens=9, end_id=-1)).finished  # 16 tokens, the last not kept
         with pytest.raises(RequestError, match="KV cache, which holds 16"):
             llm.generate([1] * 8, SamplingParams(max_tokens=10))
+
+
+@pytest.mark.parametrize("tokens", [10**12, 10**30])
+def test_a_cache_beyond_all_memory_is_one_sentence(engine_dir: Path, tokens: int) -> None:
+    with pytest.raises(EngineError, match=r"no memory for a KV cache of \d+ tokens, \d+\.\d GB"):
+        LLM(engine_dir, kv_cache_config=KvCacheConfig(max_tokens=tokens))
 
 
 def test_a_running_request_id_is_taken() -> None:

@@ -233,7 +233,7 @@ def test_minus_infinity_in_the_logits_is_a_token_that_never_comes() -> None:
     "params",
     [
         {"max_tokens": 0}, {"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0},
-        {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}, {"min_tokens": 33}, {"n": 0},
+        {"top_p": 1.1}, {"min_p": 2}, {"repetition_penalty": 0}, {"min_tokens": 33}, {"n": 0}, {"n": 257},
         {"logprobs": -1}, {"seed": -1}, {"max_tokens": "5"}, {"max_tokens": 2.5}, {"top_k": True}, {"top_p": "x"},
         {"presence_penalty": np.float32("nan")}, {"stop": [1]}, {"stop": 1}, {"bad": [None]}, {"end_id": "0"},
         {"stop_token_ids": "abc"}, {"stop_token_ids": [1.5]}, {"adaptive_k_policy": 3},
