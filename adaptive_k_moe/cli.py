@@ -43,6 +43,9 @@ COMMANDS = {
     "serve": _Command("adaptive_k_moe.model_repository.commands.serve", "serve an engine with Triton"),
     "trace": _Command("adaptive_k_moe.observability.commands.trace", "show how many experts each token runs"),
     "client": _Command("adaptive_k_moe.client.commands.client", "ask a running server"),
+    "playground": _Command(
+        "adaptive_k_moe.observability.commands.playground", "a page in the browser to try a running server"
+    ),
     "ab": _Command("adaptive_k_moe.observability.commands.ab", "A/B tests of policies on running servers"),
 }
 
@@ -52,6 +55,7 @@ _EXTRAS = {
     "validate": "adaptive-k-moe[calibration,training]",
     "calibrate": "adaptive-k-moe[calibration]",
     "eval": "adaptive-k-moe[calibration]",
+    "playground": "adaptive-k-moe[observability]",
 }
 
 

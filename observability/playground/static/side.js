@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: Apache-2.0
+// One side: a policy, its answer token by token, and what it took.
+
+import { postEvents } from "./events.js";
+import { appendText, spoken } from "./text.js";
+import { drawLayers, nats } from "./layers.js";
+
+// No policy's name: those have no spaces.
+const SERVERS_CHOICE = " ";
+
+export class Side {
+  /**
+   * @param {string} name its title
+   * @param {HTMLTemplateElement} template
+   * @param {string|undefined} preferred the policy that it starts with, where the server has it
+   */
+  constructor(name, template, preferred) {
+    this.name = name;
+    this.preferred = preferred;
+    this.root = template.content.firstElementChild.cloneNode(true);
+    const find = (selector) => this.root.querySelector(selector);
+    this.title = find("h2");
+    this.policy = find(".policy");
+    this.policy.setAttribute("aria-label", `Policy, ${name}`);
+    this.answer = find(".answer");
+    this.answer.setAttribute("aria-label", `${name}: tokens, coloured by their average k`);
+    this.failure = find(".failure");
+    this.against = find(".against");
+    this.token = find(".token");
+    this.figures = Object.fromEntries(
+      ["avg-k", "saved", "speed", "first"].map((figure) => [figure, find(`.${figure}`)]),
+    );
+    this.legend = { from: find(".legend .from"), to: find(".legend .to") };
+    this.engine = null;
+    this.followPointerAndKeys();
+    this.clear();
+  }
+
+  /** Take over what the server serves: policies to choose from, and the trained top-k. */
+  setEngine(engine) {
+    const chosen = this.engine === null ? this.preferred : this.policy.value;
+    this.engine = engine;
+    this.policy.replaceChildren(
+      ...engine.policies.map((name) => new Option(name === engine.default_policy ? `${name} (default)` : name, name)),
+      // A request that names none takes part in the server's A/B test, where one is running.
+      new Option("the server’s choice", SERVERS_CHOICE),
+    );
+    this.policy.value = [...engine.policies, SERVERS_CHOICE].includes(chosen) ? chosen : engine.default_policy;
+    this.legend.from.textContent = "1 expert a layer";
+    this.legend.to.textContent = `${engine.num_experts_per_tok} experts`;
+  }
+
+  clear() {
+    this.title.textContent = this.name;
+    this.pieces = [];
+    this.held = { k: [], entropy: [] };
+    this.experts = 0;
+    this.choices = 0;
+    this.tokens = 0;
+    this.seconds = 0;
+    this.first = null;
+    this.whole = false;
+    this.answer.replaceChildren();
+    this.failure.hidden = true;
+    this.against.textContent = "";
+    for (const figure of Object.values(this.figures)) figure.textContent = "–";
+    this.tellAboutTokens();
+  }
+
+  /** Ask and show the answer as it comes; resolves when it has ended, was stopped or has failed. */
+  async run(question, signal) {
+    this.clear();
+    const asked = document.createElement("span");
+    asked.className = "asked";
+    asked.setAttribute("role", "presentation");
+    appendText(asked, question.prompt);
+    this.answer.append(asked);
+    this.answer.classList.add("running");
+    this.answer.setAttribute("aria-busy", "true");
+    try {
+      const policy = this.policy.value === SERVERS_CHOICE ? null : this.policy.value;
+      for await (const { name, data } of postEvents("/api/answer", { ...question, policy }, signal)) {
+        if (name === "piece") this.add(data);
+        else if (name === "failure") this.fail(data.message);
+        else if (name === "end") this.finish(data.seconds);
+      }
+    } catch (error) {
+      if (error.name !== "AbortError") this.fail(error.message);
+    } finally {
+      this.answer.classList.remove("running");
+      this.answer.setAttribute("aria-busy", "false");
+    }
+  }
+
+  fail(sentence) {
+    this.failure.textContent = sentence;
+    this.failure.hidden = false;
+  }
+
+  finish(seconds) {
+    this.seconds = seconds;
+    this.whole = true;
+    this.showFigures();
+  }
+
+  /** A chunk of the answer. One without text belongs to the next that has some: half a character, say. */
+  add(chunk) {
+    this.held.k.push(...chunk.k);
+    this.held.entropy.push(...chunk.entropy);
+    this.tokens += chunk.tokens;
+    this.seconds = chunk.seconds;
+    this.first ??= { seconds: chunk.seconds, tokens: chunk.tokens };
+    if (chunk.variant) this.title.textContent = `${this.name}: variant ${chunk.variant}`;
+    for (const row of chunk.k) {
+      this.experts += row.reduce((sum, k) => sum + k, 0);
+      this.choices += row.length;
+    }
+    if (chunk.text) this.show(chunk.text);
+    this.showFigures();
+  }
+
+  show(text) {
+    const atEnd = this.answer.scrollHeight - this.answer.scrollTop - this.answer.clientHeight < 40;
+    const { k, entropy } = this.held;
+    this.held = { k: [], entropy: [] };
+    const element = document.createElement("span");
+    element.className = "piece";
+    element.setAttribute("role", "option");
+    element.setAttribute("aria-selected", "false");
+    element.id = `${this.name.replace(/\W/g, "-")}-${this.pieces.length}`;
+    const piece = { text, k, entropy, average: mean(k), element };
+    element.style.setProperty("--share", this.shareOf(piece.average));
+    element.setAttribute("aria-label", `${spoken(text)}, average k ${format(piece.average)}`);
+    element.dataset.index = String(this.pieces.length);
+    appendText(element, text);
+    this.pieces.push(piece);
+    this.answer.append(element);
+    if (atEnd) this.answer.scrollTop = this.answer.scrollHeight;
+  }
+
+  /** How far a k is from 1 towards the trained top-k: 0 to 1. */
+  shareOf(k) {
+    const most = this.engine.num_experts_per_tok;
+    return most > 1 && Number.isFinite(k) ? Math.min(1, Math.max(0, (k - 1) / (most - 1))) : 1;
+  }
+
+  get averageK() {
+    return this.experts / this.choices;
+  }
+
+  /** Tokens a second after the first one, whose time is the prompt's. */
+  get speed() {
+    return (this.tokens - this.first.tokens) / (this.seconds - this.first.seconds);
+  }
+
+  showFigures() {
+    const most = this.engine.num_experts_per_tok;
+    const full = this.choices * most;
+    write(this.figures["avg-k"], format(this.averageK), `of ${most}`);
+    const left = full ? `of ${full.toLocaleString("en")}, ${((100 * (full - this.experts)) / full).toFixed(1)} %` : "";
+    write(this.figures.saved, (full - this.experts).toLocaleString("en"), left);
+    const speed = Number.isFinite(this.speed) ? this.speed.toFixed(1) : "–";
+    write(this.figures.speed, speed, "after the first one");
+    write(this.figures.first, `${(1000 * this.first.seconds).toFixed(0)} ms`, `${this.tokens} in ${this.seconds.toFixed(2)} s`);
+  }
+
+  followPointerAndKeys() {
+    this.answer.addEventListener("pointerover", (event) => {
+      const element = event.target.closest(".piece");
+      if (element) this.showToken(Number(element.dataset.index));
+    });
+    this.answer.addEventListener("click", (event) => {
+      const element = event.target.closest(".piece");
+      if (element) this.select(Number(element.dataset.index));
+    });
+    this.answer.addEventListener("focus", () => {
+      if (this.pieces.length && this.selected === null) this.select(0);
+    });
+    this.answer.addEventListener("keydown", (event) => {
+      const from = this.selected ?? -1;
+      const last = this.pieces.length - 1;
+      const to = { ArrowRight: from + 1, ArrowLeft: from - 1, ArrowDown: from + 10, ArrowUp: from - 10, Home: 0, End: last };
+      if (!(event.key in to) || last < 0) return;
+      event.preventDefault();
+      this.select(Math.min(last, Math.max(0, to[event.key])));
+    });
+  }
+
+  select(index) {
+    if (this.selected !== null) this.pieces[this.selected].element.setAttribute("aria-selected", "false");
+    this.selected = index;
+    const { element } = this.pieces[index];
+    element.setAttribute("aria-selected", "true");
+    element.setAttribute("aria-description", spokenLayers(this.pieces[index]));
+    element.scrollIntoView({ block: "nearest" });
+    this.answer.setAttribute("aria-activedescendant", element.id);
+    this.showToken(index);
+  }
+
+  tellAboutTokens() {
+    this.selected = null;
+    this.answer.removeAttribute("aria-activedescendant");
+    const note = document.createElement("p");
+    note.className = "note";
+    note.textContent = "Point at a token, or step to one with the arrow keys, to see its layers.";
+    this.token.replaceChildren(note);
+  }
+
+  showToken(index) {
+    const piece = this.pieces[index];
+    const line = document.createElement("p");
+    line.className = "note";
+    const word = document.createElement("b");
+    appendText(word, piece.text);
+    const tokens = piece.k.length > 1 ? ` (${piece.k.length} tokens; the last one’s layers)` : "";
+    line.append(word, ` · token ${index + 1}${tokens} · average k ${format(piece.average)} · entropy of each layer’s router, in nats, and its k:`);
+    const layers = drawLayers(lastOf(piece.k), lastOf(piece.entropy), Math.log(this.engine.num_experts), (k) => this.shareOf(k));
+    layers.setAttribute("aria-label", spokenLayers(piece));
+    this.token.replaceChildren(line, layers);
+  }
+}
+
+/** Say how two whole answers compare in time; of the second against the first. */
+export function compare(first, second, together) {
+  const ratio = second.speed / first.speed;
+  if (!first.whole || !second.whole || !Number.isFinite(ratio)) return;
+  const saved = 1 - 1 / ratio;
+  const faster = ratio >= 1 ? `${(100 * saved).toFixed(1)} % less time a token` : `${(-100 * saved).toFixed(1)} % more time a token`;
+  const how = together ? "both ran at once" : "one after the other";
+  second.against.textContent = `Against ${first.policy.selectedOptions[0].text}: ${faster} (${ratio.toFixed(2)} × its tokens/s; ${how}; one run is no measurement).`;
+}
+
+function mean(rows) {
+  const all = rows.flat();
+  return all.reduce((sum, k) => sum + k, 0) / all.length;
+}
+
+function lastOf(rows) {
+  return rows.at(-1) ?? [];
+}
+
+function spokenLayers(piece) {
+  const entropy = lastOf(piece.entropy);
+  return lastOf(piece.k)
+    .map((k, layer) => `layer ${layer}: ${nats(entropy[layer])} nats, k ${k}`)
+    .join("; ");
+}
+
+function format(k) {
+  return Number.isFinite(k) ? k.toFixed(2) : "–";
+}
+
+function write(element, value, unit) {
+  const small = document.createElement("small");
+  small.textContent = unit;
+  element.replaceChildren(value, small);
+}
