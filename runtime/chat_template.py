@@ -126,7 +126,7 @@ def check_messages(messages: Any) -> Sequence[Message]:
         or not all(isinstance(message, Mapping) and isinstance(message.get("role"), str) for message in messages)
     ):
         raise RequestError('a conversation is a list of messages, each with a role: [{"role": "user", "content": …}].')
-    return messages
+    return list(messages)
 
 
 def _environment() -> jinja2.Environment:

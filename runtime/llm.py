@@ -234,7 +234,7 @@ class LLM:
         return outputs[0] if single else outputs
 
     @overload
-    def chat(  # type: ignore[overload-overlap]  # a message is no sequence, but nothing keeps it from being one
+    def chat(
         self,
         messages: Sequence[Message],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
