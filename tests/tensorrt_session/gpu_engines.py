@@ -13,7 +13,7 @@ from fake_tensorrt import write_plan
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import Binding, make_bindings
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import lower_graph
-from adaptive_k_moe.engine_config import BuildConfig, EngineConfig, file_entry, write_engine_config
+from adaptive_k_moe.engine_config import BuildConfig, Dtype, EngineConfig, file_entry, write_engine_config
 from adaptive_k_moe.policy import PolicySet
 
 POLICIES: dict[str, Any] = {
@@ -36,11 +36,13 @@ def profiles_of(table: list[Binding]) -> dict[str, list[list[list[int]]]]:
     }
 
 
-def make_engine(checkpoint: Path, directory: Path, *, policies: Any = None, **sizes: int) -> EngineConfig:
-    """Write an engine of float32 numbers, whose ``rank0.engine`` is the lowered graph."""
+def make_engine(
+    checkpoint: Path, directory: Path, *, dtype: Dtype = "float32", policies: Any = None, **sizes: int
+) -> EngineConfig:
+    """Write an engine whose ``rank0.engine`` is the lowered graph."""
     graph_dir = directory.with_name(directory.name + ".onnx")
     policy = PolicySet.model_validate(POLICIES if policies is None else policies)
-    config = build(checkpoint, graph_dir, target="onnx", dtype="float32", policy=policy, **sizes)
+    config = build(checkpoint, graph_dir, target="onnx", dtype=dtype, policy=policy, **sizes)
     build_config = BuildConfig.model_validate(config.build_config.model_dump() | {"target": "tensorrt"})
     lowered = lower_graph(graph_dir / "model.onnx", config.pretrained_config, build_config)
     onnx.save(lowered, graph_dir / "model.onnx")

@@ -6,44 +6,44 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-import transformers
+from engine_checks import assert_answers_equal_transformers, assert_policies_are_followed
 from fake_gpu import Gpu
 from gpu_engines import make_engine
 
-from adaptive_k_moe.runtime import LLM, SamplingParams
-
 from checkpoints import Shape, make_checkpoint
+from nemotron_models import Nemotron, make_nemotron
 
-NUM_TOKENS = 64
 SIZES: dict[str, Any] = {"max_batch_size": 3, "max_seq_len": 160, "max_num_tokens": 24}
+STATES = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2}
 SHAPES = [
     Shape("plain"),
     Shape("shared expert, dense layer", {"mlp_only_layers": [0]}, "qwen2_moe"),
-    Shape("norms of heads", {}, "qwen3_moe"),
+    Shape("norms of heads, window", {"sliding_window": 9, "use_sliding_window": True}, "qwen3_moe"),
+    Shape("clipped", {"clip_qkv": 0.7}, "olmoe"),
+    Nemotron("nemotron", "ME*-ME", STATES),
 ]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_logits_and_greedy_tokens_of_a_ragged_batch(shape: Shape, tmp_path: Path) -> None:
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", shape)
-    config = make_engine(checkpoint, tmp_path / "engine", **SIZES)
-    rng = np.random.default_rng(0)
-    # More than fit at a time; the long ones go through in chunks beside the others' decode.
-    prompts = [rng.integers(3, config.pretrained_config.vocab_size, n).tolist() for n in (1, 33, 7, 64, 2)]
-    sampling = SamplingParams(max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True)
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    with Gpu().installed() as gpu, LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
-        outputs = llm.generate(prompts, sampling)
-        assert llm.stats().preemptions_total == 0
-    assert gpu.counts["cudaGraphLaunch"] > 20
-    for prompt, output in zip(prompts, outputs, strict=True):
-        assert output.error is None
-        with torch.no_grad():
-            logits = model(torch.tensor([prompt + output.outputs[0].token_ids])).logits[0].numpy()
-        expected = logits[: len(prompt)]
-        assert np.abs(output.context_logits - expected).max() <= 1e-4 * np.abs(expected).max()
-        assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == output.outputs[0].token_ids
-        assert (output.outputs[0].k == config.pretrained_config.num_experts_per_tok).all()
+def test_logits_and_greedy_tokens_of_a_ragged_batch(shape: Shape | Nemotron, tmp_path: Path) -> None:
+    make = make_nemotron if isinstance(shape, Nemotron) else make_checkpoint
+    checkpoint = make(tmp_path / "checkpoint", shape)
+    make_engine(checkpoint, tmp_path / "engine", **SIZES)
+    with Gpu().installed() as gpu:
+        assert_answers_equal_transformers(tmp_path / "engine", checkpoint, tolerance=1e-4)
+        assert gpu.counts["cudaGraphLaunch"] > 20
+
+
+def test_policies_of_requests_in_one_batch(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape("plain"))
+    make_engine(checkpoint, tmp_path / "engine", **SIZES)
+    with Gpu().installed():
+        assert_policies_are_followed(tmp_path / "engine")
+
+
+def test_float16(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape("heads of 16", {"head_dim": 16}))
+    make_engine(checkpoint, tmp_path / "engine", dtype="float16", **SIZES)
+    with Gpu().installed():
+        assert_answers_equal_transformers(tmp_path / "engine", checkpoint, tolerance=1e-2)
