@@ -2,11 +2,11 @@
 #include "adaptive_k_plugin.h"
 
 #include <algorithm>
-#include <exception>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "guard.h"
 #include "log.h"
 
 namespace adaptive_k::tensorrt {
@@ -16,59 +16,22 @@ using nvinfer1::DataType;
 using nvinfer1::Dims;
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
-using Dimensions = std::vector<int64_t>;
 
-[[noreturn]] void fail(const std::string& sentence) { throw std::invalid_argument(sentence); }
-
-void log_failure(const std::string& sentence) noexcept {
-  try {
-    const std::string prefix = std::string(kPluginName) + ": ";
-    const bool prefixed = sentence.compare(0, prefix.size(), prefix) == 0;
-    log(Severity::kERROR, prefixed ? sentence : prefix + sentence);
-  } catch (...) {
-  }
-}
-
-// Runs the body of a method that TensorRT calls; what it throws is logged and becomes `failed`.
 template <typename Result, typename Body>
 Result guarded(Result failed, const Body& body) noexcept {
-  try {
-    return body();
-  } catch (const std::exception& error) {
-    log_failure(error.what());
-  } catch (...) {
-    log_failure("failed for a reason that it did not name");
-  }
-  return failed;
+  return tensorrt::guarded(kPluginName, failed, body);
 }
-
-constexpr int32_t kFailed = 1;
 
 void check_outputs(int32_t num_outputs) {
   if (num_outputs != kNumOutputs)
     fail("has " + std::to_string(num_outputs) + " outputs but makes 3: output, k and entropy");
 }
 
-Dimensions dimensions(const Dims& dims) {
-  const int32_t rank = std::min(std::max(dims.nbDims, 0), Dims::MAX_DIMS);
-  return Dimensions(dims.d, dims.d + rank);
-}
-
-const PluginTensorDesc& described(const PluginTensorDesc& tensor) { return tensor; }
-const PluginTensorDesc& described(const DynamicPluginTensorDesc& tensor) { return tensor.desc; }
-
 template <typename Desc>
 void check_types(const Attributes& attributes, const Inputs& inputs, const Desc* in) {
   std::vector<DataType> types;
   for (int32_t i = 0; i < inputs.count; ++i) types.push_back(described(in[i]).type);
   check_input_types(attributes, inputs, types.data());
-}
-
-template <typename Desc, typename DimsOf>
-std::vector<Dimensions> shapes_of(const Desc* tensors, int32_t count, const DimsOf& dims_of) {
-  std::vector<Dimensions> shapes;
-  for (int32_t i = 0; i < count; ++i) shapes.push_back(dimensions(dims_of(tensors[i])));
-  return shapes;
 }
 
 // The shape with the most tokens, policies and choices that the engine is built for.
@@ -151,11 +114,7 @@ int32_t AdaptiveKPlugin::getOutputShapes(const nvinfer1::DimsExprs* in, int32_t 
     check_outputs(num_outputs);
     if (num_shape_inputs != 0) fail("takes no shape inputs");
     std::vector<Dimensions> shapes;
-    for (int32_t i = 0; i < num_inputs; ++i) {
-      Dimensions& shape = shapes.emplace_back();
-      for (int32_t d = 0; d < std::min(in[i].nbDims, Dims::MAX_DIMS); ++d)
-        shape.push_back(in[i].d[d]->isConstant() ? in[i].d[d]->getConstantValue() : -1);
-    }
+    for (int32_t i = 0; i < num_inputs; ++i) shapes.push_back(dimensions(in[i]));
     check_input_shapes(attributes_, inputs, shapes);
 
     const nvinfer1::IDimensionExpr* tokens = in[kHiddenStates].d[0];

@@ -6,7 +6,8 @@
 #include <limits>
 #include <set>
 #include <sstream>
-#include <stdexcept>
+
+#include "guard.h"
 
 namespace adaptive_k::tensorrt {
 namespace {
@@ -59,8 +60,6 @@ const char* type_name(PluginFieldType type) {
   }
 }
 
-[[noreturn]] void fail(const std::string& sentence) { throw std::invalid_argument(sentence); }
-
 [[noreturn]] void fail_type(const PluginField& field, const char* expected) {
   fail(std::string("field ") + field.name + " has type " + type_name(field.type) + " and length " +
        std::to_string(field.length) + " but must be " + expected);
@@ -90,24 +89,6 @@ T value_of(const PluginField& field) {
   return value;
 }
 
-int32_t read_int(const PluginField& field) {
-  if (field.length == 1 && field.type == PluginFieldType::kINT32) return value_of<int32_t>(field);
-  if (field.length != 1 || field.type != PluginFieldType::kINT64)
-    fail_type(field, "one INT32 or INT64");
-  const int64_t value = value_of<int64_t>(field);
-  if (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max())
-    fail(std::string("field ") + field.name + " is " + std::to_string(value) +
-         ", which does not fit in 32 bits");
-  return static_cast<int32_t>(value);
-}
-
-float read_float(const PluginField& field) {
-  if (field.length == 1 && field.type == PluginFieldType::kFLOAT32) return value_of<float>(field);
-  if (field.length != 1 || field.type != PluginFieldType::kFLOAT64)
-    fail_type(field, "one FLOAT32 or FLOAT64");
-  return static_cast<float>(value_of<double>(field));
-}
-
 void read_field(const PluginField& field, Attributes* a) {
   const std::string name = field.name;
   if (name == "activation") {
@@ -131,15 +112,53 @@ void read_field(const PluginField& field, Attributes* a) {
   } else if (name == "has_expert_norms") {
     a->has_expert_norms = read_int(field) != 0;
   } else {
-    std::string known;
-    const PluginFieldCollection* names = field_names();
-    for (int32_t i = 0; i < names->nbFields; ++i)
-      known += (known.empty() ? "" : ", ") + std::string(names->fields[i].name);
-    fail("field " + name + " is not known; the fields are " + known);
+    fail_unknown(field, *field_names());
   }
 }
 
 }  // namespace
+
+int32_t read_int(const PluginField& field) {
+  if (field.length == 1 && field.type == PluginFieldType::kINT32) return value_of<int32_t>(field);
+  if (field.length != 1 || field.type != PluginFieldType::kINT64)
+    fail_type(field, "one INT32 or INT64");
+  const int64_t value = value_of<int64_t>(field);
+  if (value < std::numeric_limits<int32_t>::min() || value > std::numeric_limits<int32_t>::max())
+    fail(std::string("field ") + field.name + " is " + std::to_string(value) +
+         ", which does not fit in 32 bits");
+  return static_cast<int32_t>(value);
+}
+
+float read_float(const PluginField& field) {
+  if (field.length == 1 && field.type == PluginFieldType::kFLOAT32) return value_of<float>(field);
+  if (field.length != 1 || field.type != PluginFieldType::kFLOAT64)
+    fail_type(field, "one FLOAT32 or FLOAT64");
+  return static_cast<float>(value_of<double>(field));
+}
+
+void fail_unknown(const PluginField& field, const PluginFieldCollection& names) {
+  std::string known;
+  for (int32_t i = 0; i < names.nbFields; ++i)
+    known += (known.empty() ? "" : ", ") + std::string(names.fields[i].name);
+  fail(std::string("field ") + field.name + " is not known; the fields are " + known);
+}
+
+void for_each_field(const PluginFieldCollection* collection,
+                    const std::function<void(const PluginField&)>& read) {
+  if (collection == nullptr) fail("the collection of fields is null");
+  if (collection->nbFields < 0 || (collection->nbFields > 0 && collection->fields == nullptr))
+    fail("the collection of fields says it has " + std::to_string(collection->nbFields) +
+         " but carries none");
+  std::set<std::string> seen;
+  for (int32_t i = 0; i < collection->nbFields; ++i) {
+    const PluginField& field = collection->fields[i];
+    if (field.name == nullptr) fail("field number " + std::to_string(i) + " has no name");
+    if (!seen.insert(field.name).second)
+      fail(std::string("field ") + field.name + " is given twice");
+    if (field.data == nullptr) fail(std::string("field ") + field.name + " has no data");
+    read(field);
+  }
+}
 
 const char* word(WeightFields weights) {
   return spelling(kWeightWords, static_cast<int32_t>(weights));
@@ -159,20 +178,8 @@ std::string describe(const Attributes& a) {
 }
 
 Attributes read_fields(const PluginFieldCollection* collection) {
-  if (collection == nullptr) fail("the collection of fields is null");
-  if (collection->nbFields < 0 || (collection->nbFields > 0 && collection->fields == nullptr))
-    fail("the collection of fields says it has " + std::to_string(collection->nbFields) +
-         " but carries none");
   Attributes attributes;
-  std::set<std::string> seen;
-  for (int32_t i = 0; i < collection->nbFields; ++i) {
-    const PluginField& field = collection->fields[i];
-    if (field.name == nullptr) fail("field number " + std::to_string(i) + " has no name");
-    if (!seen.insert(field.name).second)
-      fail(std::string("field ") + field.name + " is given twice");
-    if (field.data == nullptr) fail(std::string("field ") + field.name + " has no data");
-    read_field(field, &attributes);
-  }
+  for_each_field(collection, [&](const PluginField& field) { read_field(field, &attributes); });
   if (const char* wrong = check_attributes(attributes.params, /*num_experts=*/0))
     fail(std::string("field ") + wrong + " (" + describe(attributes) + ")");
   return attributes;

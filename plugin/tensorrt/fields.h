@@ -6,12 +6,24 @@
 #include <NvInfer.h>
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
 #include "adaptive_k/params.h"
 
 namespace adaptive_k::tensorrt {
+
+// Values of fields, and what is wrong with them; for both plugins. All throw std::invalid_argument
+// with a sentence.
+int32_t read_int(const nvinfer1::PluginField& field);
+float read_float(const nvinfer1::PluginField& field);
+[[noreturn]] void fail_unknown(const nvinfer1::PluginField& field,
+                               const nvinfer1::PluginFieldCollection& names);
+// Calls read with each field; refuses collections that are none, and fields given twice or without
+// a name or data.
+void for_each_field(const nvinfer1::PluginFieldCollection* collection,
+                    const std::function<void(const nvinfer1::PluginField&)>& read);
 
 // How the expert weights arrive. The plain formats say only that the weights have that type, which
 // must be that of hidden_states; kAsHiddenStates leaves it unsaid.

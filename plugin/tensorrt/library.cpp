@@ -7,16 +7,20 @@
 
 #include "adaptive_k_plugin.h"
 #include "log.h"
+#include "mamba_plugin.h"
 
 #define ADAPTIVE_K_EXPORT extern "C" __attribute__((visibility("default")))
 
 // TensorRT's ONNX parser takes a plugin's namespace from the node's attribute plugin_namespace, not
-// from its domain, and without the attribute it looks in "". So that both find the operator, it is
+// from its domain, and without the attribute it looks in "". So that both find an operator, each is
 // there twice.
 ADAPTIVE_K_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
   static adaptive_k::tensorrt::AdaptiveKPluginCreator unnamed("");
   static adaptive_k::tensorrt::AdaptiveKPluginCreator named("adaptive_k");
-  static nvinfer1::IPluginCreatorInterface* const creators[] = {&unnamed, &named};
+  static adaptive_k::tensorrt::MambaPluginCreator unnamed_mamba("");
+  static adaptive_k::tensorrt::MambaPluginCreator named_mamba("adaptive_k");
+  static nvinfer1::IPluginCreatorInterface* const creators[] = {&unnamed, &named, &unnamed_mamba,
+                                                                &named_mamba};
   count = sizeof(creators) / sizeof(creators[0]);
   return creators;
 }

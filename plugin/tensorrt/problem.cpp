@@ -2,33 +2,19 @@
 #include "problem.h"
 
 #include <limits>
-#include <stdexcept>
 #include <string>
+
+#include "guard.h"
 
 namespace adaptive_k::tensorrt {
 namespace {
 
 using nvinfer1::DataType;
-using Dimensions = std::vector<int64_t>;
-
-[[noreturn]] void fail(const std::string& sentence) { throw std::invalid_argument(sentence); }
-
 std::string text(const Dimensions& shape) {
   std::string out = "[";
   for (size_t i = 0; i < shape.size(); ++i)
     out += (i ? ", " : "") + (shape[i] < 0 ? std::string("?") : std::to_string(shape[i]));
   return out + "]";
-}
-
-cuda::ElementType element_type(DataType type) {
-  switch (type) {
-    case DataType::kHALF:
-      return cuda::ElementType::kFloat16;
-    case DataType::kBF16:
-      return cuda::ElementType::kBFloat16;
-    default:
-      return cuda::ElementType::kFloat32;
-  }
 }
 
 cuda::WeightStorage storage(WeightFields weights) {
@@ -86,13 +72,24 @@ int32_t check_scales(const Attributes& attributes, const Inputs& inputs,
   return static_cast<int32_t>(up);
 }
 
+}  // namespace
+
+cuda::ElementType element_type(DataType type) {
+  switch (type) {
+    case DataType::kHALF:
+      return cuda::ElementType::kFloat16;
+    case DataType::kBF16:
+      return cuda::ElementType::kBFloat16;
+    default:
+      return cuda::ElementType::kFloat32;
+  }
+}
+
 int32_t narrow(const char* what, int64_t size) {
   if (size > std::numeric_limits<int32_t>::max())
     fail(std::string("the ") + what + " " + std::to_string(size) + " does not fit in 32 bits");
   return static_cast<int32_t>(size < 0 ? 0 : size);
 }
-
-}  // namespace
 
 Inputs find_inputs(const Attributes& attributes, int32_t num_inputs) {
   const int32_t scales = is_quantised(attributes.weights) ? 2 : 0;

@@ -54,6 +54,13 @@ nvinfer1::DataType expected_type(const Inputs& inputs, const Attributes& attribu
 // The name of a type as the sentences have it.
 const char* type_name(nvinfer1::DataType type);
 
+// The kernels' name for a float type.
+cuda::ElementType element_type(nvinfer1::DataType type);
+
+// A size as the kernels take it; 0 for one that is not known. `what` names it in the sentence when
+// it is too large.
+int32_t narrow(const char* what, int64_t size);
+
 // The types that hidden_states may have: any float type, or the one that weight_format names.
 bool allows_hidden_states(const Attributes& attributes, nvinfer1::DataType type);
 

@@ -19,7 +19,11 @@ HERE = Path(__file__).resolve().parent
 PLUGIN = REPOSITORY / "plugin"
 BUILD = REPOSITORY / "build" / "tests" / "tensorrt"
 
-PLUGIN_SOURCES = [*sorted((PLUGIN / "tensorrt").glob("*.cpp")), PLUGIN / "cpu" / "shapes.cpp"]
+PLUGIN_SOURCES = [
+    *sorted((PLUGIN / "tensorrt").glob("*.cpp")),
+    PLUGIN / "cpu" / "mamba_shapes.cpp",
+    PLUGIN / "cpu" / "shapes.cpp",
+]
 INCLUDES = [PLUGIN / "tensorrt", PLUGIN / "cuda", PLUGIN / "cpu", PLUGIN / "include"]
 
 # Values of TensorRT's enumerations.
@@ -228,6 +232,52 @@ class Layer:
         ]
 
 
+@dataclass
+class MambaTensors:
+    """The tensors of one Mamba2 layer, as a network would have them; -1 is a size known at run time."""
+
+    tokens: int = -1
+    sequences: int = -1
+    slots: int = -1
+    max_tokens: int = 64
+    heads: int = 4
+    head_dim: int = 8
+    state_size: int = 16
+    groups: int = 2
+    taps: int = 4
+    element: int = HALF
+    replaced: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def channels(self) -> int:
+        return self.heads * self.head_dim + 2 * self.groups * self.state_size
+
+    def inputs(self) -> list[Tensor]:
+        t, s, slots, c, h = self.tokens, self.sequences, self.slots, self.channels, self.heads
+        tokens, begins = t if t >= 0 else self.max_tokens, s + 1 if s >= 0 else -1
+        # The largest sequences and slots are of another step than the most tokens are.
+        most, places = s if s >= 0 else 3, slots if slots >= 0 else 5
+        tensors = [
+            Tensor(self.element, (t, c), (tokens, c)),
+            Tensor(self.element, (t, h), (tokens, h)),
+            Tensor(INT32, (begins,), (most + 1,)),
+            Tensor(INT32, (s,), (most + 1 if s < 0 else most,)),
+            Tensor(INT32, (s,), (most,)),
+            Tensor(FLOAT, (self.taps, c)),
+            *(Tensor(FLOAT, (size,)) for size in (c, h, h, h)),
+            Tensor(self.element, (slots, self.taps - 1, c), (places, self.taps - 1, c)),
+            Tensor(FLOAT, (slots, h, self.state_size, self.head_dim), (places, h, self.state_size, self.head_dim)),
+        ]
+        for index, tensor in self.replaced.items():
+            tensors[index] = tensor
+        return tensors
+
+    def outputs(self) -> list[Tensor]:
+        conv, ssm = self.inputs()[10:]
+        tokens, width = self.tokens if self.tokens >= 0 else self.max_tokens, self.heads * self.head_dim
+        return [Tensor(self.element, (self.tokens, width), (tokens, width)), conv, ssm]
+
+
 class Plugin:
     """A plugin object, called through its interfaces only."""
 
@@ -412,6 +462,14 @@ class Recorder:
         "up_scales", "down_scales", "correction_bias", "expert_norms", "output", "k", "entropy", "workspace", "stream",
     )  # fmt: skip
 
+    MAMBA_NUMBERS = (
+        "tokens", "sequences", "slots", "heads", "head_dim", "state_size", "taps", "element", "n_groups",
+    )  # fmt: skip
+    MAMBA_POINTERS = (
+        "conv_input", "dt", "subsequence_begins", "past_lens", "state_slots", "conv_weight", "conv_bias", "A", "D",
+        "dt_bias", "conv_state", "ssm_state", "y", "present_conv_state", "present_ssm_state", "workspace", "stream",
+    )  # fmt: skip
+
     def __init__(self, library: PluginLibrary) -> None:
         self.lib = ctypes.CDLL(str(library.path))
         self.lib.recorder_answer.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_int]
@@ -432,3 +490,13 @@ class Recorder:
         params["routed_scaling_factor"] = factor.value
         shape = dict(zip(self.SHAPE, numbers, strict=False))
         return Recorded(shape, params, dict(zip(self.POINTERS, pointers, strict=True)))
+
+    def read_mamba(self) -> Recorded:
+        numbers = (ctypes.c_int64 * len(self.MAMBA_NUMBERS))()
+        limits = (ctypes.c_float * 2)()
+        pointers = (ctypes.c_void_p * len(self.MAMBA_POINTERS))()
+        self.lib.recorder_read_mamba(numbers, limits, pointers)
+        *sizes, groups = numbers
+        params = {"n_groups": groups, "dt_min": limits[0], "dt_max": limits[1]}
+        shape = dict(zip(self.MAMBA_NUMBERS, sizes, strict=False))
+        return Recorded(shape, params, dict(zip(self.MAMBA_POINTERS, pointers, strict=True)))

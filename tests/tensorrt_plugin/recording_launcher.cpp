@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "launcher.h"
+#include "mamba_launcher.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -12,6 +13,9 @@ namespace {
 adaptive_k::MoeParams g_params;
 adaptive_k::cuda::MoeShape g_shape;
 adaptive_k::cuda::MoeArguments g_arguments;
+adaptive_k::MambaParams g_mamba_params;
+adaptive_k::cuda::MambaShape g_mamba_shape;
+adaptive_k::cuda::MambaArguments g_mamba;
 void* g_workspace;
 void* g_stream;
 int g_launches;
@@ -77,7 +81,67 @@ EXPORT void recorder_read(int64_t* numbers, float* routed_scaling_factor, void**
   for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) pointers[i] = const_cast<void*>(all[i]);
 }
 
+// The same for Mamba2.
+EXPORT void recorder_read_mamba(int64_t* numbers, float* limits, void** pointers) {
+  const auto& s = g_mamba_shape;
+  const int64_t n[] = {s.tokens,
+                       s.sequences,
+                       s.slots,
+                       s.heads,
+                       s.head_dim,
+                       s.state_size,
+                       s.taps,
+                       static_cast<int64_t>(s.element),
+                       g_mamba_params.n_groups};
+  for (size_t i = 0; i < sizeof(n) / sizeof(n[0]); ++i) numbers[i] = n[i];
+  limits[0] = g_mamba_params.dt_min;
+  limits[1] = g_mamba_params.dt_max;
+  const auto& a = g_mamba;
+  const void* all[] = {a.conv_input,
+                       a.dt,
+                       a.subsequence_begins,
+                       a.past_lens,
+                       a.state_slots,
+                       a.conv_weight,
+                       a.conv_bias,
+                       a.a,
+                       a.d,
+                       a.dt_bias,
+                       a.conv_state,
+                       a.ssm_state,
+                       a.y,
+                       a.present_conv_state,
+                       a.present_ssm_state,
+                       g_workspace,
+                       g_stream};
+  for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) pointers[i] = const_cast<void*>(all[i]);
+}
+
 namespace adaptive_k::cuda {
+
+const char* check(const MambaParams& params, const MambaShape& shape) {
+  maybe_throw();
+  g_mamba_params = params;
+  g_mamba_shape = shape;
+  return g_refusal;
+}
+
+size_t workspace_size(const MambaParams&, const MambaShape& shape) {
+  g_mamba_shape = shape;
+  return 2000 + static_cast<size_t>(shape.tokens);
+}
+
+cudaError_t launch(const MambaParams& params, const MambaShape& shape,
+                   const MambaArguments& arguments, void* workspace, cudaStream_t stream) {
+  maybe_throw();
+  ++g_launches;
+  g_mamba_params = params;
+  g_mamba_shape = shape;
+  g_mamba = arguments;
+  g_workspace = workspace;
+  g_stream = stream;
+  return static_cast<cudaError_t>(g_status);
+}
 
 const char* check(const MoeParams& params, const MoeShape& shape) {
   maybe_throw();

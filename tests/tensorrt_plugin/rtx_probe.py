@@ -46,8 +46,8 @@ def load(registry: Any, path: str) -> None:
     tell("creators", [[c.name, c.plugin_version, c.plugin_namespace] for c in registry.all_creators])
 
 
-def create(registry: Any, namespace: str, attributes: dict[str, Any]) -> None:
-    creator = registry.get_creator("AdaptiveKMoe", "1", namespace)
+def create(registry: Any, name: str, namespace: str, attributes: dict[str, Any]) -> None:
+    creator = registry.get_creator(name, "1", namespace)
     tell("field names", [f.name for f in creator.field_names])
     kept: list[Any] = []
     fields = trt.PluginFieldCollection([plugin_field(name, value, kept) for name, value in attributes.items()])
@@ -78,7 +78,9 @@ def main() -> None:
     for _ in range(task.get("loads", 1)):
         load(registry, task["library"])
     if "create" in task:
-        create(registry, task["namespace"], task["create"])
+        create(registry, task.get("plugin", "AdaptiveKMoe"), task["namespace"], task["create"])
+    if "graph" in task:
+        parse(logger, builder, bytes.fromhex(task["graph"]))
     if "node" in task:
         up = np.zeros((NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN), np.float16)
         down = np.zeros((NUM_EXPERTS, HIDDEN, INTERMEDIATE), np.float16)

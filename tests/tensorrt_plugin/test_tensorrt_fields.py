@@ -30,6 +30,8 @@ def test_the_creators_are_found_under_the_name_of_the_onnx_node(library: PluginL
     assert [(c.name, c.version, c.namespace) for c in creators] == [
         ("AdaptiveKMoe", "1", ""),
         ("AdaptiveKMoe", "1", "adaptive_k"),
+        ("Mamba2", "1", ""),
+        ("Mamba2", "1", "adaptive_k"),
     ]
     assert {c.interface for c in creators} == {"PLUGIN CREATOR_V3ONE 1.0 C++"}
 
@@ -44,12 +46,12 @@ def test_the_announced_fields_are_the_onnx_attributes(library: PluginLibrary) ->
     attributes = moe_attributes(config, max_k=2, weight_format="float16")
     types = {str: h.F_CHAR, int: h.F_INT32, float: h.F_FLOAT32}
     expected = {name: types[type(value)] for name, value in attributes.items()}
-    for creator in library.creators():
+    for creator in library.creators()[:2]:
         assert creator.fields == expected
 
 
 def test_a_plugin_carries_its_creators_namespace(library: PluginLibrary) -> None:
-    for index, creator in enumerate(library.creators()):
+    for index, creator in enumerate(library.creators()[:2]):
         plugin = library.made(creator=index, **ATTRIBUTES)
         assert plugin.text()[:3] == [creator.name, creator.version, creator.namespace]
         plugin.destroy()
