@@ -85,6 +85,6 @@ def lines(entropies: npt.NDArray[np.float64], k: npt.NDArray[np.int64], full_bar
 
 def bar(entropy: float, full_bar: float) -> str:
     """A bar of `BAR_WIDTH` blocks; one that has begun counts."""
-    share = entropy / full_bar * BAR_WIDTH
-    filled = BAR_WIDTH if math.isnan(share) else min(max(math.ceil(share), 0), BAR_WIDTH)
+    share = entropy / full_bar
+    filled = BAR_WIDTH if math.isnan(share) else math.ceil(min(max(share, 0.0), 1.0) * BAR_WIDTH)
     return "█" * filled + "░" * (BAR_WIDTH - filled)

@@ -58,7 +58,9 @@ class RequestSpans:
             raise DependencyError(
                 f"spans need the package {error.name!r}: pip install 'adaptive-k-moe[observability]'."
             ) from None
-        resource = Resource({SERVICE_NAME_KEY: SERVICE_NAME}).merge(Resource.create())
+        resource = Resource.create()
+        if str(resource.attributes[SERVICE_NAME_KEY]).startswith("unknown_service"):
+            resource = resource.merge(Resource({SERVICE_NAME_KEY: SERVICE_NAME}))
         provider = TracerProvider(resource=resource)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
         return cls(provider, model)
