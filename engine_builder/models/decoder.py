@@ -8,6 +8,7 @@ layers, N logits rows, P policies, C choices, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from typing import Any, ClassVar
 
 import numpy.typing as npt
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
 from adaptive_k_moe.engine_builder.graph import DOMAIN, GraphBuilder, make_moe_function
 from adaptive_k_moe.engine_builder.graph.moe_function import GATED_ACTIVATIONS, OP_TYPE, moe_attributes
+from adaptive_k_moe.engine_builder.models.expert_tensors import ExpertTensors
 from adaptive_k_moe.engine_builder.models.rope import rope_tables
 from adaptive_k_moe.engine_config import (
     AttentionConfig,
@@ -102,6 +104,7 @@ class Decoder:
         self.build_config = build
         self.tensors = tensors
         self.graph = graph
+        self.experts = ExpertTensors(tensors, model, self.hub_moe, self.hub_expert)
         self._shared: dict[str, str] = {}
         self._scales: dict[str, str] = {}
         self._stored_dtypes: dict[str, str] = {}
@@ -376,13 +379,14 @@ class Decoder:
         name = f"model.layers.{layer}.moe"
         tokens = g.node("Reshape", [hidden, g.constant([-1, m.hidden_size])], f"{name}.tokens")
         # The router decides everything, so it stays float32 whatever the engine's dtype is.
-        router = self._moe_tensor(layer, "gate.weight").removesuffix(".weight")
+        router = self.experts.name(layer, "gate.weight").removesuffix(".weight")
         logits = self.linear(
             router, tokens, m.hidden_size, m.num_experts, dtype="float32", output=f"{name}.router_logits"
         )
         up_shape, down_shape = expert_shapes(m)
-        up = self.expert_weight(f"{name}.gate_up", up_shape, self._gate_up(layer))
-        down = self.expert_weight(f"{name}.down", down_shape, self._down(layer))
+        gate_up = chain.from_iterable(self.experts.gate_and_up(layer))
+        up = self.expert_weight(f"{name}.gate_up", up_shape, gate_up)
+        down = self.expert_weight(f"{name}.down", down_shape, self.experts.down(layer))
         output = self.make_experts(layer, tokens, logits, up, down)
         if m.moe.shared_expert is not None:
             output = self.add(
@@ -545,34 +549,6 @@ class Decoder:
         if self._stored_dtypes.get(value, self.model.dtype) != "float32":
             value = self._once("Cast", value, f"{value}.float", to=1)
         return self._once("Transpose", value, f"{value}.T", perm=[1, 0]) if transposed else value
-
-    def _moe_tensor(self, layer: int, rest: str) -> str:
-        """Name of a tensor of a MoE block in whichever layout the checkpoint has; the hub's if in neither."""
-        own = f"model.layers.{layer}.mlp.{rest}"
-        return own if own in self.tensors else f"model.layers.{layer}.{self.hub_moe}.{rest}"
-
-    def _gate_up(self, layer: int) -> Iterator[Array]:
-        """Pieces of the fused gate and up weight, in order: from one fused tensor, or one an expert."""
-        shape, _ = expert_shapes(self.model)
-        fused = self._moe_tensor(layer, "experts.gate_up_proj")
-        if fused in self.tensors:
-            yield from self.tensors.rows(fused, shape)
-            return
-        half = (self.model.moe.intermediate_size, self.model.hidden_size)
-        for expert in range(self.model.num_experts):
-            for projection in self.hub_expert[:2]:
-                yield self.tensors.read(self._moe_tensor(layer, f"experts.{expert}.{projection}.weight"), half)
-
-    def _down(self, layer: int) -> Iterator[Array]:
-        """Pieces of the down weight, in order."""
-        _, shape = expert_shapes(self.model)
-        fused = self._moe_tensor(layer, "experts.down_proj")
-        if fused in self.tensors:
-            yield from self.tensors.rows(fused, shape)
-            return
-        for expert in range(self.model.num_experts):
-            name = self._moe_tensor(layer, f"experts.{expert}.{self.hub_expert[2]}.weight")
-            yield self.tensors.read(name, shape[1:])
 
     def _once(self, op_type: str, value: str, output: str, **attributes: Any) -> str:
         if output not in self._shared:
