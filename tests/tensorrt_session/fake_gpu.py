@@ -97,7 +97,6 @@ class Gpu:
         self.sticky: Error | None = None
         self.failures: dict[str, Error] = {}
         self.counts: dict[str, int] = {}
-        self.execution_stream: int | None = None
         self.tensorrt_refuses_capture = False
         self.misuses: list[str] = []
         self._random = random.Random(seed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from enum import IntEnum
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,6 +40,7 @@ class Engine:
 
     def __init__(self, gpu: Gpu, logger: Any, plan: bytes) -> None:
         self.gpu, self.logger = gpu, logger
+        self.stream: int | None = None
         proto = onnx.load_model_from_string(plan)
         self.profiles: dict[str, list[list[list[int]]]] = json.loads(
             next(prop.value for prop in proto.metadata_props if prop.key == PROFILES_KEY)
@@ -148,9 +150,9 @@ class Context:
             return False
         if capturing and self._warm != self._version:
             raise gpu.misuse("captured without a run since the last change")
-        if gpu.execution_stream not in (None, stream_handle):
+        if engine.stream not in (None, stream_handle):
             raise gpu.misuse("contexts that share a workspace run on two streams")
-        gpu.execution_stream = stream_handle
+        engine.stream = stream_handle
         shapes, addresses, version = self._checked_shapes(), dict(self._addresses), self._version
 
         def run() -> None:
@@ -226,6 +228,7 @@ def make_tensorrt(gpu: Gpu) -> Any:
 
     registry = SimpleNamespace(get_creator=lambda *_: object())
     return SimpleNamespace(
+        __spec__=ModuleSpec("tensorrt", None),  # torch asks for it
         __version__="0.0 (fake)",
         ILogger=ILogger,
         Runtime=Runtime,
