@@ -29,6 +29,9 @@ class _Command(NamedTuple):
 
 COMMANDS = {
     "build": _Command("adaptive_k_moe.engine_builder.commands.build", "convert a checkpoint into an engine"),
+    "convert": _Command(
+        "adaptive_k_moe.engine_builder.commands.convert", "write TensorRT-LLM's checkpoint, for trtllm-build"
+    ),
     "inspect": _Command("adaptive_k_moe.engine_builder.commands.inspect", "show what is in an engine directory"),
     "policy": _Command("adaptive_k_moe.engine_builder.commands.policy", "show or change an engine's policies"),
     "generate": _Command("adaptive_k_moe.runtime.commands.generate", "generate text with no server"),

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from adaptive_k_moe.engine_config import (
     file_entry,
     write_engine_config,
 )
-from adaptive_k_moe.errors import BuildError, CheckpointError
+from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.policy import PolicySet, read_policy_file
 
 if TYPE_CHECKING:
@@ -258,14 +257,7 @@ def _write_graph(plan: _Plan, path: Path, report: Callable[[str], None]) -> None
     tensors = CheckpointTensors(plan.source)
     with GraphBuilder(path, architecture.__name__) as graph:
         architecture(model, plan.build_config, tensors, graph).build(report)
-        ignored = re.compile("|".join(architecture.ignored_tensors))
-        unused = [name for name in tensors.unused() if not ignored.fullmatch(name)]
-        if unused and not (model.tie_word_embeddings and unused == [architecture.lm_head_name]):
-            count = f"{len(unused)} tensor{'s' if len(unused) > 1 else ''}"
-            raise CheckpointError(
-                f"{plan.source} holds {count} that {architecture.__name__} has no place for, {unused[0]!r} first: "
-                "the checkpoint does not match its config.json."
-            )
+        tensors.require_all_used(architecture.__name__, architecture.unread_tensors(model))
         graph.save({"adaptive_k.pretrained_config": json.dumps(model.model_dump(mode="json"))})
 
 

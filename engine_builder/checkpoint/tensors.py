@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,25 @@ class CheckpointTensors:
     def unused(self) -> list[str]:
         """Names of tensors that nothing has read, sorted."""
         return sorted(set(self._shard_of) - self._used)
+
+    def require_all_used(self, user: str, ignored: Iterable[str]) -> None:
+        """Refuse a checkpoint with tensors that nothing has read.
+
+        Args:
+            user: who read it, for the error.
+            ignored: patterns of names that need not be read.
+
+        Raises:
+            CheckpointError: there are others.
+        """
+        pattern = re.compile("|".join(ignored))
+        unused = [name for name in self.unused() if not pattern.fullmatch(name)]
+        if unused:
+            count = f"{len(unused)} tensor{'s' if len(unused) > 1 else ''}"
+            raise CheckpointError(
+                f"{self._directory} holds {count} that {user} has no place for, {unused[0]!r} first: "
+                "the checkpoint does not match its config.json."
+            )
 
     def _check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._shard_of:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output_dir is None:
         raise BuildError("give --output_dir, the engine directory to make.")
     start = time.monotonic()
-    with warnings.catch_warnings(record=True) as caught, _progress_bar() as progress:
+    with warnings.catch_warnings(record=True) as caught, progress_bar() as progress:
         warnings.simplefilter("always", UserWarning)
         config = build(
             args.checkpoint_dir,
@@ -83,7 +83,7 @@ def _dry_run(args: argparse.Namespace) -> int:
 
     if args.target != "tensorrt":
         raise BuildError("--dry_run is for --target tensorrt: the other targets build on every machine.")
-    with _progress_bar() as progress:
+    with progress_bar() as progress:
         found = dry_run(
             args.checkpoint_dir,
             progress=progress,
@@ -107,12 +107,12 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(title: str = "building") -> Iterator[Callable[[str, int, int], None]]:
     """A bar on the error stream where that is a terminal; called with a part, the parts done and their number."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(file=sys.stderr)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("building", total=None)
+        task = bar.add_task(title, total=None)
         yield lambda part, done, total: bar.update(task, description=part, completed=done, total=total)

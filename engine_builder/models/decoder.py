@@ -7,6 +7,7 @@ layers, N logits rows, P policies, C choices, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from typing import Any, ClassVar
@@ -200,6 +201,12 @@ class Decoder:
         """The expert that runs for every token; here none."""
         del config, activation
         return None
+
+    @classmethod
+    def unread_tensors(cls, model: PretrainedConfig) -> list[str]:
+        """Patterns of tensors that a checkpoint may hold and nothing reads."""
+        head = [re.escape(cls.lm_head_name)] if model.tie_word_embeddings else []
+        return [*cls.ignored_tensors, *head]
 
     @classmethod
     def _positive(cls, config: HfConfig, name: str) -> int:
