@@ -3,7 +3,8 @@
 
 What is counted, and under which names, is defined in `observability.definitions`. Triton's histograms take one
 observation a call, so those of which there are thousands a second are exported as the series that a histogram
-consists of: Prometheus stores the same, though the page calls them counters.
+consists of. Prometheus stores the same, though the page calls them gauges: as counters, some readers would add
+`_total` to their names.
 """
 
 from __future__ import annotations
@@ -87,9 +88,9 @@ class _Export:
                 if sample.metric.bulk:
                     self._series_of_histogram(sample, sample.value)
             elif sample.metric.kind == "counter":
-                self._raise(sample.metric.name, _labels(sample.metric, sample.labels), sample.value, sample.metric)
+                self._raise(sample, sample.value)
             else:
-                self._set(sample, sample.value)
+                self._set(sample.metric.name, _labels(sample.metric, sample.labels), sample.value, sample.metric)
         for metric, labels, value in self._recorder.take_observations():
             self._metric(metric.name, _labels(metric, labels), metric).observe(value)
         self._news = news
@@ -99,22 +100,22 @@ class _Export:
         if self._values.get((f"{metric.name}_count", *labels.values())) == value.count:
             return
         for limit, count in value.cumulative():
-            self._raise(f"{metric.name}_bucket", {**labels, "le": format_limit(limit)}, count, metric)
-        self._raise(f"{metric.name}_sum", labels, value.sum, metric)
-        self._raise(f"{metric.name}_count", labels, value.count, metric)
+            self._set(f"{metric.name}_bucket", {**labels, "le": format_limit(limit)}, count, metric)
+        self._set(f"{metric.name}_sum", labels, value.sum, metric)
+        self._set(f"{metric.name}_count", labels, value.count, metric)
 
-    def _raise(self, series: str, labels: dict[str, str], value: float, metric: Metric) -> None:
+    def _raise(self, sample: Sample, value: float) -> None:
         """Have a counter show this value, which is never less than the last."""
-        key = (series, *labels.values())
-        counter = self._metric(series, labels, metric)
+        key = (sample.metric.name, *sample.labels)
+        counter = self._metric(sample.metric.name, _labels(sample.metric, sample.labels), sample.metric)
         if (grown := value - self._values.get(key, 0)) > 0:
             counter.increment(grown)
             self._values[key] = value
 
-    def _set(self, sample: Sample, value: float) -> None:
-        key = (sample.metric.name, *sample.labels)
+    def _set(self, series: str, labels: dict[str, str], value: float, metric: Metric) -> None:
+        key = (series, *labels.values())
         if self._values.get(key) != value:
-            self._metric(sample.metric.name, _labels(sample.metric, sample.labels), sample.metric).set(value)
+            self._metric(series, labels, metric).set(value)
             self._values[key] = value
 
     def _metric(self, series: str, labels: dict[str, str], metric: Metric) -> Any:
@@ -123,7 +124,7 @@ class _Export:
             kinds = pb_utils.MetricFamily
             native = metric.kind == "histogram" and not metric.bulk
             if series not in self._families:
-                kind = kinds.GAUGE if metric.kind == "gauge" else kinds.HISTOGRAM if native else kinds.COUNTER
+                kind = kinds.HISTOGRAM if native else kinds.COUNTER if metric.kind == "counter" else kinds.GAUGE
                 self._families[series] = kinds(name=series, description=metric.help, kind=kind)
             options = {"buckets": list(metric.buckets)} if native else {}
             self._metrics[key] = self._families[series].Metric(labels={MODEL_LABEL: self._model, **labels}, **options)

@@ -44,7 +44,7 @@ def test_a_line_says_what_happened(logger: InferenceLogger, tmp_path: Path) -> N
     context = RequestContext(client_id="mine", batch_index=2, trace_headers={"traceparent": PARENT})
     logger.log_inference(make_output(context=context, enrollment=Enrollment("test", "candidate", "mine")))
     line = json.loads(path.read_text())
-    assert list(line)[0] == "ts" and line.pop("ts").endswith("Z")
+    assert next(iter(line)) == "ts" and line.pop("ts").endswith("Z")
     assert line.pop("latency_ms") == pytest.approx(1000, abs=1)
     assert line.pop("queue_ms") == pytest.approx(250, abs=1)
     assert line.pop("ttft_ms") == pytest.approx(500, abs=1)
@@ -145,7 +145,7 @@ def test_files_rotate_at_a_size_and_follow_logrotate(logger: InferenceLogger, tm
 
 
 def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ServerError, match="cannot write the request log .*nowhere"):
+    with pytest.raises(ServerError, match=r"cannot write the request log .*nowhere"):
         file_handler(tmp_path / "nowhere" / "requests.jsonl")
 
 

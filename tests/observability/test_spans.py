@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def test_a_request_has_a_span_and_its_phases_lie_within_it() -> None:
     assert {span.parent.span_id for span in spans.values()} == {request.context.span_id}
     times = [(span.start_time, span.end_time) for span in spans.values()]
     assert times[0][0] == request.start_time and times[-1][1] == request.end_time
-    assert all(before[1] == after[0] for before, after in zip(times, times[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(times))
     assert [round((end - begin) / 1e6) for begin, end in times] == [250, 250, 500]
     assert request.attributes[gen_ai_attributes.GEN_AI_USAGE_INPUT_TOKENS] == 3
     assert request.attributes[gen_ai_attributes.GEN_AI_USAGE_OUTPUT_TOKENS] == 2
