@@ -32,8 +32,14 @@ from adaptive_k_moe.model_repository.observation_options import ObservationOptio
 NUM_REQUESTS = 500
 POLICIES = ("full", "balanced", "top1", "mass", "relative")
 PROMPTS = ("import os", "And it came to pass", "def function(self):\n    return", "In the beginning")
-# What a request of each kind ends with.
-KINDS = {"whole": "length", "stream": "length", "cancelled": "cancelled", "refused": "refused", "batch": "length"}
+# What a request of each kind ends with. One that is cancelled may have ended before the server hears of it.
+KINDS = {
+    "whole": {"length"},
+    "stream": {"length"},
+    "cancelled": {"cancelled", "length"},
+    "refused": {"refused"},
+    "batch": {"length"},
+}
 
 
 @dataclass
@@ -257,7 +263,7 @@ def test_the_log_has_each_prompt_once_and_agrees_with_its_answer(run: Run) -> No
         lines = sorted(run.lines[asked.request_id], key=lambda line: line.get("batch_index", 0))
         assert len(lines) == len(asked.prompts)
         for index, line in enumerate(lines):
-            assert line["finish_reason"] == KINDS[asked.kind], line
+            assert line["finish_reason"] in KINDS[asked.kind], line
             if asked.kind == "refused":
                 assert line["error"] in asked.error
                 assert line["error_kind"] == ("policy" if asked.num_tokens % 2 else "request")
@@ -281,6 +287,12 @@ def test_the_log_has_each_prompt_once_and_agrees_with_its_answer(run: Run) -> No
             assert sum(line["num_output_tokens"] for line in lines) == asked.num_output_tokens
         if asked.kind != "refused":
             assert sum(line["num_input_tokens"] for line in lines) == asked.num_input_tokens
+
+
+def test_cancelled_requests_end_early(run: Run) -> None:
+    cancelled = [asked for asked in run.asked if asked.kind == "cancelled"]
+    ended = Counter(run.lines[asked.request_id][0]["finish_reason"] for asked in cancelled)
+    assert ended["cancelled"] > len(cancelled) / 2
 
 
 def test_no_prompt_is_in_the_log(run: Run) -> None:
@@ -342,11 +354,14 @@ def test_a_real_prometheus_has_what_the_clients_counted(run: Run, prometheus: st
     assert value("sum(adaptive_k_requests_total)") == expected
     refused = sum(asked.kind == "refused" for asked in run.asked)
     assert value('sum(adaptive_k_requests_total{outcome="refused"})') == refused
-    whole = [asked for asked in run.asked if asked.kind in ("whole", "stream", "batch")]
     for policy in POLICIES:
-        mine = [asked for asked in whole if asked.policy == policy]
+        accepted = [asked for asked in run.asked if asked.policy == policy and asked.kind != "refused"]
+        assert value(f'sum(adaptive_k_requests_total{{policy="{policy}"}})') == sum(
+            len(one.prompts) for one in accepted
+        )
+        whole = sum(len(one.prompts) for one in accepted if one.kind != "cancelled")
         finished = value(f'sum(adaptive_k_requests_total{{policy="{policy}",outcome="length"}})')
-        assert finished == sum(len(asked.prompts) for asked in mine)
+        assert whole <= finished <= sum(len(one.prompts) for one in accepted)
     # Cancelled requests generated at least what their clients saw.
     seen = sum(asked.num_output_tokens for asked in run.asked)
     assert value("sum(adaptive_k_generation_tokens_total)") >= seen
