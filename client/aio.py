@@ -11,7 +11,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from adaptive_k_moe.client.connection import CHANNEL_OPTIONS, check_url, credentials, metadata, with_trace_context
-from adaptive_k_moe.client.options import GenerateOptions
+from adaptive_k_moe.client.options import GenerateOptions, Prompt
 from adaptive_k_moe.client.protocol import (
     QUESTION_SECONDS,
     decode_chunk,
@@ -60,16 +60,16 @@ class AsyncClient:
 
     @overload
     def generate(
-        self, prompt: str, *, stream: Literal[True], **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[GenerateOptions]
     ) -> AsyncCompletionStream: ...
 
     @overload
     def generate(
-        self, prompt: str, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]
     ) -> Coroutine[Any, Any, Completion]: ...
 
     def generate(
-        self, prompt: str, *, stream: bool = False, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, stream: bool = False, **options: Unpack[GenerateOptions]
     ) -> Coroutine[Any, Any, Completion] | AsyncCompletionStream:
         """Ask for an answer: await it, or with `stream` iterate over it; see `Client.generate`."""
         timeout = options.get("timeout", self._timeout)

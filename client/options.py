@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+Prompt = str | Sequence[Mapping[str, Any]]
+"""A text, or a conversation for the model's chat template: ``[{"role": "user", "content": "…"}, …]``."""
 
 
 class GenerateOptions(TypedDict, total=False):

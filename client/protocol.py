@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor, triton_to_np_dtype
 
-from adaptive_k_moe.client.options import GenerateOptions
+from adaptive_k_moe.client.options import GenerateOptions, Prompt
 from adaptive_k_moe.client.results import Chunk, Completion, EngineDescription
 from adaptive_k_moe.errors import ClientError
 
@@ -39,7 +39,7 @@ _NUMBERS: dict[str, npt.DTypeLike] = {
 }
 
 
-def encode_request(model_name: str, prompt: str, options: GenerateOptions, *, stream: bool) -> Any:
+def encode_request(model_name: str, prompt: Prompt, options: GenerateOptions, *, stream: bool) -> Any:
     """A `ModelInferRequest` for one prompt.
 
     Raises:
@@ -48,10 +48,9 @@ def encode_request(model_name: str, prompt: str, options: GenerateOptions, *, st
     unknown = options.keys() - GenerateOptions.__annotations__.keys()
     if unknown:
         raise ClientError(f"generate() has no option {min(unknown)!r}.")
-    if not isinstance(prompt, str):
-        raise ClientError(f"the prompt is {type(prompt).__name__}: give a string.")
+    text, messages = (prompt, None) if isinstance(prompt, str) else ("", _messages(prompt))
     tensors: dict[str, npt.NDArray[Any]] = {
-        "text_input": _strings(prompt),
+        "text_input": _strings(text),
         "stream": _flag(stream),
         "exclude_input_in_output": _flag(True),
         "return_adaptive_k": _flag(options.get("return_k", True)),
@@ -69,12 +68,13 @@ def encode_request(model_name: str, prompt: str, options: GenerateOptions, *, st
     for name, strings in (("stop_words", options.get("stop")), ("bad_words", options.get("bad"))):
         if strings:
             tensors[name] = _strings(*([strings] if isinstance(strings, str) else strings))
-    for name, text in (
+    for name, string in (
+        ("messages", messages),
         ("adaptive_k_policy", options.get("adaptive_k_policy")),
         ("adaptive_k_user", options.get("user")),
     ):
-        if text is not None:
-            tensors[name] = _strings(text)
+        if string is not None:
+            tensors[name] = _strings(string)
     request_id = options.get("request_id") or ""
     if not isinstance(request_id, str):
         raise ClientError(f"request_id is {request_id!r}: give a string.")
@@ -188,6 +188,16 @@ def _tensors(response: Any) -> dict[str, npt.NDArray[Any]]:
     }
 
 
+def _messages(prompt: Any) -> str:
+    """A conversation as JSON; whether its messages are good for the model is the server's to say."""
+    if isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
+        try:
+            return json.dumps(list(prompt))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ClientError(f"the messages are not plain data, as JSON has it: {error}.") from None
+    raise ClientError(f"the prompt is {type(prompt).__name__}: give a string, or a list of messages.")
+
+
 def _number(name: str, value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     # NumPy would let a number wrap around, or cut its fraction off.
     try:
@@ -206,7 +216,10 @@ def _flag(value: bool) -> npt.NDArray[Any]:
 
 
 def _strings(*values: str) -> npt.NDArray[Any]:
-    return np.array([[value.encode() for value in values]], dtype=object)
+    try:
+        return np.array([[value.encode() for value in values]], dtype=object)
+    except UnicodeEncodeError as error:
+        raise ClientError(f"{error.object[:40]!r} is not text that can be sent: {error.reason}.") from None
 
 
 def _array(output: Any, raw: bytes) -> npt.NDArray[Any]:

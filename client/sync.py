@@ -11,7 +11,7 @@ import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from adaptive_k_moe.client.connection import CHANNEL_OPTIONS, check_url, credentials, metadata, with_trace_context
-from adaptive_k_moe.client.options import GenerateOptions
+from adaptive_k_moe.client.options import GenerateOptions, Prompt
 from adaptive_k_moe.client.protocol import (
     QUESTION_SECONDS,
     decode_chunk,
@@ -71,21 +71,21 @@ class Client:
 
     @overload
     def generate(
-        self, prompt: str, *, stream: Literal[True], **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, stream: Literal[True], **options: Unpack[GenerateOptions]
     ) -> CompletionStream: ...
 
     @overload
     def generate(
-        self, prompt: str, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, stream: Literal[False] = False, **options: Unpack[GenerateOptions]
     ) -> Completion: ...
 
     def generate(
-        self, prompt: str, *, stream: bool = False, **options: Unpack[GenerateOptions]
+        self, prompt: Prompt, *, stream: bool = False, **options: Unpack[GenerateOptions]
     ) -> Completion | CompletionStream:
         """Ask for an answer.
 
         Args:
-            prompt: the text to go on from.
+            prompt: the text to go on from, or the messages of a conversation.
             stream: return pieces as they come instead of the whole answer.
             **options: see `GenerateOptions`.
 

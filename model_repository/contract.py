@@ -2,8 +2,9 @@
 """The tensors of the served models: names, types and shapes of TensorRT-LLM's Triton repository, and ours.
 
 Source: `all_models/inflight_batcher_llm/{ensemble,tensorrt_llm_bls}/config.pbtxt` of TensorRT-LLM's Triton
-backend (1.2 line; `random_seed` is the older name of `seed`). The `config.pbtxt` files beside this module
-are what `shipped_configs` returns from these tables, so a server and the request parser cannot disagree.
+backend (1.2 line; `random_seed` and `min_length` are the older names of `seed` and `min_tokens`). The
+`config.pbtxt` files beside this module are what `shipped_configs` returns from these tables, so a server and the
+request parser cannot disagree.
 """
 
 from __future__ import annotations
@@ -40,13 +41,15 @@ OPTIONAL_INPUTS = [
     Tensor("bad_words", "TYPE_STRING", (-1,)),
     *_scalars("TYPE_INT32", "end_id", "pad_id", "top_k"),
     *_scalars("TYPE_FP32", "top_p", "temperature", "length_penalty", "repetition_penalty"),
-    *_scalars("TYPE_INT32", "min_tokens"),
+    *_scalars("TYPE_INT32", "min_tokens", "min_length"),
     *_scalars("TYPE_FP32", "presence_penalty", "frequency_penalty"),
     *_scalars("TYPE_UINT64", "seed", "random_seed"),
     *_scalars("TYPE_BOOL", "return_log_probs", "return_context_logits", "return_generation_logits"),
     *_scalars("TYPE_BOOL", "return_perf_metrics", "return_num_input_tokens", "return_num_output_tokens"),
     *_scalars("TYPE_BOOL", "exclude_input_in_output", "stream"),
     *_scalars("TYPE_INT32", "beam_width", "num_return_sequences"),
+    # A conversation as JSON, in the place of `text_input`.
+    *_scalars("TYPE_STRING", "messages"),
     # Ends the running request that has the same request id; from TensorRT-LLM's `tensorrt_llm` model.
     *_scalars("TYPE_BOOL", "stop"),
     *_scalars("TYPE_STRING", "adaptive_k_policy", "adaptive_k_user"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy.typing as npt
 
 from adaptive_k_moe.errors import RequestError
 from adaptive_k_moe.model_repository.contract import UNSUPPORTED_INPUTS
+from adaptive_k_moe.runtime.chat_template import Message, check_messages
 from adaptive_k_moe.runtime.outputs import Enrollment
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 
@@ -31,7 +33,7 @@ class GenerationRequest:
     """One prompt of a Triton request, checked.
 
     Attributes:
-        prompt: the text.
+        prompt: the text, or the messages of a conversation.
         batch_index: its place among the request's prompts.
         sampling_params: how its tokens are chosen and which policy they follow.
         streaming: whether an answer goes out after each step, or once at the end.
@@ -44,7 +46,7 @@ class GenerationRequest:
         enrollment: its place in an A/B test; None if it is in none.
     """
 
-    prompt: str
+    prompt: str | list[Message]
     batch_index: int
     sampling_params: SamplingParams
     streaming: bool = False
@@ -120,9 +122,14 @@ def _parse_prompt(inputs: Inputs, row: int) -> GenerationRequest:
     if top_k == 0 and top_p == 0:
         top_k = 1
     policy = text("adaptive_k_policy") if "adaptive_k_policy" in inputs else None
+    prompt: str | list[Message] = text("text_input")
+    if "messages" in inputs and (messages := text("messages")):
+        if prompt:
+            raise RequestError("text_input and messages were both given: leave text_input empty for a conversation.")
+        prompt = _conversation(messages)
     streaming = flag("stream")
     return GenerationRequest(
-        prompt=text("text_input"),
+        prompt=prompt,
         batch_index=row,
         sampling_params=SamplingParams(
             max_tokens=value("max_tokens"),
@@ -132,7 +139,7 @@ def _parse_prompt(inputs: Inputs, row: int) -> GenerationRequest:
             repetition_penalty=value("repetition_penalty", 1.0),
             presence_penalty=value("presence_penalty", 0.0),
             frequency_penalty=value("frequency_penalty", 0.0),
-            min_tokens=value("min_tokens", 0),
+            min_tokens=value("min_tokens", value("min_length", 0)),
             seed=value("seed", value("random_seed")),
             n=value("num_return_sequences", 1),
             stop=words("stop_words"),
@@ -145,7 +152,7 @@ def _parse_prompt(inputs: Inputs, row: int) -> GenerationRequest:
             adaptive_k_policy=policy or None,
         ),
         streaming=streaming,
-        repeat_prompt=not streaming and not flag("exclude_input_in_output"),
+        repeat_prompt=isinstance(prompt, str) and not streaming and not flag("exclude_input_in_output"),
         return_adaptive_k=flag("return_adaptive_k"),
         return_perf_metrics=flag("return_perf_metrics"),
         return_num_input_tokens=flag("return_num_input_tokens"),
@@ -156,6 +163,14 @@ def _parse_prompt(inputs: Inputs, row: int) -> GenerationRequest:
 
 def _is_on(name: str, inputs: Inputs) -> bool:
     return name in inputs and bool(inputs[name].any())
+
+
+def _conversation(text: str) -> list[Message]:
+    try:
+        messages = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"messages is not JSON: {error}.") from None
+    return list(check_messages(messages))
 
 
 def _is_off(name: str, tensor: npt.NDArray[Any]) -> bool:

@@ -72,7 +72,7 @@ class ResponseBuilder:
         request = self._request
         text = completion.text_diff if request.streaming else completion.text
         tensors: Outputs = {
-            "text_output": _text(request.prompt + text if request.repeat_prompt else text),
+            "text_output": _text(f"{request.prompt}{text}" if request.repeat_prompt else text),
             "batch_index": _scalar(request.batch_index, np.int32),
             "sequence_index": _scalar(completion.index, np.int32),
             "adaptive_k_avg_k": _scalar(self.avg_k, np.float32),

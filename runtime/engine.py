@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import operator
 import time
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from adaptive_k_moe.errors import PolicyError, RequestError
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.block_manager import BlockManager
+from adaptive_k_moe.runtime.chat_template import Message
 from adaptive_k_moe.runtime.detokenizer import AnswerText
 from adaptive_k_moe.runtime.outputs import (
     NO_CONTEXT,
@@ -31,7 +33,10 @@ from adaptive_k_moe.runtime.sequence import Request, Sequence
 from adaptive_k_moe.runtime.session.base import Int32Array, Session, StepInput, StepOutput
 from adaptive_k_moe.runtime.state_slots import StateSlots
 from adaptive_k_moe.runtime.telemetry import Counters, EngineStats, Observers, StepRecord, logger
-from adaptive_k_moe.runtime.tokenizer import TokenizerLike
+from adaptive_k_moe.runtime.tokenizer import Tokenizer, TokenizerLike
+
+Prompt = str | SequenceOf[int] | SequenceOf[Message]
+"""A text, token ids, or a conversation for the model's chat template."""
 
 
 class _Wanted(NamedTuple):
@@ -105,7 +110,7 @@ class Engine:
 
     def prepare(
         self,
-        prompt: str | SequenceOf[int],
+        prompt: Prompt,
         params: SamplingParams,
         request_id: str,
         *,
@@ -494,13 +499,27 @@ class Engine:
 
     # How a request is read
 
-    def _encode(self, prompt: str | SequenceOf[int], params: SamplingParams) -> tuple[str | None, list[int]]:
+    def apply_chat_template(self, messages: SequenceOf[Message], **variables: Any) -> str:
+        """The text of a conversation; see `ChatTemplate.render`.
+
+        Raises:
+            RequestError: the conversation is unusable, or there is no chat template.
+        """
+        if not isinstance(self.tokenizer, Tokenizer):
+            raise RequestError("a conversation needs the engine's own tokenizer, and this engine was opened without.")
+        return self.tokenizer.apply_chat_template(messages, **variables)
+
+    def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
+        if not isinstance(prompt, str) and isinstance(prompt, SequenceOf) and prompt and isinstance(prompt[0], Mapping):
+            text = self.apply_chat_template(prompt)
+            assert self.tokenizer is not None  # or there would be no text
+            return text, self.tokenizer.encode(text, add_special_tokens=False)  # it has them
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("a text prompt needs the tokenizer, and this engine was opened without one.")
             return prompt, self.tokenizer.encode(prompt, add_special_tokens=params.add_special_tokens)
         try:
-            return None, [operator.index(token_id) for token_id in prompt]
+            return None, [operator.index(token_id) for token_id in prompt]  # type: ignore[arg-type]
         except TypeError:
             raise RequestError("a prompt is a text or a list of token ids.") from None
 

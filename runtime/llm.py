@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 from adaptive_k_moe.errors import AdaptiveKError, EngineError, PolicyError, RequestError
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.chat_template import Message
-from adaptive_k_moe.runtime.engine import Engine, EngineLimits
+from adaptive_k_moe.runtime.engine import Engine, EngineLimits, Prompt
 from adaptive_k_moe.runtime.handle import GenerationHandle, OnOutput
 from adaptive_k_moe.runtime.outputs import NO_CONTEXT, Enrollment, ErrorKind, RequestContext, RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
@@ -29,7 +29,6 @@ from adaptive_k_moe.runtime.worker import EngineThread
 if TYPE_CHECKING:
     from adaptive_k_moe.engine_config import EngineConfig
 
-Prompt = str | Sequence[int]
 
 # The `LLM`s of this process and who wants to know of them, for `watch_llms`.
 _llms: weakref.WeakSet[LLM] = weakref.WeakSet()
@@ -202,7 +201,7 @@ class LLM:
         """Answer one prompt or many, and wait for all.
 
         Args:
-            inputs: a text, a list of token ids, or a list of either.
+            inputs: a text, a list of token ids, a conversation as for `chat`, or a list of such.
             sampling_params: for all prompts, or one for each; None is the defaults.
 
         Returns:
@@ -214,7 +213,7 @@ class LLM:
         if isinstance(inputs, bytes | Mapping) or not isinstance(inputs, Iterable):
             raise RequestError("a prompt is a text or a list of token ids.")
         prompts: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
-        single = isinstance(inputs, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral))
+        single = isinstance(inputs, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral | Mapping))
         if single:
             prompts = [inputs]
         params = _params_for(len(prompts), sampling_params)
@@ -286,13 +285,11 @@ class LLM:
     def apply_chat_template(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The text that `chat` lets the model go on from, for `generate_async` with `add_special_tokens` off.
+        """The text that `chat` lets the model go on from; it has its special tokens.
 
         Args, and what is raised, are those of `chat`.
         """
-        if not isinstance(self.tokenizer, Tokenizer):
-            raise RequestError("a conversation needs the engine's own tokenizer, and this engine was opened without.")
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self._engine.apply_chat_template(messages, add_generation_prompt=add_generation_prompt, **variables)
 
     def generate_async(
         self,
@@ -309,7 +306,7 @@ class LLM:
         """Start to answer a prompt.
 
         Args:
-            inputs: a text or a list of token ids.
+            inputs: a text, a list of token ids, or a conversation as for `chat`.
             sampling_params: None is the defaults.
             streaming: give an output after each new token, not only at the end.
             request_id: unique among the running; None makes one.

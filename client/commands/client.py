@@ -7,7 +7,10 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptive_k_moe.client.options import Prompt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,6 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--url", default="localhost:8001", metavar="HOST:PORT", help="the server's gRPC address")
     parser.add_argument("--model_name", default="ensemble", metavar="NAME", help="the served model")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from; - reads standard input")
+    parser.add_argument(
+        "--apply_chat_template",
+        action="store_true",
+        help="the prompt is a user's message: the server puts it into the model's chat template",
+    )
+    parser.add_argument("--system_prompt", metavar="TEXT", help="the system's message before it")
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument("--show_k", action="store_true", help="print the experts that ran, layer by layer, by token")
     parser.add_argument("--adaptive_k_policy", metavar="NAME", help="policy that decides k (default: the engine's)")
@@ -33,7 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the answer on standard output and what it took on standard error."""
     from adaptive_k_moe.client.sync import Client
+    from adaptive_k_moe.errors import ClientError
 
+    prompt: Prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if args.apply_chat_template:
+        turns = [("system", args.system_prompt), ("user", prompt)]
+        prompt = [{"role": role, "content": text} for role, text in turns if text is not None]
+    elif args.system_prompt is not None:
+        raise ClientError("--system_prompt is for a chat: give --apply_chat_template, too.")
     client = Client(
         args.url,
         model_name=args.model_name,
@@ -45,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
     )
     sampling = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "adaptive_k_policy")
     options: Any = {name: getattr(args, name) for name in sampling}
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     started = time.perf_counter()
     tokens, last = 0, None
     with client:

@@ -56,14 +56,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop=args.stop,
         adaptive_k_policy=args.adaptive_k_policy,
-        add_special_tokens=not args.apply_chat_template,  # the template has them
     )
     with LLM(args.engine_dir, num_threads=args.num_threads) as llm:
         if args.apply_chat_template:
             turns = [("system", args.system_prompt), ("user", prompt)]
-            prompt = llm.apply_chat_template(
-                [{"role": role, "content": text} for role, text in turns if text is not None]
-            )
+            prompt = [{"role": role, "content": text} for role, text in turns if text is not None]
         output: RequestOutput | None = None
         for output in llm.generate_async(prompt, params, streaming=True):
             answer = output.outputs[0]

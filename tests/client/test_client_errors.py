@@ -254,9 +254,20 @@ def test_what_cannot_be_sent(options: Any, sentence: str) -> None:
         encode_request("ensemble", "p", options, stream=False)
 
 
-def test_a_prompt_must_be_text() -> None:
-    with pytest.raises(ClientError, match="the prompt is list"):
-        encode_request("ensemble", ["a", "b"], {}, stream=False)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("prompt", "sentence"),
+    [
+        (["a", "b"], "the prompt is list: give a string, or a list of messages"),
+        ([], "the prompt is list"),
+        (b"text", "the prompt is bytes"),
+        ({"role": "user"}, "the prompt is dict"),
+        ([{"role": "user", "content": object()}], "messages are not plain data"),
+        ("half a pair: \ud800", "not text that can be sent: surrogates not allowed"),
+    ],
+)
+def test_a_prompt_must_be_text_or_messages(prompt: Any, sentence: str) -> None:
+    with pytest.raises(ClientError, match=sentence):
+        encode_request("ensemble", prompt, {}, stream=False)
 
 
 def test_a_temperature_alone_samples() -> None:

@@ -200,11 +200,18 @@ def test_chat_answers_what_generate_answers_to_the_templates_tokens(chat_engine:
         assert [output.prompt_token_ids for output in many] == tokens
         assert [output.outputs[0].token_ids for output in many] == [output.outputs[0].token_ids for output in plain]
         assert one.outputs[0].text == many[0].outputs[0].text
+        streamed = list(llm.generate_async(CONVERSATIONS["one turn"], params, streaming=True))
+        assert "".join(output.outputs[0].text_diff for output in streamed) == one.outputs[0].text
+        assert [output.prompt for output in llm.generate(list(CONVERSATIONS.values()), params)] == [
+            output.prompt for output in many
+        ]
         assert llm.chat([], params) == []
         with pytest.raises(RequestError, match="2 prompts came with 1"):
             llm.chat(list(CONVERSATIONS.values()), [params])
         with pytest.raises(RequestError, match="list of messages"):
             llm.chat("hello", params)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="list of messages"):
+            llm.generate([{"prompt": "hello"}], params)
     with LLM(chat_engine, skip_tokenizer_init=True) as llm, pytest.raises(RequestError, match="own tokenizer"):
         llm.chat(CONVERSATIONS["one turn"])
 

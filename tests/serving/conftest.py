@@ -17,6 +17,9 @@ from adaptive_k_moe.model_repository import TritonServer
 def served_engine_dir(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("served") / "engine"
     shutil.copytree(engine_dir, directory)
+    (directory / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+    )
     return directory
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,30 @@ def test_each_prompt_has_its_own_row() -> None:
     assert (second.prompt, second.batch_index, second.sampling_params.max_tokens) == ("b", 1, 9)
     assert (first.sampling_params.stop, second.sampling_params.stop) == (["x"], None)
     assert (first.sampling_params.adaptive_k_policy, second.sampling_params.adaptive_k_policy) == ("fast", None)
+
+
+def test_the_older_names_of_inputs_mean_the_same() -> None:
+    params = _parsed(random_seed=np.array([[7]], np.uint64), min_length=3).sampling_params
+    assert (params.seed, params.min_tokens) == (7, 3)
+
+
+def test_a_conversation_takes_the_place_of_the_text() -> None:
+    messages = [{"role": "user", "content": "Grüße"}]
+    (request,) = parse_request(tensors([""], max_tokens=4, messages=json.dumps(messages)))
+    assert request.prompt == messages
+    assert not request.repeat_prompt
+    assert _parsed(messages="").prompt == "hello"  # an empty string is how clients say that they have none
+    for text, sentence in (
+        ("{", "messages is not JSON"),
+        ("[" * 100_000, "messages is not JSON"),
+        ('"user"', "a conversation is a list of messages"),
+        ("[]", "a conversation is a list of messages"),
+        ('[{"content": "who?"}]', "a conversation is a list of messages"),
+    ):
+        with pytest.raises(RequestError, match=sentence):
+            parse_request(tensors([""], max_tokens=4, messages=text))
+    with pytest.raises(RequestError, match="text_input and messages were both given"):
+        _parsed(messages=json.dumps(messages))
 
 
 @pytest.mark.parametrize(

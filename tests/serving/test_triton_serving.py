@@ -22,7 +22,9 @@ from tritonclient.utils import InferenceServerException
 from adaptive_k_moe import cli
 from adaptive_k_moe.client import AsyncClient, Chunk, Client
 from adaptive_k_moe.engine_config import read_engine_config
+from adaptive_k_moe.errors import ClientError
 from adaptive_k_moe.model_repository import TritonServer
+from adaptive_k_moe.runtime import LLM, SamplingParams
 
 MODELS = ["ensemble", "tensorrt_llm_bls"]
 PROMPTS = [
@@ -258,6 +260,40 @@ def test_shapes_of_everything_that_can_be_returned(server: TritonServer) -> None
         np.testing.assert_allclose(joined, whole[name], atol=1e-4)
     assert sum("context_logits" in piece for piece in pieces) == 1
     assert sum(piece["num_output_tokens"].item() for piece in pieces) == n
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_conversation_is_answered_by_the_chat_template(
+    server: TritonServer, served_engine_dir: Path, model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import “os”"}]
+    with LLM(served_engine_dir) as llm:
+        expected = llm.chat(messages, SamplingParams(max_tokens=6))
+    text, length = expected.outputs[0].text, len(expected.prompt_token_ids)
+    with Client(server.grpc_url, model_name=model) as client:
+        answer = client.generate(messages, max_tokens=6)
+        assert (answer.text, answer.num_input_tokens) == (text, length)
+        pieces = list(client.generate(messages, max_tokens=6, stream=True))
+        assert "".join(piece.text for piece in pieces) == text
+        with pytest.raises(ClientError, match="a conversation is a list of messages"):
+            client.generate([{"content": "who?"}])
+    body = {"text_input": "", "messages": json.dumps(messages), "max_tokens": 6}
+    status, content = _post(server, f"{model}/generate", body)
+    assert (status, json.loads(content)["text_output"]) == (200, text)
+    command = [
+        "client",
+        "--url",
+        server.grpc_url,
+        "--model_name",
+        model,
+        "--prompt",
+        "import “os”",
+        "--max_tokens",
+        "6",
+    ]
+    assert cli.main([*command, "--apply_chat_template", "--system_prompt", "Be brief."]) == 0
+    assert capsys.readouterr().out == text + "\n"
+    assert cli.main([*command, "--system_prompt", "Be brief."]) == 1
 
 
 def test_several_sequences_of_one_prompt(server: TritonServer) -> None:

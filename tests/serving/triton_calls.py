@@ -22,6 +22,7 @@ DTYPES = {
     "beam_width": np.int32,
     "num_return_sequences": np.int32,
     "min_tokens": np.int32,
+    "min_length": np.int32,
     "seed": np.uint64,
     "random_seed": np.uint64,
 }
