@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -511,7 +511,7 @@ class Engine:
 
     def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
         if not isinstance(prompt, str) and isinstance(prompt, SequenceOf) and prompt and isinstance(prompt[0], Mapping):
-            text = self.apply_chat_template(prompt)
+            text = self.apply_chat_template(cast("SequenceOf[Message]", prompt))
             assert self.tokenizer is not None  # or there would be no text
             return text, self.tokenizer.encode(text, add_special_tokens=False)  # it has them
         if isinstance(prompt, str):
