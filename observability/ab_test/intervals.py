@@ -146,28 +146,30 @@ def _margin(count: _Array | np.float64, alpha: float) -> Any:
 
 def _rate_limits(moments: Moments, alpha: float) -> tuple[_Array, _Array]:
     """The rates that the mixture does not rule out: those whose likelihood ratio against it is below 1 / alpha."""
-    count = np.asarray(moments.count, np.float64)
-    ones = np.rint(count * moments.mean)
-    zeros = count - ones
-    lgamma = np.vectorize(math.lgamma, otypes=[np.float64])
-    log_mixture = lgamma(ones + _PRIOR) + lgamma(zeros + _PRIOR) - lgamma(count + 2 * _PRIOR)
-    least = log_mixture - (2 * math.lgamma(_PRIOR) - math.lgamma(2 * _PRIOR)) + math.log(alpha)
-    middle = np.divide(ones, count, out=np.full_like(count, 0.5), where=count > 0)
+    ones = np.rint(np.multiply(moments.count, moments.mean))
+    limits = np.vectorize(_limits_of_one_rate, otypes=[np.float64, np.float64])
+    low, high = limits(ones, np.subtract(moments.count, ones), alpha)
+    return np.asarray(low), np.asarray(high)
 
-    def limit(outside: float) -> _Array:
-        """By bisection between the likeliest rate and 0 or 1, which may itself be within."""
-        inner, outer = middle, np.full_like(middle, outside)
+
+def _limits_of_one_rate(ones: float, zeros: float, alpha: float) -> tuple[float, float]:
+    count = ones + zeros
+    log_mixture = math.lgamma(ones + _PRIOR) + math.lgamma(zeros + _PRIOR) - math.lgamma(count + 2 * _PRIOR)
+    least = log_mixture - (2 * math.lgamma(_PRIOR) - math.lgamma(2 * _PRIOR)) + math.log(alpha)
+
+    def limit(inner: float, outer: float) -> float:
+        """By bisection from a rate that is within towards 0 or 1, which may itself be within."""
         for _ in range(50):
             rate = (inner + outer) / 2
-            with np.errstate(divide="ignore", invalid="ignore"):
-                log_likelihood = np.where(ones > 0, ones * np.log(rate), 0) + np.where(
-                    zeros > 0, zeros * np.log1p(-rate), 0
-                )
-            within = log_likelihood >= least
-            inner, outer = np.where(within, rate, inner), np.where(within, outer, rate)
+            log_likelihood = (ones * math.log(rate) if ones else 0.0) + (zeros * math.log1p(-rate) if zeros else 0.0)
+            if log_likelihood >= least:
+                inner = rate
+            else:
+                outer = rate
         return outer
 
-    return limit(0.0), limit(1.0)
+    likeliest = ones / count if count else 0.5
+    return limit(likeliest, 0.0), limit(likeliest, 1.0)
 
 
 def _around(estimate: Any, margin: Any, counts: Any) -> Interval:

@@ -87,6 +87,7 @@ class ABService(Observer):
         self._running: _Running | None = None
         self._store: Store | None = None
         self._store_inode = 0
+        self._guarded_version = -1
         self._failing_since: float | None = None
         self._said: set[str] = set()
         self._unwritten: list[RequestRecord | ScoreRecord] = []
@@ -220,9 +221,10 @@ class ABService(Observer):
             store.record(self._unwritten)
             self._unwritten = []
         experiment = store.running()
-        if experiment is not None:
+        if experiment is not None and (version := store.version()) != self._guarded_version:
             for sentence in apply_guardrails(store, experiment.name):
                 self._log(sentence)
+            self._guarded_version = version
             experiment = store.running()
         previous = self._running and self._running.experiment
         if experiment is None:
@@ -251,6 +253,7 @@ class ABService(Observer):
         if self._store is None:
             self._store = Store(self._path, create=False)
             self._store_inode = inode
+            self._guarded_version = -1
 
     def _close_store(self) -> None:
         if self._store is not None:

@@ -194,6 +194,12 @@ class Store:
             row = self._connection.execute("SELECT id FROM experiments WHERE stopped_at IS NULL").fetchone()
             return None if row is None else self._experiment(row[0])
 
+    def version(self) -> int:
+        """A number that changes with whatever is written, by any process."""
+        with self._explained("read"), self._lock:
+            of_others = self._connection.execute("PRAGMA data_version").fetchone()[0]
+            return int(of_others) + self._connection.total_changes  # both only grow
+
     def read(self, name: str | None = None) -> StoredExperiment:
         """All about an experiment; None is the one that was started last.
 
