@@ -6,7 +6,6 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,22 +15,20 @@ from typing import Any
 
 import onnx
 
-from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import (
+from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Progress, compile_graph
+from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_compiler, for_plugin, lower_graph, tensor_bytes
+from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
+from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.tensorrt_bindings import (
     ITEM_SIZES,
     PROFILES,
     Binding,
     make_bindings,
     slots_that_cannot_be_bound,
 )
-from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Progress, compile_graph
-from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_compiler, for_plugin, lower_graph, tensor_bytes
-from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
-from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.tensorrt_plugin import load_plugin
 
 ENGINE_NAME = "rank0.engine"
-
-PLUGIN_VARIABLE = "ADAPTIVE_K_TENSORRT_LIBRARY"
-PLUGIN_NAME = "libadaptive_k_tensorrt.so"
 
 CAPABILITIES = ("SM89", "SM120")
 """What a dry run compiles for: Ada and Blackwell."""
@@ -56,33 +53,6 @@ def require_tensorrt() -> Any:
         ) from None
     load_plugin(trt)
     return trt
-
-
-def load_plugin(trt: Any) -> None:
-    """Make our operators known to TensorRT, unless they are.
-
-    Raises:
-        BuildError: the plugin's library is not there, or TensorRT cannot load it.
-    """
-    registry = trt.get_plugin_registry()
-    if registry.get_creator("AdaptiveKMoe", "1", "adaptive_k") is None:
-        library = plugin_library()
-        if registry.load_library(str(library)) is None:
-            raise BuildError(f"TensorRT cannot load the plugin {library}.")
-
-
-def plugin_library() -> Path:
-    """The plugin's library: where the environment says, or in the installed package."""
-    import adaptive_k_moe.plugin as package
-
-    assert package.__file__ is not None
-    library = Path(os.environ.get(PLUGIN_VARIABLE) or Path(package.__file__).parent / PLUGIN_NAME)
-    if not library.is_file():
-        raise BuildError(
-            f"the TensorRT plugin {library} is not there: build it (docs/tensorrt_plugin.md) and name it in "
-            f"{PLUGIN_VARIABLE}."
-        )
-    return library
 
 
 def lower_for_tensorrt(

@@ -17,12 +17,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import PROFILES, Binding, make_bindings
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 from adaptive_k_moe.errors import BuildError
-
-DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
-"""TensorRT's names of types, and ours."""
+from adaptive_k_moe.tensorrt_bindings import DTYPES, PROFILES, Binding, make_bindings
 
 Progress = Callable[[str], None]
 

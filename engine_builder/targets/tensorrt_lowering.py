@@ -19,8 +19,8 @@ from onnx import TensorProto, helper, numpy_helper
 from adaptive_k_moe.engine_builder.graph import mamba_function, moe_function
 from adaptive_k_moe.engine_builder.graph.graph_builder import require_float16
 from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN
-from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import Binding, make_bindings
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
+from adaptive_k_moe.tensorrt_bindings import Binding, make_bindings
 
 TYPES = {
     "float32": TensorProto.FLOAT,
@@ -82,8 +82,9 @@ def for_compiler(lowered: onnx.ModelProto) -> onnx.ModelProto:
 
 def tensor_bytes(tensor: TensorProto) -> int:
     """Bytes of an initializer's values."""
-    bits = 4 if tensor.data_type == TensorProto.INT4 else 8 * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-    return math.prod(tensor.dims) * bits // 8
+    if tensor.data_type == TensorProto.INT4:
+        return math.prod(tensor.dims) // 2
+    return math.prod(tensor.dims) * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _experts(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

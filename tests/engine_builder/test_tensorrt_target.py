@@ -28,11 +28,12 @@ from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.build import dry_run
 from adaptive_k_moe.engine_builder.targets import tensorrt as target
-from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import PROFILES, Binding, make_bindings
 from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Tensor, require_bindings
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import TYPES, for_plugin
 from adaptive_k_moe.engine_config import BuildConfig, Dtype, PretrainedConfig, read_engine_config
-from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.errors import BuildError, DependencyError
+from adaptive_k_moe.tensorrt_bindings import PROFILES, Binding, make_bindings
+from adaptive_k_moe.tensorrt_plugin import PLUGIN_VARIABLE
 
 from checkpoints import MIXTRAL_SMALL, Shape, make_checkpoint
 from nemotron_models import Nemotron
@@ -381,11 +382,11 @@ def test_the_plugin_is_loaded_once_and_its_absence_is_said(tmp_path: Path, monke
         monkeypatch.setitem(sys.modules, "tensorrt", module)
 
     library = tmp_path / "plugin.so"
-    monkeypatch.setenv(target.PLUGIN_VARIABLE, str(library))
+    monkeypatch.setenv(PLUGIN_VARIABLE, str(library))
     with_registry(Registry(known=True))
     target.require_tensorrt()
     with_registry(Registry())
-    with pytest.raises(BuildError, match=r"plugin\.so is not there: build it .* in ADAPTIVE_K_TENSORRT_LIBRARY"):
+    with pytest.raises(DependencyError, match=r"plugin\.so is not there: build it .* in ADAPTIVE_K_TENSORRT_LIBRARY"):
         target.require_tensorrt()
     library.touch()
     registry = Registry()
@@ -393,7 +394,7 @@ def test_the_plugin_is_loaded_once_and_its_absence_is_said(tmp_path: Path, monke
     target.require_tensorrt()
     assert registry.loaded == [str(library)]
     with_registry(Registry(loads=False))
-    with pytest.raises(BuildError, match=r"cannot load the plugin .*plugin\.so"):
+    with pytest.raises(DependencyError, match=r"cannot load the plugin .*plugin\.so"):
         target.require_tensorrt()
 
 

@@ -16,14 +16,14 @@ import pytest
 from fake_gpu import Error, Gpu
 from gpu_engines import make_engine
 
-from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import Binding, Limits, make_bindings
 from adaptive_k_moe.engine_config import read_engine_config
-from adaptive_k_moe.errors import BuildError, DependencyError, DeviceError, DeviceMemoryError, EngineError
+from adaptive_k_moe.errors import DependencyError, DeviceError, DeviceMemoryError, EngineError
 from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.outputs import RequestOutput
 from adaptive_k_moe.runtime.session import create_session
 from adaptive_k_moe.runtime.session.tensorrt import session as session_module
+from adaptive_k_moe.tensorrt_bindings import Binding, Limits, make_bindings
 
 from checkpoints import Shape, make_checkpoint
 
@@ -321,7 +321,7 @@ def test_the_plugin_must_be_there(engine: Path, tmp_path: Path, monkeypatch: pyt
         registry = SimpleNamespace(get_creator=lambda *_: None)
         monkeypatch.setattr(sys.modules["tensorrt"], "get_plugin_registry", lambda: registry)
         monkeypatch.setenv("ADAPTIVE_K_TENSORRT_LIBRARY", str(tmp_path / "plugin.so"))
-        with pytest.raises(BuildError, match=r"plugin\.so is not there: build it"):
+        with pytest.raises(DependencyError, match=r"plugin\.so is not there: build it"):
             open_llm(engine)
 
 

@@ -21,6 +21,7 @@ from adaptive_k_moe.runtime.session.tensorrt import cuda as cuda_module
 from adaptive_k_moe.runtime.session.tensorrt import engine as engine_module
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Cuda, import_cudart
 from adaptive_k_moe.runtime.session.tensorrt.engine import TrtEngine
+from adaptive_k_moe.tensorrt_bindings import DTYPES
 
 
 def attributes(module: Any, *objects: str) -> set[str]:
@@ -186,8 +187,6 @@ def _split(signature: str) -> list[str]:
 
 def test_types_and_modes_have_the_names_that_the_session_compares() -> None:
     trt = pytest.importorskip("tensorrt_rtx_bindings")
-    from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import DTYPES
-
     for name in DTYPES:
         assert getattr(trt.DataType, name).name == name
     logger = engine_module._make_logger(trt)

@@ -9,17 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import PROFILES, Binding, Shape
 from adaptive_k_moe.errors import DependencyError, DeviceError, EngineError
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Cuda
+from adaptive_k_moe.tensorrt_bindings import DTYPES, PROFILES, Binding, Shape
+from adaptive_k_moe.tensorrt_plugin import load_plugin
 
 
 def import_tensorrt() -> Any:
     """The module ``tensorrt``, with our operators' plugin loaded.
 
     Raises:
-        DependencyError: TensorRT is not installed.
-        BuildError: the plugin is not there, or cannot be loaded.
+        DependencyError: TensorRT is not installed, or the plugin is not there.
     """
     try:
         trt: Any = importlib.import_module("tensorrt")
@@ -29,8 +29,6 @@ def import_tensorrt() -> Any:
             f"running a TensorRT engine needs an NVIDIA GPU and TensorRT's Python package ({error}): install it with "
             "pip install 'adaptive-k-moe[tensorrt]' there; an engine built with --target openvino runs without a GPU."
         ) from None
-    from adaptive_k_moe.engine_builder.targets.tensorrt import load_plugin
-
     load_plugin(trt)
     return trt
 
@@ -153,8 +151,6 @@ class Context:
 
 
 def _as_tensorrt_says(binding: Binding) -> tuple[bool, str, tuple[int, ...]]:
-    from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import DTYPES
-
     names = {ours: theirs for theirs, ours in DTYPES.items()}
     shape = tuple(-1 if isinstance(size, str) else size for size in binding.shape)
     return binding.is_input, names[binding.dtype], shape

@@ -8,14 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from adaptive_k_moe.engine_builder.targets.tensorrt_bindings import (
-    ALIGNMENT,
-    ITEM_SIZES,
-    Binding,
-    Shape,
-    make_bindings,
-    slots_that_cannot_be_bound,
-)
 from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.errors import DeviceError, DeviceMemoryError, EngineError, PolicyError
 from adaptive_k_moe.policy import PolicyTables
@@ -33,6 +25,14 @@ from adaptive_k_moe.runtime.session.tensorrt.plan import (
 )
 from adaptive_k_moe.runtime.session.tensorrt.slots import SlotMap
 from adaptive_k_moe.runtime.telemetry import logger
+from adaptive_k_moe.tensorrt_bindings import (
+    ALIGNMENT,
+    ITEM_SIZES,
+    Binding,
+    Shape,
+    make_bindings,
+    slots_that_cannot_be_bound,
+)
 
 ENGINE_NAME = "rank0.engine"
 

@@ -13,6 +13,9 @@ from adaptive_k_moe.policy import MAX_CHOICES, MAX_POLICIES
 PROFILES = ("decode", "prefill")
 """The engine's optimization profiles, by index: one token for each sequence, and a chunk of one sequence."""
 
+DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT32": "int32", "INT64": "int64"}
+"""TensorRT's names of types, and ours."""
+
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int64": 8}
 """Bytes of a value of each type."""
 
