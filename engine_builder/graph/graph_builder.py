@@ -29,7 +29,7 @@ DATA_TYPES = {
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
 }
-_NUMPY_TYPES = {
+_NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),

@@ -533,7 +533,7 @@ class Decoder:
         """A checkpoint tensor stored as integers, as float32 and transposed."""
         values = self.tensors.read(self.in_checkpoint(name), shape)
         integers, scales = self.graph.quantised_weight(name, quantization, self.model.dtype, shape, [values])
-        blocks = {"axis": 0}
+        blocks: dict[str, Any] = {"axis": 0}
         if quantization.group_size is not None:
             blocks = {"axis": 1, "block_size": quantization.group_size}
         weight = self.graph.node("DequantizeLinear", [integers, self.as_float(scales)], f"{name}.values", **blocks)

@@ -82,9 +82,10 @@ def for_compiler(lowered: onnx.ModelProto) -> onnx.ModelProto:
 
 def tensor_bytes(tensor: TensorProto) -> int:
     """Bytes of an initializer's values."""
+    count = math.prod(int(size) for size in tensor.dims)
     if tensor.data_type == TensorProto.INT4:
-        return math.prod(tensor.dims) // 2
-    return math.prod(tensor.dims) * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        return count // 2
+    return count * int(helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def _experts(graph: onnx.GraphProto) -> list[onnx.NodeProto]:

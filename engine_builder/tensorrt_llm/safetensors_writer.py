@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-_TYPES = {
+_TYPES: dict[str, tuple[str, np.dtype[Any]]] = {
     "float32": ("F32", np.dtype(np.float32)),
     "float16": ("F16", np.dtype(np.float16)),
     "bfloat16": ("BF16", np.dtype(ml_dtypes.bfloat16)),
