@@ -2,7 +2,7 @@
 """What a session is: one loaded engine that runs one step over packed tokens.
 
 The scheduler, the sampler and everything above know only this interface; OpenVINO's session is in
-``openvino.py``. T is the number of tokens in a step (all sequences packed one after another), S the
+``openvino.py``, TensorRT's in ``tensorrt/``. T is the number of tokens in a step (all sequences packed one after another), S the
 number of sequences, N the number of rows whose logits are wanted, L the number of MoE layers, V the
 vocabulary.
 """
