@@ -17,6 +17,8 @@ CHANNEL_OPTIONS = (
     # Logits and long prompts exceed gRPC's 4 MB; tritonclient lifts the limits in the same way.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
+    # A server that comes back is found within seconds, however long it was away.
+    ("grpc.max_reconnect_backoff_ms", 2000),
     # Servers that are replicas have one name and an address each: requests go to them in turn.
     ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
 )
@@ -65,9 +67,10 @@ def with_trace_context(headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str,
 
     Only a program that uses OpenTelemetry has one; where its package was never imported, nothing is looked for.
     """
-    propagate = sys.modules.get("opentelemetry.propagate")
-    if propagate is None:
+    if "opentelemetry.trace" not in sys.modules:
         return headers
+    from opentelemetry import propagate
+
     context: dict[str, str] = {}
     propagate.inject(context)
     given = {name for name, _ in headers}

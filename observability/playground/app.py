@@ -55,11 +55,11 @@ class Playground:
         self.metrics_url = metrics_url
         self.client = AsyncClient(url, model_name=model_name)
 
-    async def page(self, request: Request) -> Response:
+    async def page(self, _: Request) -> Response:
         """The page itself."""
         return FileResponse(STATIC / "index.html")
 
-    async def engine(self, request: Request) -> Response:
+    async def engine(self, _: Request) -> Response:
         """What is served, for the choice of policies; 503 with a sentence while nobody answers."""
         try:
             engine = await self.client.describe_engine()
@@ -67,7 +67,7 @@ class Playground:
             return _refusal(str(error), 503)
         return JSONResponse({"url": self.url, **asdict(engine)})
 
-    async def metrics(self, request: Request) -> Response:
+    async def metrics(self, _: Request) -> Response:
         """The numbers of the charts; 503 with a sentence where there are none."""
         try:
             return JSONResponse(await read_metrics(self.metrics_url))
@@ -99,7 +99,7 @@ def create_app(playground: Playground, host: str = "127.0.0.1") -> Starlette:
     """
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with playground.client:
             yield
 

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The playground's own server, without a browser, before a real Triton server."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from playground_process import HOSTILE, ask, eventually, playground, read_events
+from prometheus_client.parser import text_string_to_metric_families
+
+from adaptive_k_moe import cli
+from adaptive_k_moe.client import Client
+from adaptive_k_moe.model_repository import TritonServer
+from adaptive_k_moe.observability.playground.answers import _piece
+from adaptive_k_moe.observability.playground.app import STATIC
+from adaptive_k_moe.observability.playground.server_metrics import chart_numbers
+
+PROMPT = "And it came to pass"
+
+
+def _metric(server: TritonServer, name: str, **labels: str) -> float:
+    text = urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10).read().decode()
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+
+
+@pytest.mark.parametrize("path", ["", "api/engine", "api/metrics", "static/main.js", "static/style.css", "nothing"])
+def test_every_answer_forbids_the_browser_what_the_page_does_not_need(page: str, path: str) -> None:
+    answer = httpx.get(page + path)
+    assert answer.status_code == (404 if path == "nothing" else 200)
+    policy = dict(part.strip().partition(" ")[::2] for part in answer.headers["content-security-policy"].split(";"))
+    assert policy["default-src"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert policy["frame-ancestors"] == policy["form-action"] == policy["base-uri"] == "'none'"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "access-control-allow-origin" not in answer.headers
+    assert "server" not in answer.headers
+
+
+def test_the_page_has_nothing_from_elsewhere(page: str) -> None:
+    assert "adaptive-k" in httpx.get(page).text
+    for path in STATIC.iterdir():
+        text = path.read_text()
+        links = text.replace("http://www.w3.org/2000/svg", "")
+        assert "http://" not in links and "https://" not in links, path.name
+        # Text of the model must never be read as HTML.
+        assert "innerHTML" not in text and "insertAdjacentHTML" not in text and "document.write" not in text
+
+
+def test_it_says_what_is_served(page: str, server: TritonServer) -> None:
+    engine = httpx.get(f"{page}api/engine").json()
+    assert engine == {
+        "url": server.grpc_url,
+        "policies": ["full", "balanced", "top1"],
+        "default_policy": "balanced",
+        "num_moe_layers": 6,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+    }
+
+
+@pytest.mark.parametrize("policy", ["balanced", "full", "top1", None])
+def test_pieces_are_what_the_client_gets(page: str, server: TritonServer, policy: str | None) -> None:
+    *pieces, end = ask(page, prompt=PROMPT, policy=policy, max_tokens=24)
+    with Client(server.grpc_url, timeout=60) as client:
+        answer = client.generate(PROMPT, adaptive_k_policy=policy, max_tokens=24, end_id=None)
+    assert {name for name, _ in pieces} == {"piece"}
+    assert "".join(piece["text"] for _, piece in pieces) == answer.text
+    assert HOSTILE in answer.text
+    assert sum(piece["tokens"] for _, piece in pieces) == answer.num_output_tokens
+    np.testing.assert_array_equal([row for _, piece in pieces for row in piece["k"]], answer.k)
+    np.testing.assert_allclose([row for _, piece in pieces for row in piece["entropy"]], answer.entropy, atol=1e-4)
+    last = pieces[-1][1]
+    assert last["avg_k"] == pytest.approx(answer.avg_k, abs=1e-3)
+    assert last["saved_ratio"] == pytest.approx(answer.compute_saved_ratio, abs=1e-3)
+    assert last["prompt_tokens"] == answer.num_input_tokens
+    times = [data["seconds"] for _, data in [*pieces, end]]
+    assert times == sorted(times) and times[0] > 0
+    assert end[0] == "end"
+
+
+def test_sampling_follows_the_seed(page: str) -> None:
+    def text(seed: int) -> str:
+        return "".join(
+            data.get("text", "") for _, data in ask(page, prompt=PROMPT, max_tokens=24, temperature=2.0, seed=seed)
+        )
+
+    assert text(1) == text(1) != text(2)
+
+
+@pytest.mark.parametrize(
+    ("question", "sentence"),
+    [
+        ({}, "prompt: Field required."),
+        ({"prompt": ""}, "prompt: String should have at least 1 character."),
+        ({"prompt": "p", "max_tokens": 0}, "max_tokens: it must be greater than or equal to 1."),
+        ({"prompt": "p", "temperature": -1}, "temperature: it must be greater than or equal to 0."),
+        ({"prompt": "p", "seed": None}, "seed: it must be a valid integer."),
+        ({"prompt": "p", "beam": 2}, "beam: Extra inputs are not permitted."),
+    ],
+)
+def test_a_question_that_is_none_is_one_sentence(page: str, question: dict[str, Any], sentence: str) -> None:
+    answer = httpx.post(f"{page}api/answer", json=question)
+    assert (answer.status_code, answer.json()) == (400, {"error": sentence})
+
+
+def test_other_sites_cannotask(page: str) -> None:
+    """A form or a script of another site can send text, and only to a name that is its own or ours."""
+    body = json.dumps({"prompt": PROMPT})
+    assert httpx.post(f"{page}api/answer", content=body, headers={"content-type": "text/plain"}).status_code == 415
+    assert httpx.get(page, headers={"host": "attacker.example"}).status_code == 400
+    assert httpx.get(f"{page}api/engine", headers={"host": "attacker.example:80"}).status_code == 400
+    assert httpx.get(page.replace("127.0.0.1", "localhost")).status_code == 200
+
+
+def test_a_question_without_end_is_refused(page: str) -> None:
+    answer = httpx.post(
+        f"{page}api/answer", content=b" " * ((1 << 22) + 1), headers={"content-type": "application/json"}
+    )
+    assert (answer.status_code, answer.json()) == (413, {"error": "the question has more than 4 MiB."})
+
+
+def test_the_servers_refusal_is_passed_on(page: str) -> None:
+    ((name, data),) = ask(page, prompt=PROMPT, policy="none")
+    assert name == "failure"
+    assert "'none' is not one of this engine's policies: full, balanced, top1." in data["message"]
+
+
+def test_a_browser_that_leaves_ends_the_request_on_the_server(page: str, server: TritonServer) -> None:
+    before = _metric(server, "adaptive_k_requests_total", outcome="cancelled")
+    with httpx.stream("POST", f"{page}api/answer", json={"prompt": PROMPT, "max_tokens": 900}, timeout=60) as response:
+        next(read_events(response))
+    assert eventually(lambda: _metric(server, "adaptive_k_requests_total", outcome="cancelled") == before + 1)
+    assert eventually(lambda: _metric(server, "adaptive_k_queue_depth", state="running") == 0)
+
+
+def test_numbers_of_the_charts_are_the_ports(page: str, server: TritonServer) -> None:
+    ask(page, prompt=PROMPT, policy="top1", max_tokens=4)
+    tokens = "adaptive_k_generation_tokens_total"
+    assert eventually(lambda: httpx.get(f"{page}api/metrics").json()["generation_tokens"] == _metric(server, tokens))
+    numbers = httpx.get(f"{page}api/metrics").json()
+    assert numbers["requests"] == _metric(server, "adaptive_k_requests_total")
+    assert numbers["kv_blocks"] == _metric(server, "adaptive_k_kv_blocks") > 0
+    assert (numbers["running"], numbers["waiting"], numbers["kv_used"]) == (0, 0, 0)
+    assert numbers["avg_k"]["top1"] == 1.0
+
+
+def test_numbers_are_summed_over_models_and_zero_where_there_are_none() -> None:
+    text = 'adaptive_k_queue_depth{model="a",state="running"} 2\nadaptive_k_queue_depth{model="b",state="running"} 3\n'
+    numbers = chart_numbers("# TYPE adaptive_k_queue_depth gauge\n" + text)
+    assert (numbers["running"], numbers["waiting"], numbers["avg_k"]) == (5, 0, {})
+
+
+def test_an_entropy_that_is_no_number_is_null() -> None:
+    from adaptive_k_moe.client import Chunk
+
+    k = np.array([[1, 2]], np.int32)
+    chunk = Chunk("a", 1, 1.5, 0.25, k, np.array([[np.nan, 0.5]], np.float32), 3, None)
+    assert _piece(chunk)["entropy"] == [[None, 0.5]]
+
+
+def test_no_server_is_one_sentence_each(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        nowhere = f"127.0.0.1:{unused.getsockname()[1]}"
+        with playground(nowhere, nowhere) as page:
+            for path in ("engine", "metrics"):
+                answer = httpx.get(f"{page}api/{path}", timeout=30)
+                assert answer.status_code == 503
+                assert nowhere in answer.json()["error"] and "\n" not in answer.json()["error"]
+            ((name, data),) = ask(page, prompt=PROMPT)
+            assert name == "failure" and "cannot be reached" in data["message"]
+
+
+def test_a_port_in_use_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert cli.main(["playground", "--port", port]) == 1
+        assert cli.main(["playground", "--port", "70000"]) == 1
+        assert cli.main(["playground", "--url", "nowhere"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert f"the port {port} of 127.0.0.1 cannot be used (Address already in use)" in lines[0]
+    assert "70000" in lines[1] and "'nowhere' is not an address" in lines[2]
+
+
+def test_the_help_needs_no_web_stack() -> None:
+    code = "import sys; from adaptive_k_moe import cli; sys.argv[1:] = ['playground', '--help']\ntry: cli.main()\n"
+    code += "finally: print('starlette' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "False"

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page in a real browser, before a real Triton server whose model writes HTML and control characters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import PROGRAM, Browser
+from playground_process import HOSTILE
+
+from adaptive_k_moe.client import Client
+from adaptive_k_moe.model_repository import TritonServer
+
+pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium: apt-get install chromium")
+
+PROMPT = "<b>And</b>\u001b And it came to pass"
+IDLE = "document.querySelector('#stop').disabled && !document.querySelector('#run').disabled"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with Browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(chromium: Browser, page: str) -> Iterator[Browser]:
+    """The browser on a fresh page that knows its server; it must not complain of anything afterwards."""
+    chromium.events.clear()
+    chromium.open(page)
+    chromium.until(IDLE)
+    yield chromium
+    assert chromium.problems() == []
+    assert all(url.startswith(page) for url in chromium.requested())
+
+
+def _run(browser: Browser, prompt: str = PROMPT, tokens: int = 24, seconds: float = 60) -> None:
+    browser.fill("#prompt", prompt)
+    browser.fill("#max-tokens", str(tokens))
+    browser.click("#run")
+    browser.until("!document.querySelector('#stop').disabled || document.querySelector('.piece')")
+    browser.until(IDLE, seconds)
+
+
+def _pieces(browser: Browser, side: int = 1) -> list[dict[str, Any]]:
+    pieces: list[dict[str, Any]] = browser.evaluate(
+        f"Array.from(document.querySelectorAll('.side:nth-child({side}) .piece'), (piece) => ({{"
+        " text: piece.textContent, label: piece.getAttribute('aria-label'),"
+        " share: Number(piece.style.getPropertyValue('--share')), colour: getComputedStyle(piece).backgroundColor }))"
+    )
+    return pieces
+
+
+def test_tokens_are_coloured_by_their_average_k(browser: Browser, server: TritonServer) -> None:
+    _run(browser)
+    with Client(server.grpc_url, timeout=60) as client:
+        answer = client.generate(PROMPT, max_tokens=24)
+    pieces = _pieces(browser)
+    average = answer.k.mean(axis=1)
+    assert len(pieces) == len(average)  # every token of this answer is text of its own
+    np.testing.assert_allclose([piece["share"] for piece in pieces], average - 1, atol=1e-6)
+    assert len({piece["colour"] for piece in pieces}) == len(set(average.tolist()))
+    assert browser.text(".avg-k").split("\n")[0] == f"{average.mean():.2f}"
+    runs = answer.k.sum()
+    full = answer.k.size * 2
+    assert browser.text(".saved").split() == [f"{full - runs}", "of", f"{full},", f"{100 * (1 - runs / full):.1f}", "%"]
+    assert float(browser.text(".speed").split()[0]) > 0
+
+
+def test_what_the_model_and_the_user_write_stays_text(browser: Browser) -> None:
+    _run(browser)
+    assert browser.text(".asked") == PROMPT.replace("\u001b", "\u241b")
+    pieces = _pieces(browser)
+    shown = HOSTILE.replace("\u0007", "\u2407").replace("\u202e", "U+202E").replace("\u0000", "\u2400")
+    assert [piece for piece in pieces if piece["text"] == shown]
+    assert browser.evaluate("document.querySelectorAll('.answer img, .answer b, .answer script').length") == 0
+    assert browser.evaluate("window.struck") is None
+    text = browser.evaluate("document.querySelector('.answer').textContent")
+    assert not set(text) & {"\u0007", "\u202e", "\u0000"}
+
+
+def test_a_pointer_shows_the_layers_of_a_token(browser: Browser, server: TritonServer) -> None:
+    _run(browser)
+    with Client(server.grpc_url, timeout=60) as client:
+        answer = client.generate(PROMPT, max_tokens=24)
+    browser.hover(".piece[data-index='3']")
+    browser.until("document.querySelector('.layers')")
+    texts = browser.evaluate("Array.from(document.querySelectorAll('.layers text'), (text) => text.textContent)")
+    expected = [f"{nats:.2f}" for nats in answer.entropy[3]]
+    assert [text for text in texts if "." in text] == expected
+    assert [text for text in texts if text.startswith("k ")] == [f"k {k}" for k in answer.k[3]]
+    heights = browser.evaluate(
+        "Array.from(document.querySelectorAll('.layers rect'), (bar) => bar.height.baseVal.value)"
+    )
+    np.testing.assert_allclose(heights, np.maximum(1, answer.entropy[3] / np.log(8) * 54), rtol=1e-3)
+
+
+def test_the_keyboard_does_all(browser: Browser, server: TritonServer) -> None:
+    browser.evaluate("document.querySelector('#prompt').focus()")
+    browser.fill("#max-tokens", "24")
+    browser.press("Enter", control=True)
+    browser.until("document.querySelector('.piece')")
+    browser.until(IDLE)
+    names = []
+    for _ in range(10):
+        browser.press("Tab")
+        names.append(browser.evaluate("document.activeElement.id || document.activeElement.className"))
+    # The page's last stop is the answer, which is one stop for all of its tokens; Tab goes out of it again.
+    assert names[:6] == ["max-tokens", "temperature", "seed", "compare", "run", "policy"]
+    assert names[6] == "answer"
+    browser.evaluate("document.querySelector('.answer').focus()")
+    for key, index in (
+        ("ArrowRight", 1),
+        ("ArrowRight", 2),
+        ("ArrowLeft", 1),
+        ("End", 23),
+        ("ArrowRight", 23),
+        ("Home", 0),
+    ):
+        browser.press(key)
+        active = browser.evaluate("document.querySelector('.answer').getAttribute('aria-activedescendant')")
+        selected = browser.evaluate("document.querySelector('[aria-selected=true]').dataset.index")
+        assert (active, selected) == (f"Answer-{index}", str(index))
+    assert browser.text(".token").split(" · ")[1] == "token 1"
+    described = browser.evaluate("document.querySelector('[aria-selected=true]').getAttribute('aria-description')")
+    assert described.startswith("layer 0: ") and described.count("nats") == 6
+
+
+def test_everything_has_a_name(browser: Browser) -> None:
+    """Roles and names as Chromium gives them to a screen reader."""
+    browser.click("#compare")
+    _run(browser, tokens=4)
+    nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
+    told = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node.get("ignored")]
+    for role in ("textbox", "spinbutton", "checkbox", "button", "combobox", "listbox", "option", "image"):
+        names = [name for found, name in told if found == role]
+        assert names or role in ("image",), role
+        assert all(names), (role, names)
+    names = {name for _, name in told}
+    assert {"Prompt", "Most tokens", "Run", "Stop", "Policy, Answer", "Policy, Second answer"} <= names
+
+
+def test_two_policies_side_by_side(browser: Browser, server: TritonServer) -> None:
+    browser.click("#compare")
+    assert browser.evaluate("document.querySelectorAll('.side').length") == 2
+    assert browser.evaluate("Array.from(document.querySelectorAll('.policy'), (each) => each.value)") == [
+        "balanced",
+        "full",
+    ]
+    browser.fill(".side:nth-child(1) .policy", "top1")
+    _run(browser)
+    assert {piece["share"] for piece in _pieces(browser, 1)} == {0}
+    assert {piece["share"] for piece in _pieces(browser, 2)} == {1}
+    assert browser.text(".side:nth-child(1) .saved").split("\n")[1].endswith("50.0 %")
+    speeds = [float(browser.text(f".side:nth-child({side}) .speed").split()[0]) for side in (1, 2)]
+    told = browser.text(".side:nth-child(1) .against")
+    assert told.startswith("Against full: ") and "one after the other" in told
+    assert float(told.partition("(")[2].partition(" ")[0]) == pytest.approx(speeds[0] / speeds[1], abs=0.011)
+    browser.click("#together")
+    _run(browser)
+    assert "both ran at once" in browser.text(".side:nth-child(1) .against")
+
+
+@pytest.mark.parametrize("how", ["button", "key"])
+def test_stop_ends_the_request_on_the_server(browser: Browser, server: TritonServer, page: str, how: str) -> None:
+    browser.fill("#prompt", PROMPT)
+    browser.fill("#max-tokens", "900")
+    browser.click("#run")
+    browser.until("document.querySelectorAll('.piece').length > 3")
+    if how == "button":
+        browser.click("#stop")
+    else:
+        browser.press("Escape")
+    browser.until(IDLE, 5)
+    assert len(_pieces(browser)) < 900
+    assert browser.evaluate("document.querySelector('.failure').hidden")
+    browser.until(f"fetch('{page}api/metrics').then((answer) => answer.json()).then((all) => all.running === 0)", 10)
+
+
+def test_charts_follow_the_server(browser: Browser) -> None:
+    _run(browser, tokens=200)
+    browser.until("document.querySelectorAll('.chart').length === 4")
+    browser.until("Array.from(document.querySelectorAll('.keys span'), (key) => key.textContent).includes('waiting 0')")
+    # The rate of a chart is drawn once there are two readings; ours made it more than nothing.
+    browser.until("Number(document.querySelector('.chart output').textContent.split('at most ')[1]) > 0", 20)
+    assert browser.evaluate("document.querySelectorAll('.chart svg[aria-label]').length") == 4
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_it_looks_as_it_should(browser: Browser, tmp_path: Path, dark: bool) -> None:
+    """Both ends of the colours are on a picture of the page, and its ground is light or dark."""
+    image = pytest.importorskip("matplotlib.image")
+    browser.prefer_dark(dark)
+    browser.click("#compare")
+    browser.fill(".side:nth-child(1) .policy", "top1")
+    _run(browser)
+    browser.screenshot(tmp_path / "page.png")
+    browser.prefer_dark(False)
+    pixels = image.imread(tmp_path / "page.png")[..., :3]
+    few, many, ground = (
+        ((31, 58, 92), (168, 86, 26), (17, 21, 28)) if dark else ((216, 232, 250), (255, 168, 92), (245, 246, 248))
+    )
+    for colour, least in ((few, 2000), (many, 2000), (ground, 50_000)):
+        assert (np.abs(pixels - np.array(colour) / 255).max(axis=-1) < 0.02).sum() > least, colour
+
+
+def test_a_narrow_page_needs_no_sideways_scrolling(browser: Browser) -> None:
+    browser.click("#compare")
+    _run(browser)
+    browser.call("Emulation.setDeviceMetricsOverride", width=380, height=800, deviceScaleFactor=1, mobile=False)
+    try:
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 380
+    finally:
+        browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
