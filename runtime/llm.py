@@ -314,9 +314,9 @@ class LLM:
                 not wait for another request; if it raises, that is logged and the request is aborted.
             enrollment: the request's place in an A/B test; its outputs carry it.
             context: what the request's records shall say of it.
-            background: compute it only in steps in which no other request is there, a small part in each, so
-                that others never wait for it longer than for one such step; no total counts it and no
-                observer is told.
+            background: compute it in steps in which no other request is there, or in one of 200 where there
+                always is one; a small part in each, and no other request waits for more than one such step.
+                No total counts it and no observer is told.
 
         Returns:
             A handle to iterate over, await, or abort.

@@ -12,6 +12,8 @@ from adaptive_k_moe.runtime.state_slots import StateSlots
 
 # Tokens of the background in a step: what a request that comes in this moment waits for.
 _BACKGROUND_TOKENS = 64
+# Where requests never pause, one step in so many goes to the background, with so many tokens.
+_STEPS_BETWEEN, _TOKENS_BETWEEN = 200, 16
 
 
 class Chunk(NamedTuple):
@@ -28,8 +30,9 @@ class Scheduler:
     their tokens are free, and then run until they end. `running` and `waiting` are in order of arrival and
     every running sequence is older than every waiting one, so the oldest always advances and nobody starves.
 
-    Sequences of the background run only in steps in which nobody else has anything to compute, one at a
-    time, and give up what they hold as soon as another needs it.
+    Sequences of the background run in steps in which nobody else has anything to compute, one at a time, and
+    give up what they hold as soon as another needs it. While others never pause, a small step in between goes
+    to the background now and then, but none that would make a request wait for a second one.
 
     Args:
         block_manager: the KV cache's blocks.
@@ -48,6 +51,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.background: deque[Sequence] = deque()
+        self._steps_since_background = 1
         self.preemptions_total = 0
 
     def add(self, sequence: Sequence) -> None:
@@ -67,7 +71,12 @@ class Scheduler:
     def schedule(self) -> list[Chunk]:
         """The next step: decode tokens of the running, then prefill of the running, then of the waiting."""
         if not self.running and not self.waiting:
-            return self._background_chunk()
+            return self._background_chunk(_BACKGROUND_TOKENS)
+        if not self._steps_since_background:  # they waited for the step before this one
+            self._note_delay()
+        if self._background_is_due():
+            return self._background_chunk(_TOKENS_BETWEEN)
+        self._steps_since_background += 1
         chunks: list[Chunk] = []
         budget = self.max_num_tokens
 
@@ -117,15 +126,31 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.preemptions_total += 1
 
-    def _background_chunk(self) -> list[Chunk]:
-        """A small part of the oldest sequence of the background: everything that it may need is free."""
+    def _background_chunk(self, num_tokens: int) -> list[Chunk]:
+        """A small part of the oldest sequence of the background; everything that it needs is free."""
         if not self.background:
             return []
+        self._steps_since_background = 0
         sequence = self.background[0]
         self.block_manager.grow(sequence.block_table, len(sequence.token_ids))
         if sequence.state_slot is None:
             sequence.state_slot = self.state_slots.acquire()
-        return [Chunk(sequence, min(_BACKGROUND_TOKENS, self.max_num_tokens, sequence.num_uncomputed))]
+        return [Chunk(sequence, min(num_tokens, self.max_num_tokens, sequence.num_uncomputed))]
+
+    def _background_is_due(self) -> bool:
+        """Whether the background gets the next step although others have something to compute."""
+        if not self.background or self._steps_since_background < _STEPS_BETWEEN:
+            return False
+        sequence = self.background[0]
+        missing = self.block_manager.blocks_for(len(sequence.token_ids)) - len(sequence.block_table)
+        if missing > self.block_manager.num_free or not (sequence.block_table or self.state_slots.available):
+            return False
+        return not any(other.request.delayed for queue in (self.running, self.waiting) for other in queue)
+
+    def _note_delay(self) -> None:
+        for queue in (self.running, self.waiting):
+            for sequence in queue:
+                sequence.request.delayed = True
 
     def _has_slot(self) -> bool:
         return self.state_slots.available or self._take_from_background()

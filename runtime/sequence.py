@@ -103,7 +103,8 @@ class Request:
         error, error_kind: why it ended in an error.
         context: what the caller said of it.
         enrollment: its place in an A/B test.
-        background: whether it is computed only while nothing else is there, and counted nowhere.
+        background: whether others go first, and it is counted nowhere.
+        delayed: whether it has waited for a step of the background.
     """
 
     request_id: str
@@ -123,6 +124,7 @@ class Request:
     context: RequestContext = NO_CONTEXT
     enrollment: Enrollment | None = None
     background: bool = False
+    delayed: bool = False
 
     @property
     def finished(self) -> bool:

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of the background: the same answers as others, only when nobody else is there, counted nowhere."""
+"""Requests of the background: the same answers as others, when nobody else has to wait, counted nowhere."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,39 @@ def test_a_request_waits_for_at_most_one_small_step_of_the_background() -> None:
     assert [len(step.input_ids) for step in session.steps[1:]] == [8, 1, 1, 1, 1]
     assert list(run(engine)) == ["score"]
     assert [len(step.input_ids) for step in session.steps[6:]] == [64, 32]  # it kept what it had
+
+
+@pytest.mark.parametrize("num_state_slots", [0, 4])
+def test_where_requests_never_pause_the_background_goes_on_and_none_waits_for_it_twice(num_state_slots: int) -> None:
+    session = ToySession(num_blocks=128, num_state_slots=num_state_slots)
+    engine = make_engine(session, batch=4)
+    add(engine, PROMPT * 5, SCORE, "score", background=True)
+    lengths = [40, 90, 25, 60]
+    ended: dict[str, RequestOutput] = {}
+    lifetimes: dict[str, list[int]] = {}  # the steps of the session between which a request was there
+    for index in range(10_000):
+        while len([i for i in engine.request_ids if i != "score"]) < 3:
+            name = f"request{len(lifetimes)}"
+            params = SamplingParams(max_tokens=lengths[len(lifetimes) % 4], end_id=-1)
+            add(engine, PROMPT, params, name)
+            lifetimes[name] = [index, index]
+        outputs = [output for output in engine.step() if output.finished]
+        ended |= {output.request_id: output for output in outputs}
+        for output in outputs:
+            lifetimes.get(output.request_id, [0, 0])[1] = index
+        if "score" in ended:
+            break
+    background = [
+        index for index, step in enumerate(session.steps) if len(step.block_tables) == 1 and len(step.input_ids) > 1
+    ]
+    background = [index for index in background if len(session.steps[index].input_ids) in (16, 8)]
+    assert len(background) == 3  # 16 + 16 + 8 tokens
+    assert min(later - earlier for earlier, later in itertools.pairwise(background)) > 200
+    for first, last in lifetimes.values():
+        assert sum(first <= index <= last for index in background) <= 1
+    alone = make_engine(ToySession(num_blocks=64))
+    add(alone, PROMPT * 5, SCORE, "score")
+    assert ended["score"].prompt_logprobs == run(alone)["score"].prompt_logprobs
 
 
 @pytest.mark.parametrize(("num_blocks", "num_state_slots"), [(24, 0), (64, 1), (24, 2)])
