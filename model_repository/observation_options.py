@@ -45,6 +45,18 @@ class ObservationOptions:
 
             check_endpoint(self.otlp_endpoint)
 
+    def check(self) -> None:
+        """See that the log can be written, before a server is started for it.
+
+        Raises:
+            ServerError: it cannot.
+        """
+        if self.request_log is None or self.request_log == STANDARD_OUTPUT:
+            return
+        from adaptive_k_moe.observability.logs import file_handler
+
+        file_handler(self.request_log).close()
+
     def to_parameters(self) -> dict[str, str]:
         """As parameters of a model's configuration; what is left at its default is left out."""
         given = {

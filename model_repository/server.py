@@ -136,6 +136,7 @@ class TritonServer:
         """
         # The model checks the hashes when it loads; reading a large engine twice would double the wait.
         read_engine_config(self.engine_dir, verify_files=False)
+        self._observation.check()
         installation = find_tritonserver(self._tritonserver)
         self._ports = _reserve_ports(self.host, self._asked_ports)
         try:
