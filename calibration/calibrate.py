@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,12 @@ import numpy as np
 
 from adaptive_k_moe.calibration import bootstrap
 from adaptive_k_moe.calibration.bootstrap import Interval
+from adaptive_k_moe.calibration.by_layer import Damage
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
-from adaptive_k_moe.calibration.search import (
-    ADAPTIVE_KINDS,
-    Budget,
-    Damage,
-    Kind,
-    Laboratory,
-    Measured,
-    Search,
-    best_of,
-    default_k_values,
-    static,
-)
+from adaptive_k_moe.calibration.laboratory import Budget, Kind, Laboratory, Measured, static
+from adaptive_k_moe.calibration.routers import RouterTraces, can_collect, collect_routers
+from adaptive_k_moe.calibration.search import ADAPTIVE_KINDS, ROUTER_KINDS, Search, best_of, default_k_values
 from adaptive_k_moe.calibration.timing import Timing, time_policies
 from adaptive_k_moe.calibration.traces import EvaluationCache, Traces, collect, engine_fingerprint
 from adaptive_k_moe.calibration.windows import Windows
@@ -41,7 +33,11 @@ CURVE_KINDS: tuple[Kind, ...] = (
     "entropy",
     "entropy_per_layer",
     "top_p",
+    "top_p_per_layer",
     "ratio",
+    "ratio_per_layer",
+    "contribution",
+    "contribution_per_layer",
 )
 
 
@@ -112,6 +108,7 @@ class Calibration:
         budget_met: on the reported part: "yes", "no", or "undecided" where the budget is inside the interval.
         damage: by layer and entropy band.
         k_values: the values of k used.
+        expert_norms: [L][E] that policies of the kind `contribution` were measured with; None where they cannot be.
         fit_traces: the full model's, on the fitted part.
     """
 
@@ -124,6 +121,7 @@ class Calibration:
     budget_met: str
     damage: Damage
     k_values: list[int]
+    expert_norms: list[list[float]] | None
     fit_traces: Traces
     fit: Windows
     heldout: Windows
@@ -146,6 +144,7 @@ class Calibration:
             "budget": {name: value for name, value in self.budget._asdict().items() if value is not None},
             "budget_met_on_heldout": self.budget_met,
             "k_values": self.k_values,
+            "expert_norms": self.expert_norms,
             "texts": self.fit.names,
             "window": self.fit.window,
             "fit_windows": len(self.fit),
@@ -182,7 +181,8 @@ def calibrate(
     budget: Budget,
     *,
     work_dir: Path,
-    kinds: Sequence[Kind] = ADAPTIVE_KINDS,
+    kinds: Sequence[Kind] | None = None,
+    expert_norms: list[list[float]] | None = None,
     k_values: Sequence[int] | None = None,
     name: str = "balanced",
     num_bands: int = 6,
@@ -202,7 +202,9 @@ def calibrate(
         heldout: the text to report on.
         budget: average k or rise of perplexity.
         work_dir: keeps traces and scores.
-        kinds: kinds to choose among, by their damage on `fit`.
+        kinds: kinds to choose among, by their damage on `fit`; None is every adaptive one that the engine can be
+            calibrated for.
+        expert_norms: [L][E] that policies measured before go with; None measures them on `fit`.
         k_values: rising, the trained top-k last; None is `default_k_values`.
         name: the policy's.
         num_bands: entropy bands in each layer.
@@ -217,12 +219,19 @@ def calibrate(
     full_k = evaluator.full_k
     check_budget(budget, full_k)
     report = report or _ignore
+    usable = can_collect(evaluator)
+    if kinds is None:
+        kinds = [kind for kind in ADAPTIVE_KINDS if usable or kind not in ROUTER_KINDS]
+    routers = None
+    if usable or any(kind in ROUTER_KINDS for kind in kinds):
+        routers = _routers(evaluator, fit, work_dir / "fitted", expert_norms, report)
     fit_traces, on_fit = _laboratory(evaluator, fit, work_dir / "fitted", "fitted", report)
     _, on_heldout = _laboratory(evaluator, heldout, work_dir / "reported", "reported", report)
     search = Search(
         on_fit,
         fit_traces.entropy,
         k_values or default_k_values(full_k),
+        routers=routers,
         num_bands=num_bands,
         refine_passes=refine_passes,
     )
@@ -244,7 +253,8 @@ def calibrate(
     # The opponent gets no fewer experts than the chosen policy really uses.
     opponent = search.opponent(chosen.scores.avg_k)
     candidates = [point(found, found.candidate.kind) for found in found_by_kind]
-    curves = [point(found, label) for label, found in _curves(search, curve_points, report)]
+    curve_kinds = [kind for kind in CURVE_KINDS if routers is not None or kind not in ROUTER_KINDS]
+    curves = [point(found, label) for label, found in _curves(search, curve_kinds, curve_points, report)]
     timings: list[Timing] = []
     if curves and timing_rounds:
         policies = {p.name: p.policy for p in curves if p.policy is not None}
@@ -268,6 +278,7 @@ def calibrate(
         budget_met=budget_met(chosen_point, budget),
         damage=search.damage,
         k_values=search.k_values,
+        expert_norms=evaluator.expert_norms,
         fit_traces=fit_traces,
         fit=fit,
         heldout=heldout,
@@ -277,6 +288,20 @@ def calibrate(
 def _ignore(what: str, done: int, total: int | None) -> None:
     """Tell nobody."""
     del what, done, total
+
+
+def _routers(
+    evaluator: Evaluator, fit: Windows, directory: Path, expert_norms: list[list[float]] | None, report: Report
+) -> RouterTraces:
+    """The fitted part's routers; the norms known already, or else those measured, become the evaluator's."""
+    routers = collect_routers(
+        evaluator, fit, directory, progress=lambda done: report("routers and expert norms", done, len(fit))
+    )
+    if expert_norms is not None:
+        evaluator.expert_norms = expert_norms
+        return replace(routers, norms=evaluator.tables({}).expert_norms.astype(np.float64))
+    evaluator.expert_norms = routers.norms.tolist()
+    return routers
 
 
 def _laboratory(
@@ -301,15 +326,15 @@ def _laboratory(
     return traces, laboratory
 
 
-def _curves(search: Search, count: int, report: Report) -> list[tuple[str, Measured]]:
-    """Every kind at the same budgets, from the lowest k to the full."""
+def _curves(search: Search, kinds: Sequence[Kind], count: int, report: Report) -> list[tuple[str, Measured]]:
+    """The kinds at the same budgets, from the lowest k to the full."""
     if count < 1:
         return []
     lowest, full_k = search.k_values[0], search.k_values[-1]
     targets = np.linspace(lowest, full_k, count + 2)[1:-1]
     found: list[tuple[str, Measured]] = []
     for index, target in enumerate(targets):
-        for kind in CURVE_KINDS:
+        for kind in kinds:
             report(f"curves: {kind.replace('_', ' ')}", index, len(targets))
             if kind != "static":
                 found.append((f"{kind} {target:.2f}", search.find(kind, Budget(avg_k=float(target)), refined=False)))

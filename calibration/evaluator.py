@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,6 +120,9 @@ class Evaluator:
     Args:
         engine_dir: a directory written by `adaptive-k build`.
         num_threads: CPU threads; None is all.
+
+    Attributes:
+        expert_norms: [L][E] for the policies that are evaluated; the engine's own unless calibration measures others.
     """
 
     def __init__(self, engine_dir: str | Path, *, num_threads: int | None = None) -> None:
@@ -128,7 +132,33 @@ class Evaluator:
 
         self.config: EngineConfig = read_engine_config(engine_dir)
         self.tokenizer = Tokenizer.from_dir(engine_dir)
-        self.session: Session = create_session(engine_dir, self.config, num_threads=num_threads)
+        self.expert_norms = self.config.adaptive_k.expert_norms
+        self._engine_dir = engine_dir
+        self._num_threads = num_threads
+        self._session: Session | None = create_session(engine_dir, self.config, num_threads=num_threads)
+
+    @property
+    def session(self) -> Session:
+        """The engine's session; one that was closed is opened again."""
+        from adaptive_k_moe.runtime.session import create_session
+
+        if self._session is None:
+            self._session = create_session(self._engine_dir, self.config, num_threads=self._num_threads)
+        return self._session
+
+    @contextmanager
+    def with_session(self, kind: Callable[..., Session]) -> Iterator[Session]:
+        """Run everything on another session of the engine; the own one is closed first, since two may be too large.
+
+        Args:
+            kind: called with the engine directory, its configuration and `num_threads`.
+        """
+        self.close()
+        self._session = kind(self._engine_dir, self.config, num_threads=self._num_threads)
+        try:
+            yield self._session
+        finally:
+            self.close()
 
     @property
     def full_k(self) -> int:
@@ -141,8 +171,10 @@ class Evaluator:
         return self.config.pretrained_config.num_moe_layers
 
     def close(self) -> None:
-        """Free the engine."""
-        self.session.close()
+        """Free the engine; it is opened again where it is needed again."""
+        if self._session is not None:
+            self._session.close()
+        self._session = None
 
     def __enter__(self) -> Evaluator:
         return self
@@ -153,8 +185,8 @@ class Evaluator:
         self.close()
 
     def tables(self, policies: Mapping[str, Policy]) -> PolicyTables:
-        """Policies as the engine's inputs; row 0 is `full`."""
-        return policy_tables(self.config, policies)
+        """Policies as the engine's inputs, with `expert_norms`; row 0 is `full`."""
+        return policy_tables(self.config, policies, self.expert_norms)
 
     def check_window(self, window: int) -> None:
         """Refuse windows that the engine cannot read in one step.
@@ -274,7 +306,9 @@ class Evaluator:
         return Scores(nll, kl, agreement, k)
 
 
-def policy_tables(config: EngineConfig, policies: Mapping[str, Policy]) -> PolicyTables:
+def policy_tables(
+    config: EngineConfig, policies: Mapping[str, Policy], expert_norms: list[list[float]] | None = None
+) -> PolicyTables:
     """Policies as an engine's inputs, `full` in row 0.
 
     Raises:
@@ -284,7 +318,8 @@ def policy_tables(config: EngineConfig, policies: Mapping[str, Policy]) -> Polic
     with warnings.catch_warnings():
         # A k above the trained top-k is capped, which whoever made the policy has been told.
         warnings.simplefilter("ignore", UserWarning)
-        fitted = model.fit_policies(PolicySet(policies={name: rule for name, rule in policies.items() if name != FULL}))
+        rules = {name: rule for name, rule in policies.items() if name != FULL}
+        fitted = model.fit_policies(PolicySet(policies=rules, expert_norms=expert_norms))
     return compile_policies(
         fitted,
         num_experts=model.num_experts,

@@ -31,7 +31,11 @@ COLOURS = {
     "entropy": "#9ecae1",
     "entropy_per_layer": "#1f77b4",
     "top_p": "#2ca02c",
+    "top_p_per_layer": "#98df8a",
     "ratio": "#d62728",
+    "ratio_per_layer": "#ff9896",
+    "contribution": "#9467bd",
+    "contribution_per_layer": "#c5b0d5",
 }
 LABELS = {
     "static": "static k",
@@ -40,7 +44,11 @@ LABELS = {
     "entropy": "entropy, one rule",
     "entropy_per_layer": "entropy by layer",
     "top_p": "top-p",
+    "top_p_per_layer": "top-p by layer",
     "ratio": "ratio",
+    "ratio_per_layer": "ratio by layer",
+    "contribution": "contribution",
+    "contribution_per_layer": "contribution by layer",
 }
 TEXT_WINDOWS = 4
 

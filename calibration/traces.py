@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +58,9 @@ def collect(evaluator: Evaluator, windows: Windows, directory: Path, *, progress
     identity = {"format": FORMAT, "engine": engine_fingerprint(evaluator), "tokens": windows.fingerprint()}
     manifest = directory / "traces.json"
     directory.mkdir(parents=True, exist_ok=True)
-    known = _read_json(manifest)
+    known = read_json(manifest)
     done = int(known.get("windows_done", 0)) if {name: known.get(name) for name in identity} == identity else 0
-    paths = {name: directory / f"{name}.npy" for name in shapes}
-    try:
-        files = {name: _open(path, "r+") for name, path in paths.items()}
-        usable = all((files[name].shape, files[name].dtype) == (s, np.dtype(d)) for name, (s, d) in shapes.items())
-    except (OSError, ValueError):
-        usable = False
-    if not usable or done == 0:
-        done = 0
-        manifest.unlink(missing_ok=True)
-        files = {name: _open(paths[name], "w+", dtype=dtype, shape=shape) for name, (shape, dtype) in shapes.items()}
+    files, done = open_arrays({name: directory / f"{name}.npy" for name in shapes}, shapes, manifest, done)
     if progress is not None:
         progress(done)
     if done < len(windows):
@@ -157,14 +149,40 @@ def top_tokens(log_probs: npt.NDArray[np.float32], count: int) -> Reference:
     return Reference(ids.astype(np.int32), take(log_probs, ids))
 
 
-def _open(path: Path, mode: str, **layout: Any) -> np.memmap[Any, Any]:
-    file: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode=mode, **layout)  # type: ignore[no-untyped-call]
-    return file
+def open_arrays(
+    paths: Mapping[str, Path], shapes: Mapping[str, tuple[tuple[int, ...], type[np.generic]]], manifest: Path, done: int
+) -> tuple[dict[str, np.memmap[Any, Any]], int]:
+    """Memory-mapped files of W windows each: those that are there, if they are whole, or else new ones.
+
+    Args:
+        paths: the files, by name.
+        shapes: their shapes and types.
+        manifest: the file that says how many windows are done; removed where the files begin anew.
+        done: what it says, 0 if it is of other data.
+
+    Returns:
+        The files, and how many windows of them are done.
+    """
+    try:
+        files = {name: _open(path, "r+") for name, path in paths.items()}
+        usable = all((files[name].shape, files[name].dtype) == (s, np.dtype(d)) for name, (s, d) in shapes.items())
+    except (OSError, ValueError):
+        usable = False
+    if usable and done:
+        return files, done
+    manifest.unlink(missing_ok=True)
+    return {name: _open(paths[name], "w+", dtype=dtype, shape=shape) for name, (shape, dtype) in shapes.items()}, 0
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _open(path: Path, mode: str, **layout: Any) -> np.memmap[Any, Any]:
+    file: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode=mode, **layout)  # type: ignore[no-untyped-call]
+    return file

@@ -11,10 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adaptive_k_moe.calibration.calibrate import Calibration
     from adaptive_k_moe.calibration.evaluator import Evaluator
-    from adaptive_k_moe.calibration.search import Budget
+    from adaptive_k_moe.calibration.laboratory import Budget
     from adaptive_k_moe.calibration.windows import Windows
 
-KINDS = ("entropy", "entropy_per_layer", "top_p", "ratio", "static", "static_per_layer")
+KINDS = (
+    "entropy",
+    "entropy_per_layer",
+    "top_p",
+    "top_p_per_layer",
+    "ratio",
+    "ratio_per_layer",
+    "contribution",
+    "contribution_per_layer",
+    "static",
+    "static_per_layer",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy_kind",
         nargs="+",
         choices=KINDS,
-        default=list(KINDS[:4]),
         help="kinds to choose among, by their damage on the fitted part (default: all adaptive ones)",
     )
     parser.add_argument(
@@ -87,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
                 _budget(args, evaluator.full_k),
                 work_dir=work_dir,
                 kinds=args.policy_kind,
+                expert_norms=known.expert_norms,
                 k_values=args.k_values,
                 name=args.policy_name,
                 num_bands=args.bands,
@@ -149,6 +160,8 @@ def table(result: Calibration) -> str:
 
 def policy_text(content: dict[str, Any]) -> str:
     """A policy file as a person would write it: one policy a line, one layer a line."""
+    content = dict(content)
+    norms = content.pop("expert_norms", None)
     policies = []
     for name, policy in content["policies"].items():
         layers = policy.get("layers")
@@ -161,7 +174,9 @@ def policy_text(content: dict[str, Any]) -> str:
         f"  {json.dumps(key)}: {json.dumps(value)},\n" for key, value in content.items() if key != "policies"
     )
     body = ",\n".join(policies)
-    return f'{{\n{rest}  "policies": {{\n{body}\n  }}\n}}\n'
+    rows = ",\n".join(f"    {json.dumps(layer)}" for layer in norms or [])
+    last = f',\n  "expert_norms": [\n{rows}\n  ]' if norms else ""
+    return f'{{\n{rest}  "policies": {{\n{body}\n  }}{last}\n}}\n'
 
 
 def _open(engine_dir: Path, num_threads: int | None) -> Evaluator:
@@ -197,7 +212,7 @@ def _texts(args: argparse.Namespace, evaluator: Evaluator) -> tuple[Windows, Win
 
 def _budget(args: argparse.Namespace, full_k: int) -> Budget:
     from adaptive_k_moe.calibration.errors import CalibrationError
-    from adaptive_k_moe.calibration.search import Budget
+    from adaptive_k_moe.calibration.laboratory import Budget
 
     if args.target_avg_k is not None:
         return Budget(avg_k=args.target_avg_k)
@@ -222,7 +237,7 @@ def _policy_file(known: Any, result: Calibration, evaluator: Evaluator, args: ar
     from adaptive_k_moe.policy import FULL, EntropyPolicy
 
     per_unit = 1 / math.log(2) if known.unit == "bits" else 1.0
-    content = known
+    content = known.model_copy(update={"expert_norms": result.expert_norms})
     for point in (result.chosen,) if args.no_opponent else (result.chosen, result.opponent):
         rule = point.policy.model_dump(mode="json", exclude_none=True)  # type: ignore[union-attr]
         if isinstance(point.policy, EntropyPolicy):

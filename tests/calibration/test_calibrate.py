@@ -14,7 +14,7 @@ from adaptive_k_moe.calibration import bootstrap
 from adaptive_k_moe.calibration.calibrate import Calibration, calibrate
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator
-from adaptive_k_moe.calibration.search import Budget
+from adaptive_k_moe.calibration.laboratory import Budget
 from adaptive_k_moe.calibration.traces import EvaluationCache, collect
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.cli import main

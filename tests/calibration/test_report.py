@@ -14,7 +14,7 @@ import pytest
 from adaptive_k_moe.calibration import report
 from adaptive_k_moe.calibration.calibrate import calibrate
 from adaptive_k_moe.calibration.evaluator import Evaluator
-from adaptive_k_moe.calibration.search import Budget
+from adaptive_k_moe.calibration.laboratory import Budget
 from adaptive_k_moe.calibration.windows import make_windows, split
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

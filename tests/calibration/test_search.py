@@ -9,24 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adaptive_k_moe.calibration.by_layer import Damage, entropy_plan, static_path
 from adaptive_k_moe.calibration.calibrate import check_budget
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Scores
-from adaptive_k_moe.calibration.search import (
-    Budget,
-    Candidate,
-    Damage,
-    LayerPlan,
-    Measured,
-    Search,
-    check_k_values,
-    choices_at,
-    default_k_values,
-    shapes,
-    solve,
-    static,
-    static_path,
-)
+from adaptive_k_moe.calibration.families import choices_at, shapes
+from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Measured, static
+from adaptive_k_moe.calibration.search import Search, check_k_values, default_k_values
+from adaptive_k_moe.calibration.solve import solve
 from adaptive_k_moe.policy import EntropyPolicy, FixedPolicy, Policy
 
 LAYERS, FULL_K = 3, 2
@@ -125,7 +115,7 @@ def test_an_opponent_never_has_fewer_experts_and_a_candidate_never_more(search: 
 def test_the_filling_order_takes_thresholds_up_never_down(search: Search) -> None:
     before = [(0.0,)] * LAYERS
     for x in np.linspace(0, 1, 23):
-        now = search.plan.quantiles(float(x))
+        now = search.plan("entropy_per_layer").quantiles(float(x))
         assert all(new >= old for new, old in zip(now, before, strict=True))
         before = now
     assert before == [(1.0,)] * LAYERS
@@ -155,7 +145,7 @@ def test_three_values_of_k_by_layer() -> None:
     entropy = rng.uniform(0, 3, size=(4, 50, 2)).astype(np.float32)
     kl = np.cumsum(rng.uniform(0.01, 0.1, size=(2, 5, 2))[..., ::-1], axis=-1)[..., ::-1]
     saved = np.broadcast_to(np.array([4, 2]) / 10, (2, 5, 2))
-    plan = LayerPlan(Damage(np.empty((2, 4)), kl, saved), entropy, [2, 4, 6])
+    plan = entropy_plan(Damage(np.empty((2, 4)), kl, saved), entropy, [2, 4, 6])
     slopes = [segment.slope for segment in plan.segments]
     assert slopes == sorted(slopes)
     for x in np.linspace(0, 1, 9):

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Candidates and their measurement: one policy, one pass over a text, each made once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from adaptive_k_moe.calibration.evaluator import Evaluator, Reference, Scores, random_rows
+from adaptive_k_moe.calibration.traces import EvaluationCache
+from adaptive_k_moe.calibration.windows import Windows
+from adaptive_k_moe.policy import ContributionPolicy, FixedPolicy, Policy
+
+Kind = Literal[
+    "entropy",
+    "entropy_per_layer",
+    "top_p",
+    "top_p_per_layer",
+    "ratio",
+    "ratio_per_layer",
+    "contribution",
+    "contribution_per_layer",
+    "static",
+    "static_per_layer",
+    "random",
+]
+
+DECIMALS = 4
+"""Thresholds are rounded before they are measured, so that the file says what was measured."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy with the kind it was made as; `random` is a control that no policy file can express.
+
+    Attributes:
+        kind: how it decides.
+        policy: the rule; for `random` the rule of the tokens that were drawn.
+        share: `random` only: share of the tokens drawn, the others run the trained top-k.
+        seed: `random` only: of the draw.
+    """
+
+    kind: Kind
+    policy: Policy
+    share: float | None = None
+    seed: int = 0
+
+    def key(self) -> str:
+        """A description that is equal for equal candidates, whatever kind they were made as."""
+        content: dict[str, Any] = self.policy.model_dump(mode="json", exclude_none=True)
+        if self.share is not None:
+            content["random"] = [self.share, self.seed]
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate and its scores."""
+
+    candidate: Candidate
+    scores: Scores
+
+
+class Laboratory:
+    """Measures candidates on one text, each once.
+
+    Args:
+        evaluator: the engine.
+        windows: the text.
+        reference: the full model's predictions of it.
+        cache: scores from before.
+        on_evaluation: called before each pass over the text, with what is measured.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        windows: Windows,
+        reference: Reference,
+        cache: EvaluationCache,
+        *,
+        on_evaluation: Callable[[str], None] | None = None,
+    ) -> None:
+        self.evaluator = evaluator
+        self.windows = windows
+        self._reference = reference
+        self._cache = cache
+        self._on_evaluation = on_evaluation
+        self.passes = 0
+
+    def measure(self, candidate: Candidate) -> Measured:
+        """A candidate's scores, from the cache or by a pass over the text."""
+        key = candidate.key()
+        if isinstance(candidate.policy, ContributionPolicy):
+            key += json.dumps(self.evaluator.expert_norms)
+        scores = self._cache.get(key)
+        if scores is None:
+            if self._on_evaluation is not None:
+                self._on_evaluation(candidate.kind.replace("_", " "))
+            rows: int | npt.NDArray[np.int32] = 1
+            policies: dict[str, Policy] = {"candidate": candidate.policy}
+            if candidate.share is not None:
+                policies["others"] = FixedPolicy(kind="fixed", k=self.evaluator.full_k)
+                rows = random_rows(self.windows.tokens.shape, candidate.share, candidate.seed)
+            tables = self.evaluator.tables(policies)
+            scores = self.evaluator.scores(self.windows, tables, rows, self._reference)
+            self._cache.put(key, scores)
+            self.passes += 1
+        return Measured(candidate, scores)
+
+    def full(self) -> Measured:
+        """The trained top-k."""
+        return self.measure(static(self.evaluator.full_k))
+
+
+class Budget(NamedTuple):
+    """What a policy may use or cost; exactly one is set.
+
+    Attributes:
+        avg_k: mean experts run for a token in a layer.
+        perplexity_increase: share by which perplexity may rise.
+    """
+
+    avg_k: float | None = None
+    perplexity_increase: float | None = None
+
+
+def static(k: int) -> Candidate:
+    """The same k everywhere."""
+    return Candidate("static", FixedPolicy(kind="fixed", k=k))

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the full model's routers chose on a text, and how much each expert's output weighs.
+
+Both are read off an engine whose session also shows what the operator of each MoE layer was given: the hidden states
+and the router's logits. An expert's output is the operator's own, for a token that runs that expert alone. Collected
+once, streamed to disk, and completed where a run was cut off, as traces are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+from adaptive_k_moe.calibration.errors import CalibrationError
+from adaptive_k_moe.calibration.evaluator import Evaluator, Progress
+from adaptive_k_moe.calibration.traces import engine_fingerprint, open_arrays, read_json, write_json
+from adaptive_k_moe.calibration.windows import Windows
+from adaptive_k_moe.engine_config import MoeConfig
+from adaptive_k_moe.policy import KIND_ENTROPY
+from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
+
+FORMAT = 1
+"""Changes whenever old files could not be read any more."""
+
+DECIMALS = 4
+"""Norms are rounded before anything is measured with them, so that the policy file says what was measured."""
+
+_OPERATOR = "AdaptiveKMoe"
+_PROBED = {"hidden_states": 0, "router_logits": 1}
+_UP, _DOWN, _CORRECTION_BIAS = 6, 7, 8
+
+
+@dataclass(frozen=True, eq=False)
+class RouterTraces:
+    """The full model's choices, in memory-mapped files. W windows of n tokens, L layers, K the trained top-k.
+
+    Attributes:
+        scores: [W, n, L, K] scores of the selected experts, best first.
+        experts: [W, n, L, K] which they are.
+        total: [W, n, L] sum of all experts' scores.
+        norms: [L, E] mean L2 norm of each expert's output over the tokens that run it; each layer's mean is 1, and
+            so is the norm of an expert that no token ran.
+    """
+
+    scores: npt.NDArray[np.float32]
+    experts: npt.NDArray[np.int32]
+    total: npt.NDArray[np.float32]
+    norms: npt.NDArray[np.float64]
+
+
+def can_collect(evaluator: Evaluator) -> bool:
+    """Whether the engine's session can show what its operators are given."""
+    return evaluator.config.build_config.target == "openvino"
+
+
+def collect_routers(
+    evaluator: Evaluator, windows: Windows, directory: Path, *, progress: Progress | None = None
+) -> RouterTraces:
+    """The routers' traces: read from `directory`, completed where a run was cut off, or made.
+
+    Args:
+        evaluator: the engine; its session is closed meanwhile.
+        windows: W windows of n tokens.
+        directory: this text's own; made if missing.
+        progress: called with the number of windows that are there.
+
+    Raises:
+        CalibrationError: the engine is not of the target openvino.
+    """
+    model = evaluator.config.pretrained_config
+    if not can_collect(evaluator):
+        raise CalibrationError(
+            f"expert norms are measured on an engine of the target openvino, and this one's is "
+            f"{evaluator.config.build_config.target}: calibrate such an engine, and take its policy file for this one."
+        )
+    lead = (len(windows), windows.window, model.num_moe_layers)
+    shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+        "scores": ((*lead, evaluator.full_k), np.float32),
+        "experts": ((*lead, evaluator.full_k), np.int32),
+        "total": (lead, np.float32),
+    }
+    identity = {"format": FORMAT, "engine": engine_fingerprint(evaluator), "tokens": windows.fingerprint()}
+    manifest = directory / "routers.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    known = read_json(manifest)
+    done = int(known.get("windows_done", 0)) if {name: known.get(name) for name in identity} == identity else 0
+    paths = {name: directory / f"router_{name}.npy" for name in shapes}
+    files, done = open_arrays(paths, shapes, manifest, done)
+    layers = (model.num_moe_layers, model.num_experts)
+    sums, counts = (np.array(known[name]) if done else np.zeros(layers) for name in ("norm_sums", "counts"))
+    if progress is not None:
+        progress(done)
+    if done < len(windows):
+        with evaluator.with_session(RouterProbe) as probe:
+            assert isinstance(probe, RouterProbe)
+            for batch in evaluator.batches(windows, evaluator.tables({}), 0, start=done):
+                for layer in range(model.num_moe_layers):
+                    seen = probe.look(layer, evaluator.full_k)
+                    for name in shapes:
+                        file = files[name][batch.windows]
+                        file[:, :, layer] = getattr(seen, name).reshape(file[:, :, layer].shape)
+                    np.add.at(sums[layer], seen.experts, seen.norms)
+                    np.add.at(counts[layer], seen.experts, 1)
+                for array in files.values():
+                    array.flush()
+                content = {"windows_done": batch.windows.stop, "norm_sums": sums.tolist(), "counts": counts.tolist()}
+                write_json(manifest, {**identity, **content})
+                if progress is not None:
+                    progress(batch.windows.stop)
+    return RouterTraces(files["scores"], files["experts"], files["total"], relative_norms(sums, counts))
+
+
+def relative_norms(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Mean norms, [L, E], divided by their layer's mean over the experts that were run.
+
+    Args:
+        sums: [L, E] of the norms of each expert's outputs.
+        counts: [L, E] tokens that ran it.
+    """
+    ran = counts > 0
+    means = np.divide(sums, counts, out=np.zeros_like(sums), where=ran)
+    layer_means = means.sum(axis=1, keepdims=True) / np.maximum(ran.sum(axis=1, keepdims=True), 1)
+    # A layer whose experts add nothing at all has no norms to tell them apart by.
+    usable = ran & (layer_means > 0)
+    relative = np.divide(means, layer_means, out=np.ones_like(means), where=usable)
+    return np.round(relative, DECIMALS)
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """One layer in one step of T tokens, as in `RouterTraces`; `norms` [T, K] are of the single outputs."""
+
+    scores: npt.NDArray[np.float32]
+    experts: npt.NDArray[np.int32]
+    total: npt.NDArray[np.float32]
+    norms: npt.NDArray[np.float64]
+
+
+class RouterProbe(OpenVinoSession):
+    """A session that shows what each MoE layer's operator was given in the last step."""
+
+    def look(self, layer: int, top_k: int) -> _Seen:
+        """What the router of one MoE layer chose in the last step, at the trained top-k."""
+        from adaptive_k_moe.plugin import route
+
+        moe = self._config.pretrained_config.moe
+        hidden, logits = (self._request.get_tensor(_probe_name(layer, name)).data for name in _PROBED)
+        weights = self._weights[layer]
+        tokens = len(logits)
+        tables = _fixed(tokens, top_k)
+        rules = {"scoring": moe.scoring, "n_group": moe.n_group, "topk_group": moe.topk_group}
+        routing = route(logits, *tables, correction_bias=weights.correction_bias, norm_topk_prob=False, **rules)
+        experts = routing.experts[:, :top_k]
+        outputs = weights.run(np.repeat(hidden, top_k, axis=0), experts.ravel(), moe)
+        norms = np.linalg.norm(outputs.astype(np.float64), axis=1).reshape(tokens, top_k)
+        return _Seen(routing.weights[:, :top_k], experts, _scores(logits, moe).sum(axis=1), norms)
+
+    def _prepare(self, graph: Any) -> None:
+        operators = [node for node in graph.get_ordered_ops() if node.get_type_name() == _OPERATOR]
+        self._weights = [_ExpertWeights(node, self._config.pretrained_config.moe) for node in operators]
+        for layer, node in enumerate(operators):
+            for name, index in _PROBED.items():
+                port = node.input_value(index)
+                port.get_tensor().add_names({_probe_name(layer, name)})
+                graph.add_outputs([port])
+
+
+class _ExpertWeights:
+    """One layer's experts, where they lie in the engine."""
+
+    def __init__(self, node: Any, moe: MoeConfig) -> None:
+        self._node = node  # keeps the constants alive
+        self._up, self._down = (_constant(node, index) for index in (_UP, _DOWN))
+        self.correction_bias = _constant(node, _CORRECTION_BIAS) if moe.correction_bias else None
+
+    def run(
+        self, hidden: npt.NDArray[np.float32], experts: npt.NDArray[np.int32], moe: MoeConfig
+    ) -> npt.NDArray[np.float32]:
+        """Each token's output of the one expert named beside it, [T, H]."""
+        from adaptive_k_moe.plugin import moe as run_operator
+
+        logits = np.full((len(hidden), moe.num_experts), -np.inf, np.float32)
+        np.put_along_axis(logits, experts[:, None].astype(np.int64), 0.0, axis=1)
+        tables = _fixed(len(hidden), 1)
+        return run_operator(hidden, logits, *tables, self._up, self._down, activation=moe.activation)[0]
+
+
+def _constant(node: Any, index: int) -> npt.NDArray[Any]:
+    """A weight of the operator; bfloat16 ones are kept as bytes."""
+    data: npt.NDArray[Any] = node.input_value(index).get_node().data
+    return data.view(ml_dtypes.bfloat16) if data.dtype == np.uint8 else data
+
+
+def _probe_name(layer: int, name: str) -> str:
+    return f"probe.{layer}.{name}"
+
+
+def _fixed(tokens: int, k: int) -> tuple[npt.NDArray[Any], ...]:
+    """The operator's policy inputs for the same k at every token."""
+    kinds = np.full(1, KIND_ENTROPY, np.int32)
+    return np.zeros(tokens, np.int32), kinds, np.zeros((1, 0), np.float32), np.full((1, 1), k, np.int32)
+
+
+def _scores(logits: npt.NDArray[np.float32], moe: MoeConfig) -> npt.NDArray[np.float32]:
+    """[T, E] the operator's scores."""
+    if moe.scoring == "sigmoid":
+        return (1 / (1 + np.exp(-logits.astype(np.float64)))).astype(np.float32)
+    shifted = np.exp(logits - logits.max(axis=1, keepdims=True))
+    scores: npt.NDArray[np.float32] = shifted / shifted.sum(axis=1, keepdims=True)
+    return scores
