@@ -324,16 +324,8 @@ PUBLISHED = {
 }
 # Of MixtureOfExperts and PretrainedModel.
 EXPERTS_OPTIONS = [
-    "moe_config",
-    "hidden_size",
-    "ffn_hidden_size",
-    "hidden_act",
-    "mapping",
-    "bias",
-    "dtype",
-    "tp_group",
-    "tp_size",
-    "quant_mode",
+    *("moe_config", "hidden_size", "ffn_hidden_size", "hidden_act", "mapping"),
+    *("bias", "dtype", "tp_group", "tp_size", "quant_mode"),
 ]
 EXPERTS_FORWARD = ["hidden_states", "lora_layer_params", "all_reduce_params", "last_local_layer_residual"]
 EXPERTS_ATTRIBUTES = {"router", "fc", "proj", "hidden_act", "forward_allreduce"}
