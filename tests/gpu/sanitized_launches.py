@@ -12,9 +12,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_device import Gpu
+from gpu_mamba import run
 
 from cuda_cases import check_all, make_inputs  # isort: skip
 from cuda_launcher import Layer  # isort: skip
+from cuda_mamba import CASES, check, make  # isort: skip
 
 LAYERS = [
     Layer(5, 40, 24, 5, path="decode"),
@@ -31,4 +33,8 @@ gpu = Gpu()
 for seed, layer in enumerate(LAYERS):
     inputs, exact = make_inputs(layer, seed)
     check_all(layer, exact, gpu.run(layer, inputs))
+for seed, case in enumerate(CASES):
+    element = ("float16", "bfloat16", "float32")[seed % 3]
+    given, rounded = make(case, element, seed)
+    check(case, rounded, element, run(gpu, case, given, element))
 print("clean")
