@@ -51,8 +51,10 @@ ENV PATH=/opt/adaptive_k/bin:${PATH} \
     ADAPTIVE_K_TENSORRT_LIBRARY=/opt/adaptive_k/lib/libadaptive_k_tensorrt.so \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
-# Fails here and not later if the two images' Pythons differ.
-RUN ["python3", "-c", "import adaptive_k_moe.plugin, google.protobuf, numpy, openvino, tritonclient.grpc"]
+# Fails here and not later if the two images' Pythons or libraries do not fit together. None of it needs a GPU: the
+# last one only finds CUDA's runtime library.
+RUN ["python3", "-c", "import adaptive_k_moe.plugin, numpy, openvino, tensorrt, tritonclient.grpc"]
+RUN ["python3", "-c", "from cuda.bindings import runtime; runtime.cudaGetDeviceCount()"]
 # NVIDIA's own user in this image, triton-server.
 USER 1000:1000
 WORKDIR /tmp

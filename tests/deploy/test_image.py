@@ -110,6 +110,15 @@ def test_what_builds_is_what_the_package_asks_for() -> None:
     assert f"nvidia-cutlass=={pins['nvidia-cutlass']}" in (REPOSITORY / "Makefile").read_text()
 
 
+def test_what_the_image_imports_is_what_it_has() -> None:
+    """The image checks itself as it is built; all but TensorRT is here, too."""
+    (line,) = [line for line in instructions("RUN") if "import adaptive_k_moe" in line]
+    program, option, code = json.loads(line)
+    assert (program, option) == ("python3", "-c")
+    assert " tensorrt," in code
+    subprocess.run([sys.executable, option, code.replace(" tensorrt,", "")], check=True)
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA toolkit is not here")
 def test_the_plugin_configures_from_what_was_copied(tmp_path: Path) -> None:
     """CMake stops at a source or a folder that is missing; NvInfer.h is that of the tests."""
