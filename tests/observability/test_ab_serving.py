@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
+import signal
 import sqlite3
 import time
 import urllib.request
@@ -154,7 +157,7 @@ def test_a_variant_that_harms_quality_is_stopped_and_stays_so(
     client: Client,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    options = ["--variant", "control=full", "--variant", "less=top1:1", "--variant", "same=full"]
+    options = ["--variant", "control=full", "--variant", "less=top1:1", "--variant", "same=full:0.2"]
     name = experiment(*options, "--score_share", "1", "--guardrail", "quality:0.005")
     test = ABTest(ab_db, name)
     harmed = [f"user {index}" for index in range(100) if test.assign_variant("", user=f"user {index}") == "less"]
@@ -178,26 +181,40 @@ def test_a_variant_that_harms_quality_is_stopped_and_stays_so(
     assert answer.variant == "control" and answer.avg_k == 2.0
 
     # Another server on the same file, as after a restart, stops it too, and what it took counts for nobody.
-    counted = "SELECT sum(count) FROM sums JOIN variants ON variants.id = variant WHERE metric = 'latency'"
-    with (
-        TritonServer(
-            server.engine_dir,
-            http_port=0,
-            grpc_port=0,
-            metrics_port=0,
-            log_file=server.engine_dir.parent / "second.log",
-            num_threads=1,
-            observation=ObservationOptions(ab_db=str(ab_db)),
-        ) as second,
-        Client(second.grpc_url, timeout=60) as other,
-    ):
-        before = rows(ab_db, counted)[0][0]
-        assert {ask(other, user=user).variant for user in harmed[2:8]} == {"control"}
+    second = TritonServer(
+        server.engine_dir,
+        http_port=0,
+        grpc_port=0,
+        metrics_port=0,
+        log_file=server.engine_dir.parent / "second.log",
+        num_threads=1,
+        observation=ObservationOptions(ab_db=str(ab_db)),
+    )
+    with second, Client(second.grpc_url, timeout=60) as other:
+        counted = "SELECT sum(count) FROM sums JOIN variants ON variants.id = variant WHERE metric = 'latency'"
         total = "SELECT count(*) FROM requests"
-        num_rows = rows(ab_db, total)[0][0]
-        ask(other, user=harmed[8])
-        assert eventually(lambda: rows(ab_db, total)[0][0] > num_rows)
+        before, num_rows = rows(ab_db, counted)[0][0], rows(ab_db, total)[0][0]
+        assert {ask(other, user=user).variant for user in harmed[2:8]} == {"control"}
+        assert eventually(lambda: rows(ab_db, total)[0][0] == num_rows + 6)
         assert rows(ab_db, counted)[0][0] == before
+
+        # Both at work at once, until this one is killed.
+        num_rows += 6
+        assert second.pid is not None
+        with ThreadPoolExecutor(6) as pool:
+            done = list(pool.map(lambda index: ask((client, other)[index % 2], user=f"late {index}"), range(60)))
+            assert eventually(lambda: rows(ab_db, total)[0][0] == num_rows + 60)
+            more = [pool.submit(ask, (client, other)[index % 2], user=f"later {index}") for index in range(60)]
+            time.sleep(0.1)
+            os.killpg(second.pid, signal.SIGKILL)
+            failed = sum(future.exception() is not None for future in more)
+    assert len(done) == 60 and all(answer.variant in ("control", "same") for answer in done)
+    assert eventually(lambda: rows(ab_db, total)[0][0] >= num_rows + 60 + 30)  # those of the server that lives
+    assert rows(ab_db, total)[0][0] <= num_rows + 120 and failed <= 30
+    assert rows(ab_db, "PRAGMA integrity_check") == [("ok",)]
+    in_rows = "SELECT count(*) FROM requests WHERE counted AND outcome IN ('stop', 'length')"
+    assert rows(ab_db, in_rows) == rows(ab_db, counted)
+    assert ask(client).variant is not None
     test.close()
     assert cli.main(["ab", "status", "--db", str(ab_db)]) == 0
     printed = capsys.readouterr().out
@@ -205,3 +222,22 @@ def test_a_variant_that_harms_quality_is_stopped_and_stays_so(
     assert cli.main(["ab", "status", "--db", str(ab_db), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert [variant["stop_reason"] is not None for variant in status["variants"]] == [False, True, False]
+
+
+def test_a_spoilt_file_is_a_sentence_in_the_log_and_the_server_goes_on(
+    server: TritonServer, client: Client, tmp_path: Path
+) -> None:
+    # The last test of this module: the file is of no use afterwards.
+    options = server._observation
+    assert options.ab_db is not None
+    spoilt = tmp_path / "spoilt"
+    spoilt.write_bytes(random.Random(1).randbytes(50_000))
+    for log in Path(options.ab_db).parent.glob("*-wal"):
+        log.unlink()  # SQLite would mend the file from it
+    shutil.move(spoilt, options.ab_db)
+    sentence = f"the A/B database {options.ab_db} cannot be opened: file is not a database."
+    assert eventually(lambda: sentence in server.log_tail)
+    answers = [ask(client, user=f"user {index}") for index in range(5)]
+    assert {answer.variant for answer in answers} == {None}
+    time.sleep(2.5)
+    assert server.log_tail.count(sentence) == 1
