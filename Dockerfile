@@ -53,8 +53,8 @@ ENV PATH=/opt/adaptive_k/bin:${PATH} \
     PYTHONUNBUFFERED=1
 # Fails here and not later if the two images' Pythons or libraries do not fit together. None of it needs a GPU: the
 # last one only finds CUDA's runtime library.
-RUN ["python3", "-c", "import adaptive_k_moe.plugin, numpy, openvino, tensorrt, tritonclient.grpc"]
-RUN ["python3", "-c", "from cuda.bindings import runtime; runtime.cudaGetDeviceCount()"]
+RUN python3 -c "import adaptive_k_moe.plugin, numpy, openvino, tensorrt, tritonclient.grpc" \
+    && python3 -c "from cuda.bindings import runtime; runtime.cudaGetDeviceCount()"
 # NVIDIA's own user in this image, triton-server.
 USER 1000:1000
 WORKDIR /tmp
