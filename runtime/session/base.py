@@ -2,9 +2,9 @@
 """What a session is: one loaded engine that runs one step over packed tokens.
 
 The scheduler, the sampler and everything above know only this interface; OpenVINO's session is in
-``openvino.py``, TensorRT's in ``tensorrt/``. T is the number of tokens in a step (all sequences packed one after another), S the
-number of sequences, N the number of rows whose logits are wanted, L the number of MoE layers, V the
-vocabulary.
+``openvino.py``, TensorRT's in ``tensorrt/``. T is the number of tokens in a step (all sequences packed one
+after another), S the number of sequences, N the number of rows whose logits are wanted, L the number of
+MoE layers, V the vocabulary.
 """
 
 from __future__ import annotations

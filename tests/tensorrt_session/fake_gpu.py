@@ -205,9 +205,15 @@ class Cudart:
             gpu.counts[name] = gpu.counts.get(name, 0) + 1
             if name in gpu.failures:
                 return gpu.failures.pop(name), None
-            if gpu.sticky is not None and name not in ("cudaGetErrorString",):
+            if gpu.sticky is not None and name != "cudaGetErrorString":
                 return gpu.sticky, None
-            allowed = ("cudaStreamEndCapture", "cudaMemcpyAsync", "cudaMemcpy2DAsync", "cudaMemsetAsync")
+            allowed = (
+                "cudaStreamEndCapture",
+                "cudaGetLastError",
+                "cudaMemcpyAsync",
+                "cudaMemcpy2DAsync",
+                "cudaMemsetAsync",
+            )
             if gpu.capturing is not None and name not in allowed:
                 gpu.misuse(f"{name} during capture")
                 return Error.cudaErrorStreamCaptureUnsupported, None
@@ -217,6 +223,9 @@ class Cudart:
 
     def cudaGetDeviceCount(self) -> Any:
         return Error.cudaSuccess, 1
+
+    def cudaGetLastError(self) -> Any:
+        return (self._gpu.sticky or Error.cudaSuccess,)
 
     def cudaGetErrorString(self, error: Error) -> Any:
         return Error.cudaSuccess, f"error {int(error)}".encode()

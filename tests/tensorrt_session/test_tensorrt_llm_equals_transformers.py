@@ -21,7 +21,9 @@ SHAPES = [
     Shape("shared expert, dense layer", {"mlp_only_layers": [0]}, "qwen2_moe"),
     Shape("norms of heads, window", {"sliding_window": 9, "use_sliding_window": True}, "qwen3_moe"),
     Shape("clipped", {"clip_qkv": 0.7}, "olmoe"),
-    Nemotron("nemotron", "ME*-ME", STATES),
+    Nemotron("every kind of layer", "ME*-ME", STATES),
+    Nemotron("no attention", "MEM-E", STATES),
+    Nemotron("experts alone", "E"),
 ]
 
 

@@ -76,6 +76,12 @@ def test_cuda_functions_have_the_parameters_that_the_fake_has(name: str) -> None
     assert list(inspect.signature(getattr(Cudart, name)).parameters)[1:] == real
 
 
+def test_handles_are_integers_and_back() -> None:
+    cudart = real_cudart()
+    for handle in (cudart.cudaStream_t, cudart.cudaEvent_t, cudart.cudaGraphExec_t):
+        assert int(handle(12345)) == 12345
+
+
 def test_every_call_reaches_the_driver() -> None:
     """Without one, each comes back with its absence: no call has a wrong number or type of arguments."""
     cudart = real_cudart()
@@ -105,7 +111,11 @@ def test_every_call_reaches_the_driver() -> None:
         "cudaStreamDestroy": lambda: cuda._call("cudaStreamDestroy", 4),
         "cudaEventDestroy": lambda: cuda._call("cudaEventDestroy", 3),
     }
-    assert {name.strip() for name in calls} | {"cudaGetErrorString", "cudaGetDeviceCount"} == cuda_functions()
+    assert {name.strip() for name in calls} | {
+        "cudaGetErrorString",
+        "cudaGetLastError",
+        "cudaGetDeviceCount",
+    } == cuda_functions()
     for name, call in calls.items():
         with pytest.raises(DeviceError, match=f"the GPU failed in {name.strip()}: .*driver"):
             call()

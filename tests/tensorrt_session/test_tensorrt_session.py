@@ -32,10 +32,8 @@ SIZES: dict[str, Any] = {"max_batch_size": 4, "max_seq_len": 48, "max_num_tokens
 STATES = {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2}
 SHAPES: dict[str, Shape | Nemotron] = {
     "mixtral": Shape("plain"),
-    "qwen2_moe": Shape("shared expert, dense layer", {"mlp_only_layers": [0]}, "qwen2_moe"),
     # States of whole multiples of 256 bytes, as those of the published model are.
     "nemotron": Nemotron("every kind of layer", "ME*-ME", STATES),
-    "mamba alone": Nemotron("no attention", "MEM-E", STATES),
 }
 LENGTHS = (47, 1, 2, 17, 33, 40, 21, 5)
 
@@ -173,7 +171,7 @@ class Schedule:
         assert (row, token) == (len(found.logits), len(found.k))
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_any_schedule_gives_each_sequence_what_it_gets_alone_on_a_cpu(model: Model, data: st.DataObject) -> None:
     """Chunks and single tokens mixed, some sequences pausing, slots taken over from others that left anything there."""
@@ -206,7 +204,7 @@ def make_scheduler(model: Model, session: Session, **limits: int) -> Engine:
     return Engine(session, model.tables, EngineLimits(**sizes), tokenizer=None, eos_token_ids=[2], full_k=3)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_requests_get_the_answers_of_the_cpu_session(model: Model, data: st.DataObject) -> None:
     draw = data.draw
@@ -266,10 +264,12 @@ def decode_once(model: Model, blocks: list[int], past: int = 3) -> StepOutput:
     )
 
 
-def test_the_second_decode_of_a_size_is_captured_and_replayed_from_then_on(model: Model) -> None:
+def test_the_third_decode_of_a_size_is_captured_and_replayed_from_then_on(model: Model) -> None:
     counts = model.gpu.counts
-    for blocks in ([0, 1, 2], [0, 1, 2]):  # warm, whatever ran before
+    for blocks in ([0, 1, 2], [0, 1, 2]):  # at most those before have run
         decode_once(model, blocks)
+        assert not model.gpu.misuses
+    decode_once(model, [2, 1, 0])
     before = dict(counts)
     for blocks in ([0, 1, 2], [3, 1, 0], [2, 1, 3]):
         decode_once(model, blocks)
@@ -282,8 +282,8 @@ def test_the_second_decode_of_a_size_is_captured_and_replayed_from_then_on(model
 
 def test_new_policies_take_the_place_of_the_old(model: Model) -> None:
     """More rows and more choices than before, without memory, without another capture."""
-    decode_once(model, [0, 1])
-    decode_once(model, [0, 1])
+    for _ in range(3):
+        decode_once(model, [0, 1])
     before = dict(model.gpu.counts)
     pretrained = model.config.pretrained_config
     policies = {f"p{k}": {"kind": "fixed", "k": k} for k in (1, 2)} | {

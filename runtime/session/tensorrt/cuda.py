@@ -149,6 +149,7 @@ class Cuda:
     def _allocate(self, function: str, size: int, *flags: int) -> Any:
         status, address = getattr(self._cudart, function)(size, *flags)
         if status == self._cudart.cudaError_t.cudaErrorMemoryAllocation:
+            self._cudart.cudaGetLastError()
             where = "the GPU has" if function == "cudaMalloc" else "the host has"
             raise DeviceMemoryError(f"{where} no room for another {size / 1e6:.1f} MB.")
         self._require(function, status)
@@ -161,5 +162,6 @@ class Cuda:
 
     def _require(self, function: str, status: Any) -> None:
         if int(status) != 0:
+            self._cudart.cudaGetLastError()  # or the next to ask would take it for its own
             reason = self._cudart.cudaGetErrorString(status)[1].decode()
             raise DeviceError(f"the GPU failed in {function}: {reason}.")

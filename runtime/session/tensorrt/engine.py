@@ -59,6 +59,7 @@ class TrtEngine:
                 f"TensorRT {trt.__version__} cannot load {path}: {self._logger.reason()}; an engine is for the "
                 "TensorRT and the kind of GPU that it was built with, so build it again here."
             )
+        self._contexts: list[Context] = []
         self._workspace_size = int(self._engine.device_memory_size_v2)
         self._workspace = cuda.allocate(self._workspace_size)
 
@@ -117,7 +118,15 @@ class TrtEngine:
         context.set_device_memory(self._workspace, self._workspace_size)
         if not context.set_optimization_profile_async(profile, stream):
             raise DeviceError(f"TensorRT refuses the profile {PROFILES[profile]!r}: {self._logger.reason()}.")
-        return Context(context, self._logger)
+        self._contexts.append(Context(context, self._logger))
+        return self._contexts[-1]
+
+    def close(self) -> None:
+        """Free the engine and its contexts, before the workspace that they use is freed."""
+        for own in self._contexts:
+            own.close()
+        self._contexts.clear()
+        self._engine = self._runtime = None
 
 
 class Context:
@@ -148,6 +157,10 @@ class Context:
         """
         if not self._context.execute_async_v3(stream):
             raise DeviceError(f"TensorRT cannot run the engine: {self._logger.reason()}.")
+
+    def close(self) -> None:
+        """Free it."""
+        self._context = None
 
 
 def _as_tensorrt_says(binding: Binding) -> tuple[bool, str, tuple[int, ...]]:

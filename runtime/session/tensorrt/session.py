@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,8 @@ from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
 from adaptive_k_moe.runtime.session.tensorrt.buffers import Cache, Mirror, PolicyBuffers, Readback
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Cuda, aligned, import_cudart
-from adaptive_k_moe.runtime.session.tensorrt.engine import Context, TrtEngine, import_tensorrt
+from adaptive_k_moe.runtime.session.tensorrt.decode import DecodeRunner
+from adaptive_k_moe.runtime.session.tensorrt.engine import TrtEngine, import_tensorrt
 from adaptive_k_moe.runtime.session.tensorrt.plan import (
     DECODE,
     PREFILL,
@@ -24,12 +25,10 @@ from adaptive_k_moe.runtime.session.tensorrt.plan import (
     plan_step,
 )
 from adaptive_k_moe.runtime.session.tensorrt.slots import SlotMap
-from adaptive_k_moe.runtime.telemetry import logger
 from adaptive_k_moe.tensorrt_bindings import (
     ALIGNMENT,
     ITEM_SIZES,
     Binding,
-    Shape,
     make_bindings,
     slots_that_cannot_be_bound,
 )
@@ -63,8 +62,7 @@ class TensorRtSession:
     def __init__(self, engine_dir: str | Path, config: EngineConfig, *, kv_cache_max_tokens: int | None = None) -> None:
         self._config = config
         self._lost: str | None = None
-        self._decode: dict[int, _Decode] = {}
-        self._use_graphs = True
+        self._engine: TrtEngine | None = None
         build = config.build_config
         self._num_slots = build.max_batch_size
         if kv_cache_max_tokens is not None:
@@ -79,9 +77,10 @@ class TensorRtSession:
             self._stream = self._cuda.make_stream()
             self._copy_stream = self._cuda.make_stream()
             self._computed = self._cuda.make_event()
-            self._engine: TrtEngine | None = TrtEngine(trt, Path(engine_dir) / ENGINE_NAME, self._cuda)
+            self._engine = TrtEngine(trt, Path(engine_dir) / ENGINE_NAME, self._cuda)
             self._engine.require(table)
-            self._prefill: Context | None = self._engine.create_context(PREFILL, self._stream)
+            self._prefill = self._engine.create_context(PREFILL, self._stream)
+            self._decode = DecodeRunner(self._engine, self._cuda, self._stream)
             self._allocate(table)
             self.set_policies(config.policy_tables())
         except DeviceMemoryError as error:
@@ -152,9 +151,8 @@ class TensorRtSession:
 
     def close(self) -> None:
         """See `Session.close`."""
-        # Contexts before the workspace that they use.
-        self._decode.clear()
-        self._prefill = self._engine = None
+        if self._engine is not None:
+            self._engine.close()
         self._cuda.close()
 
     # Memory
@@ -258,9 +256,8 @@ class TensorRtSession:
         shapes |= {cache.name: (execution.batch, *cache.slot_shape) for cache in self._caches}
         shapes = {name: shape for name, shape in shapes.items() if name in self._dynamic}
         if execution.profile == DECODE:
-            self._enqueue_decode(execution.batch, shapes, addresses)
+            self._decode.run(execution.batch, shapes, addresses)
         else:
-            assert self._prefill is not None
             self._prefill.bind(shapes, addresses)
             self._prefill.enqueue(self._stream)
 
@@ -271,40 +268,6 @@ class TensorRtSession:
         every = np.arange(len(execution.rows))
         self._records.fetch(k, every, output.k, execution.rows, self._copy_stream)
         self._records.fetch(entropy, every, output.entropy, execution.rows, self._copy_stream)
-
-    def _enqueue_decode(self, batch: int, shapes: dict[str, Shape], addresses: dict[str, int]) -> None:
-        """Decode `batch` sequences: as it is the first time, which warms TensorRT up, and as a CUDA graph from then on.
-
-        A context that was captured must not be changed any more, so each batch size has its own.
-        """
-        decode = self._decode.get(batch)
-        if decode is None:
-            assert self._engine is not None
-            decode = _Decode(self._engine.create_context(DECODE, self._stream))
-            decode.context.bind(shapes, addresses)
-            decode.context.enqueue(self._stream)
-            self._decode[batch] = decode
-            return
-        if decode.graph is None and self._use_graphs:
-            decode.graph = self._capture(decode.context)
-        if decode.graph is None:
-            decode.context.enqueue(self._stream)
-        else:
-            self._cuda.launch(decode.graph, self._stream)
-
-    def _capture(self, context: Context) -> int | None:
-        """The work of a context as a CUDA graph; None, and no more attempts, where it cannot be captured."""
-        try:
-            self._cuda.begin_capture(self._stream)
-            try:
-                context.enqueue(self._stream)
-            finally:
-                graph = self._cuda.end_capture(self._stream)
-        except DeviceError as error:
-            self._use_graphs = False
-            logger.warning("decode runs without CUDA graphs: %s", error)
-            return None
-        return graph
 
     def _settle(self, error: BaseException) -> None:
         """After a failure: wait for what is under way, so that the next step can begin; note if that fails, too."""
@@ -318,11 +281,3 @@ class TensorRtSession:
 
     def _lose(self, error: BaseException) -> None:
         self._lost = f"the GPU takes no more work since an earlier failure ({error}): start the server again."
-
-
-@dataclass
-class _Decode:
-    """What decodes one number of sequences: its context, and the CUDA graph once it is captured."""
-
-    context: Context
-    graph: int | None = None
