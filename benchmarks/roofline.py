@@ -4,6 +4,7 @@
     python benchmarks/roofline.py                        # H100, every weight format
     python benchmarks/roofline.py --gpu all --weights bf16
     python benchmarks/roofline.py --load load.json       # with the experts' measured shares of the work
+    python benchmarks/roofline.py --scan                 # Mamba2 in place of the experts
 
 Every kernel of the operator moves so many bytes and makes so many operations; its time is the longer of the
 two at the device's data-sheet rates (scaled by what kernels commonly reach of them), plus the gap that a
@@ -98,6 +99,36 @@ MODELS = {
 
 
 @dataclass(frozen=True)
+class MambaLayer:
+    """The Mamba-2 layer of a model: heads of `head_dim`, each with a state of `state_size` rows, `n_groups` B and C."""
+
+    name: str
+    heads: int
+    head_dim: int
+    state_size: int
+    n_groups: int
+    taps: int
+
+    @property
+    def width(self) -> int:
+        """Of all heads."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution: x, B and C side by side."""
+        return self.width + 2 * self.n_groups * self.state_size
+
+    @property
+    def state_bytes(self) -> int:
+        """Of one sequence's scan state, in float32."""
+        return 4 * self.width * self.state_size
+
+
+MAMBA_LAYERS = {"nemotron-3-nano": MambaLayer("Nemotron 3 Nano 30B-A3B", 64, 64, 128, 8, 4)}
+
+
+@dataclass(frozen=True)
 class Weights:
     """How expert weights are stored.
 
@@ -147,6 +178,11 @@ PLAN_TOKENS = 128
 MIXED_TILE_ROWS = 64  # plugin/cuda/mixed.cu
 
 ELEMENT_BYTES = 2  # of activations
+
+# The scan's (plugin/cuda/mamba_kernels.h, mamba_chunks.cu).
+RECURRENT_TOKENS = 4
+SCAN_CHUNK = 32
+SCAN_COLUMNS = 32
 
 
 def inclusion_probabilities(load: Sequence[float], k: float) -> list[float]:
@@ -286,6 +322,58 @@ def kernels(model: Model, weights: Weights, tokens: int, k: float, load: Sequenc
             Kernel("shared down", plain.matrix_bytes(h, s) + t * (h + s) * x, flops, unit="tensor", inside=False),
         ]
     return found
+
+
+def scan_kernels(layer: MambaLayer, sequences: int, tokens: int) -> list[Kernel]:
+    """The work of one step of Mamba2, every sequence having `tokens` new tokens.
+
+    Bytes are those of the layer's own arrays; what a chunk's blocks read in common comes from the cache once. A
+    sequence's chunks follow one another, and what a block waits for between them is not modelled: a long prompt
+    alone takes longer than this.
+    """
+    t, x = sequences * tokens, ELEMENT_BYTES
+    columns = -(-layer.head_dim // SCAN_COLUMNS) * layer.heads  # blocks of a sequence
+    conv = 2 * sequences * (layer.taps - 1) * layer.channels * x + 4 * (layer.taps + 1) * layer.channels
+    found = [Kernel("convolve", 2 * t * layer.channels * x + conv, 2.0 * t * layer.taps * layer.channels)]
+    rows = t * (layer.channels + layer.heads + layer.width) * x  # mixed and dt in, y out
+    states = 2 * sequences * layer.state_bytes
+    update = 5.0 * t * layer.width * layer.state_size  # decay, take in, read out
+    recurs = tokens <= RECURRENT_TOKENS
+    # A step with more tokens than sequences launches both, of which one has nothing to do.
+    work = (rows + states, update if recurs else 0.0)
+    found.append(Kernel("recur", *(work if recurs else (0.0, 0.0))))
+    if t > sequences and t > RECURRENT_TOKENS:
+        chunks = sequences * -(-tokens // SCAN_CHUNK)
+        # For each block and chunk: C B, what the state gives, the state's update, and what the chunk itself gives.
+        n, p, c = layer.state_size, SCAN_COLUMNS, SCAN_CHUNK
+        flops = 2.0 * chunks * columns * (c * c * n + 2 * c * n * p + c * c * p)
+        found.append(Kernel("chunks", 0.0 if recurs else rows + states, 0.0 if recurs else flops, "mma"))
+    return found
+
+
+def scan_table(gpu: Gpu, layer: MambaLayer, steps: Sequence[tuple[int, int]], assumed: Assumptions) -> str:
+    """One device: a line for each step of so many sequences with so many tokens each."""
+    lines = [["sequences", "tokens each", "us", "MB", "of which states", "bound"]]
+    for sequences, tokens in steps:
+        work = scan_kernels(layer, sequences, tokens)
+        times = [kernel.times(gpu, assumed) for kernel in work]
+        bound = max(("memory", "compute", "launch"), key=lambda cause: sum(t[cause] for t in times))
+        states = 2 * sequences * layer.state_bytes
+        lines.append(
+            [
+                *(str(sequences), str(tokens)),
+                f"{sum(kernel.seconds(gpu, assumed) for kernel in work) * 1e6:.1f}",
+                f"{sum(kernel.bytes for kernel in work) / 1e6:.1f}",
+                f"{states / sum(kernel.bytes for kernel in work):.0%}",
+                bound,
+            ]
+        )
+    widths = [max(len(line[c]) for line in lines) for c in range(len(lines[0]))]
+    body = ["  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([f"Mamba2, one layer of {layer.name}, bf16, {gpu.name} ({MARK})", *body])
+
+
+SCAN_STEPS = ((1, 1), (4, 1), (16, 1), (64, 1), (1, 64), (1, 512), (1, 4096), (8, 512))
 
 
 @dataclass(frozen=True)
@@ -433,6 +521,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--weights", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096])
     parser.add_argument("--k", nargs="+", type=float, help="average numbers of experts to compare with the trained one")
+    parser.add_argument("--scan", action="store_true", help="what Mamba2 takes, for models that have it")
     parser.add_argument("--load", type=Path, help="JSON list: each expert's measured share of the work")
     parser.add_argument("--bandwidth_efficiency", type=float, default=assumed.bandwidth_efficiency)
     parser.add_argument("--compute_efficiency", type=float, default=assumed.compute_efficiency)
@@ -452,6 +541,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load = read_load(args.load) if args.load else None
     gpus = list(GPUS) if "all" in args.gpu else args.gpu
     results = []
+    if args.scan:
+        for name in args.model:
+            for gpu in (GPUS[name] for name in gpus) if name in MAMBA_LAYERS else ():
+                print(scan_table(gpu, MAMBA_LAYERS[name], SCAN_STEPS, assumed), end="\n\n")
+        return
     for model in (MODELS[name] for name in args.model):
         if load is not None and len(load) != model.experts:
             print(f"{model.name} left out: it has {model.experts} experts and {args.load} has {len(load)}")

@@ -263,3 +263,50 @@ def test_a_load_file_of_another_form_is_refused(tmp_path: Path) -> None:
 def test_quantised_weights_past_their_use_are_called_so(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     r.main(["--model", "mixtral-8x7b", "--weights", "int8", "--output", str(tmp_path / "o.json")])
     assert "tokens on, int8 takes longer than bf16 would" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- the scan
+
+MAMBA = r.MAMBA_LAYERS["nemotron-3-nano"]
+
+
+def test_the_scan_in_decode_is_its_states() -> None:
+    """Bytes by hand: 2 MB of state read and written for each sequence, everything else is small."""
+    assert MAMBA.state_bytes == 64 * 64 * 128 * 4
+    assert MAMBA.channels == 6144
+    for sequences in (1, 16):
+        convolve, recur = r.scan_kernels(MAMBA, sequences, 1)
+        own = sequences * (6144 + 64 + 4096) * 2
+        assert recur.bytes == sequences * 2 * MAMBA.state_bytes + own
+        assert convolve.bytes == sequences * (2 * 6144 * 2 + 2 * 3 * 6144 * 2) + 4 * 5 * 6144
+        assert recur.times(H100, IDEAL)["memory"] > recur.times(H100, IDEAL)["compute"]
+
+
+def test_the_scan_in_prefill_reads_its_states_once_and_multiplies_in_chunks() -> None:
+    _, recur, chunks = r.scan_kernels(MAMBA, 2, 4096)
+    assert (recur.bytes, recur.flops) == (0, 0)
+    assert chunks.bytes == 4 * MAMBA.state_bytes + 2 * 4096 * (6144 + 64 + 4096) * 2
+    a_chunk = 2 * (32 * 32 * 128 + 32 * 128 * 32 + 32 * 128 * 32 + 32 * 32 * 32)
+    assert chunks.flops == 2 * 128 * 128 * a_chunk  # sequences, chunks, pairs of heads and halves of their columns
+    assert chunks.unit == "mma"
+
+
+def test_the_scans_constants_are_the_kernels() -> None:
+    folder = h.REPOSITORY / "plugin" / "cuda"
+
+    def constant(name: str, file: str) -> int:
+        found = re.search(rf"constexpr (?:int32_t|int) {name} = (\d+);", (folder / file).read_text())
+        assert found
+        return int(found[1])
+
+    assert constant("kRecurrentTokens", "mamba_kernels.h") == r.RECURRENT_TOKENS
+    assert constant("kChunk", "mamba_chunks.cu") == r.SCAN_CHUNK
+    assert constant("kColumns", "mamba_chunks.cu") == r.SCAN_COLUMNS
+
+
+def test_the_scans_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    r.main(["--scan", "--gpu", "h100", "rtx4090", "--output", str(tmp_path / "out.json")])
+    text = capsys.readouterr().out
+    assert text.count(r.MARK) == 2
+    assert "Nemotron 3 Nano" in text
+    assert "Mixtral" not in text
