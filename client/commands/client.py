@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument("--show_k", action="store_true", help="print the experts that ran, layer by layer, by token")
     parser.add_argument("--adaptive_k_policy", metavar="NAME", help="policy that decides k (default: the engine's)")
+    parser.add_argument("--user", metavar="NAME", help="whose request it is, for a server's A/B test")
     parser.add_argument("--max_tokens", type=int, default=64, metavar="N", help="most tokens (default: %(default)s)")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: greedy)")
     parser.add_argument("--top_k", type=int, metavar="N", help="sample among so many tokens")
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         private_key=args.private_key,
         certificate_chain=args.certificate_chain,
     )
-    sampling = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "adaptive_k_policy")
+    sampling = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "adaptive_k_policy", "user")
     options: Any = {name: getattr(args, name) for name in sampling}
     started = time.perf_counter()
     tokens, last = 0, None
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if last is not None:
         print(
             f"{tokens} tokens in {seconds:.2f} s, average k {last.avg_k:.2f}, "
-            f"{100 * last.compute_saved_ratio:.1f} % of the expert runs left out",
+            f"{100 * last.compute_saved_ratio:.1f} % of the expert runs left out"
+            + (f", variant {last.variant}" if last.variant is not None else ""),
             file=sys.stderr,
         )
     return 0

@@ -140,7 +140,7 @@ class Guardrail:
         return cls(name, value)
 
     def __str__(self) -> str:
-        return f"{self.metric}:{self.margin:g}"
+        return f"{self.metric}:{self.margin:.12g}"
 
 
 @dataclass(frozen=True, slots=True)

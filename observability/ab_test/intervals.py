@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_k_moe.errors import ExperimentError
 from adaptive_k_moe.observability.ab_test.moments import Moments
 
 BURN_IN = 50
@@ -110,7 +111,15 @@ def required_observations(
         alpha: of the interval.
         power: probability to find the difference.
         share: of the observations that are the treatment's.
+
+    Raises:
+        ExperimentError: there is no such number.
     """
+    if not (effect and standard_deviation > 0 and 0 < share < 1 and 0 < power < 1):
+        raise ExperimentError(
+            "a number of observations needs an effect other than 0, a standard deviation above 0, and a share and a "
+            "power between 0 and 1."
+        )
 
     def found(total: int) -> bool:
         of_difference = standard_deviation / math.sqrt(total * share * (1 - share))
@@ -118,8 +127,8 @@ def required_observations(
         return abs(effect) >= margin + NormalDist().inv_cdf(power) * of_difference
 
     low = math.ceil(BURN_IN / min(share, 1 - share))
-    if effect == 0 or found(low):
-        return low if effect else 2**62
+    if found(low):
+        return low
     high = 2 * low
     while not found(high):
         low, high = high, 2 * high

@@ -198,7 +198,7 @@ def _comparisons(stored: StoredExperiment, variant: Variant, alpha: float) -> di
 
 
 def _thawed(figures: dict[str, Any]) -> dict[str, Comparison]:
-    return {name: _comparison(metric, figures[name]) for name, metric in METRICS.items()}
+    return {name: _comparison(metric, figures[name]) for name, metric in METRICS.items() if name in figures}
 
 
 def _comparison(metric: Metric, figures: dict[str, Any]) -> Comparison:

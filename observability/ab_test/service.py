@@ -54,7 +54,7 @@ class ABService(Observer):
     Nothing here makes a request wait: ended requests are queued, and a thread of its own writes them, many in
     a transaction, reads what other processes changed, and applies the guardrails. Whatever is wrong with the
     file is one sentence in the log; requests are served all the same, and after `PAUSE_SECONDS` none is
-    enrolled until the file can be used again.
+    enrolled until the file can be used again. It keeps the engine alive until it is closed.
 
     Args:
         llm: the engine.
@@ -137,7 +137,7 @@ class ABService(Observer):
             self._put(output)
 
     def close(self) -> None:
-        """Write what is queued, within a few seconds, and end the thread."""
+        """Write what is queued, within a few seconds, and end the thread; the engine goes on without a test."""
         self._closing.set()
         self._put(None)  # wakes the thread
         self._thread.join(_CLOSE_SECONDS)
@@ -163,6 +163,7 @@ class ABService(Observer):
         while (self._take(0.0) or self._unwritten) and time.monotonic() < deadline:
             if not self._write():
                 break
+        self._running = None
         self._close_store()
 
     def _take(self, seconds: float) -> bool:
@@ -205,7 +206,7 @@ class ABService(Observer):
                 self._dropped = 0
         elif self._failing_since is not None and time.monotonic() - self._failing_since > self._pause_seconds:
             if self._running is not None:
-                self._log(
+                self._log_error(
                     f"the experiment {self._running.experiment.name!r} pauses: requests follow the default policy."
                 )
             self._running = None

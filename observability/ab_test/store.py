@@ -115,9 +115,9 @@ class Store:
     def __init__(self, path: str | Path, *, create: bool = True) -> None:
         self.path = Path(path)
         self._lock = threading.RLock()
-        if not create and not self.path.exists():
-            raise ExperimentError(f"there is no A/B database {self.path}: `adaptive-k ab start` makes one.")
         with self._explained("opened"):
+            if not create and not self.path.exists():
+                raise ExperimentError(f"there is no A/B database {self.path}: `adaptive-k ab start` makes one.")
             self._connection = sqlite3.connect(
                 self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )

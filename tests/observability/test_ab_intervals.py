@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from scipy import integrate, optimize, special, stats
 
+from adaptive_k_moe.errors import ExperimentError
 from adaptive_k_moe.observability.ab_test.intervals import (
     BURN_IN,
     TIGHTEST_AT,
@@ -155,6 +156,9 @@ def test_requests_needed_grow_as_the_effect_shrinks() -> None:
     assert required_observations(0.1, 1.0, power=0.9) > needed[2]
     assert required_observations(0.1, 1.0, share=0.1) > needed[2]
     assert required_observations(-0.1, 1.0) == needed[2]
+    for impossible in ({"effect": 0.0}, {"standard_deviation": 0.0}, {"share": 1.0}, {"power": 1.0}):
+        with pytest.raises(ExperimentError, match="a number of observations needs"):
+            required_observations(**({"effect": 0.1, "standard_deviation": 1.0} | impossible))
 
 
 @pytest.mark.parametrize("count", [100, 1000, 50_000])

@@ -94,7 +94,11 @@ def rows(path: Path, sql: str) -> list[Any]:
 
 
 def test_requests_without_a_policy_are_assigned_and_those_with_one_are_not(
-    experiment: Callable[..., str], ab_db: Path, server: TritonServer, client: Client
+    experiment: Callable[..., str],
+    ab_db: Path,
+    server: TritonServer,
+    client: Client,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     name = experiment("--variant", "control=full", "--variant", "less=top1", "--guardrail", "none")
     test = ABTest(ab_db, name)
@@ -107,6 +111,10 @@ def test_requests_without_a_policy_are_assigned_and_those_with_one_are_not(
     assert {ask(client, user=f"user {index}").variant for index in range(12)} == set(expected)
     named = ask(client, adaptive_k_policy="top1")
     assert named.variant is None and named.avg_k == 1.0
+    assert (
+        cli.main(["client", "--url", server.grpc_url, "--prompt", "the", "--max_tokens", "1", "--user", "user 5"]) == 0
+    )
+    assert f"variant {test.assign_variant('', user='user 5')}\n" in capsys.readouterr().err
 
     for request_id in ("a request", "another", "a third", "a fourth"):
         body = {"text_input": "the", "max_tokens": 1, "id": request_id}
