@@ -87,8 +87,9 @@ def test_a_pointer_shows_the_layers_of_a_token(browser: Browser, server: TritonS
     _run(browser)
     with Client(server.grpc_url, timeout=60) as client:
         answer = client.generate(PROMPT, max_tokens=24)
+    assert browser.text(".token").startswith("All tokens")
     browser.hover(".piece[data-index='3']")
-    browser.until("document.querySelector('.layers')")
+    browser.until("document.querySelector('.token').innerText.includes('token 4')")
     texts = browser.evaluate("Array.from(document.querySelectorAll('.layers text'), (text) => text.textContent)")
     expected = [f"{nats:.2f}" for nats in answer.entropy[3]]
     assert [text for text in texts if "." in text] == expected
@@ -163,6 +164,30 @@ def test_two_policies_side_by_side(browser: Browser, server: TritonServer) -> No
     browser.click("#together")
     _run(browser)
     assert "both ran at once" in browser.text(".side:nth-child(1) .against")
+
+
+def test_layers_of_all_tokens_until_one_is_asked_for(browser: Browser, server: TritonServer) -> None:
+    _run(browser)
+    with Client(server.grpc_url, timeout=60) as client:
+        answer = client.generate(PROMPT, max_tokens=24)
+    told = browser.evaluate("document.querySelector('.layers').getAttribute('aria-label')")
+    means = zip(answer.entropy.mean(axis=0), answer.k.mean(axis=0), strict=True)
+    for layer, ((nats, k), part) in enumerate(zip(means, told.split("; "), strict=True)):
+        number, _, values = part.partition(": ")
+        assert number == f"layer {layer}"
+        found = [float(value.removesuffix(" nats").removeprefix("k ")) for value in values.split(", ")]
+        np.testing.assert_allclose(found, [nats, k], atol=0.0051)
+
+
+def test_stop_before_the_second_side_has_begun(browser: Browser) -> None:
+    browser.click("#compare")
+    browser.fill("#max-tokens", "900")
+    browser.click("#run")
+    browser.until("document.querySelectorAll('.side:nth-child(1) .piece').length > 3")
+    browser.press("Escape")
+    browser.until(IDLE, 5)
+    assert _pieces(browser, 2) == []
+    assert browser.text(".side:nth-child(1) .against") == ""
 
 
 @pytest.mark.parametrize("how", ["button", "key"])

@@ -33,11 +33,16 @@ export function drawLayers(k, entropy, most, shareOf) {
     drawing.append(
       bar,
       svg("text", { x: middle, y: BASE - height - 3, class: "nats" }, nats(entropy[layer])),
-      svg("text", { x: middle, y: BASE + 11 }, `k ${each}`),
+      svg("text", { x: middle, y: BASE + 11 }, `k ${rounded(each)}`),
       svg("text", { x: middle, y: BASE + 22 }, `L${layer}`),
     );
   });
   return drawing;
+}
+
+/** A k, or a mean of some, as text. */
+export function rounded(k) {
+  return Number.isInteger(k) ? String(k) : k.toFixed(2);
 }
 
 /** An entropy as text; null is not a number. */

@@ -44,8 +44,8 @@ async function run() {
       await Promise.all(asked.map((side) => side.run(question, running.signal)));
     } else {
       for (const side of asked) {
-        if (running.signal.aborted) break;
         await side.run(question, running.signal);
+        if (running.signal.aborted || side.failed) break;
       }
     }
     if (asked.length === 2) compare(asked[1], asked[0], together);

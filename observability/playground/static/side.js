@@ -3,7 +3,7 @@
 
 import { postEvents } from "./events.js";
 import { appendText, spoken } from "./text.js";
-import { drawLayers, nats } from "./layers.js";
+import { drawLayers, nats, rounded } from "./layers.js";
 
 // No policy's name: those have no spaces.
 const SERVERS_CHOICE = " ";
@@ -54,8 +54,7 @@ export class Side {
     this.title.textContent = this.name;
     this.pieces = [];
     this.held = { k: [], entropy: [] };
-    this.experts = 0;
-    this.choices = 0;
+    this.sums = [];
     this.tokens = 0;
     this.seconds = 0;
     this.first = null;
@@ -92,6 +91,11 @@ export class Side {
     }
   }
 
+  /** Whether the last run ended with a sentence of what went wrong. */
+  get failed() {
+    return !this.failure.hidden;
+  }
+
   fail(sentence) {
     this.failure.textContent = sentence;
     this.failure.hidden = false;
@@ -100,7 +104,7 @@ export class Side {
   finish(seconds) {
     this.seconds = seconds;
     this.whole = true;
-    this.showFigures();
+    if (this.first) this.showFigures();
   }
 
   /** A chunk of the answer. One without text belongs to the next that has some: half a character, say. */
@@ -111,12 +115,19 @@ export class Side {
     this.seconds = chunk.seconds;
     this.first ??= { seconds: chunk.seconds, tokens: chunk.tokens };
     if (chunk.variant) this.title.textContent = `${this.name}: variant ${chunk.variant}`;
-    for (const row of chunk.k) {
-      this.experts += row.reduce((sum, k) => sum + k, 0);
-      this.choices += row.length;
-    }
+    chunk.k.forEach((row, token) => this.count(row, chunk.entropy[token]));
     if (chunk.text) this.show(chunk.text);
     this.showFigures();
+  }
+
+  /** Add a token's layers to the sums of all. */
+  count(k, entropy) {
+    k.forEach((each, layer) => {
+      const sum = (this.sums[layer] ??= { k: 0, entropy: 0, tokens: 0 });
+      sum.k += each;
+      sum.entropy += entropy[layer] ?? NaN;
+      sum.tokens += 1;
+    });
   }
 
   show(text) {
@@ -144,13 +155,21 @@ export class Side {
     return most > 1 && Number.isFinite(k) ? Math.min(1, Math.max(0, (k - 1) / (most - 1))) : 1;
   }
 
+  get experts() {
+    return this.sums.reduce((sum, layer) => sum + layer.k, 0);
+  }
+
+  get choices() {
+    return this.sums.reduce((sum, layer) => sum + layer.tokens, 0);
+  }
+
   get averageK() {
     return this.experts / this.choices;
   }
 
   /** Tokens a second after the first one, whose time is the prompt's. */
   get speed() {
-    return (this.tokens - this.first.tokens) / (this.seconds - this.first.seconds);
+    return this.first ? (this.tokens - this.first.tokens) / (this.seconds - this.first.seconds) : NaN;
   }
 
   showFigures() {
@@ -161,6 +180,7 @@ export class Side {
     write(this.figures.saved, (full - this.experts).toLocaleString("en"), left);
     const speed = Number.isFinite(this.speed) ? this.speed.toFixed(1) : "–";
     write(this.figures.speed, speed, "after the first one");
+    if (this.shown === null) this.showAllTokens();
     write(this.figures.first, `${(1000 * this.first.seconds).toFixed(0)} ms`, `${this.tokens} in ${this.seconds.toFixed(2)} s`);
   }
 
@@ -191,7 +211,7 @@ export class Side {
     this.selected = index;
     const { element } = this.pieces[index];
     element.setAttribute("aria-selected", "true");
-    element.setAttribute("aria-description", spokenLayers(this.pieces[index]));
+    element.setAttribute("aria-description", spokenLayers(lastOf(this.pieces[index].k), lastOf(this.pieces[index].entropy)));
     element.scrollIntoView({ block: "nearest" });
     this.answer.setAttribute("aria-activedescendant", element.id);
     this.showToken(index);
@@ -199,31 +219,40 @@ export class Side {
 
   tellAboutTokens() {
     this.selected = null;
+    this.shown = null;
     this.answer.removeAttribute("aria-activedescendant");
-    const note = document.createElement("p");
-    note.className = "note";
-    note.textContent = "Point at a token, or step to one with the arrow keys, to see its layers.";
-    this.token.replaceChildren(note);
+    this.token.replaceChildren(note("Point at a token, or step to one with the arrow keys, to see its layers."));
+  }
+
+  /** The layers over all tokens so far, while no single token is asked for. */
+  showAllTokens() {
+    const k = this.sums.map((sum) => sum.k / sum.tokens);
+    const entropy = this.sums.map((sum) => numberOrNull(sum.entropy / sum.tokens));
+    this.showLayers(note("All tokens · mean entropy of each layer’s router, in nats, and mean k. Point at a token to see its own."), k, entropy);
   }
 
   showToken(index) {
+    this.shown = index;
     const piece = this.pieces[index];
-    const line = document.createElement("p");
-    line.className = "note";
     const word = document.createElement("b");
     appendText(word, piece.text);
     const tokens = piece.k.length > 1 ? ` (${piece.k.length} tokens; the last one’s layers)` : "";
-    line.append(word, ` · token ${index + 1}${tokens} · average k ${format(piece.average)} · entropy of each layer’s router, in nats, and its k:`);
-    const layers = drawLayers(lastOf(piece.k), lastOf(piece.entropy), Math.log(this.engine.num_experts), (k) => this.shareOf(k));
-    layers.setAttribute("aria-label", spokenLayers(piece));
+    const rest = ` · token ${index + 1}${tokens} · average k ${format(piece.average)} · entropy of each layer’s router, in nats, and its k:`;
+    this.showLayers(note(word, rest), lastOf(piece.k), lastOf(piece.entropy));
+  }
+
+  showLayers(line, k, entropy) {
+    const layers = drawLayers(k, entropy, Math.log(this.engine.num_experts), (each) => this.shareOf(each));
+    layers.setAttribute("aria-label", spokenLayers(k, entropy));
     this.token.replaceChildren(line, layers);
   }
 }
 
 /** Say how two whole answers compare in time; of the second against the first. */
 export function compare(first, second, together) {
+  if (!first.whole || !second.whole) return;
   const ratio = second.speed / first.speed;
-  if (!first.whole || !second.whole || !Number.isFinite(ratio)) return;
+  if (!Number.isFinite(ratio) || ratio === 0) return;
   const saved = 1 - 1 / ratio;
   const faster = ratio >= 1 ? `${(100 * saved).toFixed(1)} % less time a token` : `${(-100 * saved).toFixed(1)} % more time a token`;
   const how = together ? "both ran at once" : "one after the other";
@@ -239,11 +268,19 @@ function lastOf(rows) {
   return rows.at(-1) ?? [];
 }
 
-function spokenLayers(piece) {
-  const entropy = lastOf(piece.entropy);
-  return lastOf(piece.k)
-    .map((k, layer) => `layer ${layer}: ${nats(entropy[layer])} nats, k ${k}`)
-    .join("; ");
+function spokenLayers(k, entropy) {
+  return k.map((each, layer) => `layer ${layer}: ${nats(entropy[layer])} nats, k ${rounded(each)}`).join("; ");
+}
+
+function numberOrNull(value) {
+  return Number.isFinite(value) ? value : null;
+}
+
+function note(...content) {
+  const line = document.createElement("p");
+  line.className = "note";
+  line.append(...content);
+  return line;
 }
 
 function format(k) {
