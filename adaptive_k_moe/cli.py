@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import os
@@ -95,6 +96,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader (head, less) went away; keep the interpreter from failing again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # Commands name what they expect; this is a file that nobody thought of, or a full disk.
+        if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        return _fail(AdaptiveKError(f"{error.filename or 'a file'} cannot be used: {error.strerror}."))
 
 
 @contextlib.contextmanager

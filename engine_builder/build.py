@@ -148,6 +148,7 @@ def build(
             )
             write_engine_config(temporary, config)
             temporary.chmod(0o755)
+            check_output(output, source, force=force)  # again: a long build leaves time for others to write there
             replace(output, temporary)
         except OSError as error:
             raise BuildError(f"cannot write the engine to {output}: {error.strerror or error}.") from error

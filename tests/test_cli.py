@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from adaptive_k_moe import cli
+
 # Waits where a build has written half of an engine, until it is told to end.
 _STOPPED_BUILD = """
 import sys, time
@@ -87,3 +89,21 @@ def test_characters_that_the_terminals_encoding_has_not_are_no_traceback(engine_
         printed[encoding] = result.stdout.decode(encoding)
     assert not printed["utf-8"].isascii()
     assert printed["ascii"] == printed["utf-8"].encode("ascii", "replace").decode()
+
+
+def test_a_report_that_cannot_be_written_is_one_sentence(
+    engine_dir: Path, checkpoint_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    arguments = ["perplexity", "--engine_dir", str(engine_dir), "--text", str(checkpoint_dir / "heldout.txt")]
+    arguments += ["--rounds", "1", "--max_tokens", "40", "--output"]
+    for output, reason in ((tmp_path / "file" / "report.json", "File exists"), (tmp_path, "Is a directory")):
+        assert cli.main([*arguments, str(output)]) == 1
+        printed = capsys.readouterr().err
+        assert printed.startswith("adaptive-k: error: ")
+        assert f"cannot be used: {reason}." in printed
+        assert printed.count("\n") == 1
+    assert cli.main([*arguments, str(tmp_path / "new" / "report.json")]) == 0
+    assert (tmp_path / "new" / "report.json").is_file()
+    assert cli.main([*arguments, str(tmp_path / "none.json"), "--window", "0"]) == 1
+    assert "window" in capsys.readouterr().err

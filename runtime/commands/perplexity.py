@@ -48,10 +48,12 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"cannot read the text {args.text}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise RequestError(f"{args.text} is not UTF-8 text.") from None
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
     with LLM(args.engine_dir, num_threads=args.num_threads) as llm:
         assert llm.tokenizer is not None
         token_ids = llm.tokenizer.encode(text)[: args.max_tokens]
-        window = args.window or min(512, llm.config.build_config.longest_prompt)
+        window = min(512, llm.config.build_config.longest_prompt) if args.window is None else args.window
         names = args.adaptive_k_policy or llm.policies.names
         for name in names:
             llm.policies.index(name)

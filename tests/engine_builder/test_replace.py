@@ -74,6 +74,20 @@ def test_an_engine_that_holds_its_checkpoint_is_not_replaced(tmp_path: Path) -> 
     assert (tmp_path / "elsewhere" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_what_came_there_while_it_was_built_stays(force: bool, tmp_path: Path) -> None:
+    checkpoint, output = make_mixtral(tmp_path / "checkpoint"), tmp_path / "engine"
+
+    def write(part: str, done: int, total: int) -> None:
+        output.mkdir(exist_ok=True)
+        (output / "thesis.txt").write_text("mine")
+
+    with pytest.raises(BuildError, match="exists and is no engine directory"):
+        build(checkpoint, output, target="onnx", force=force, progress=write)
+    assert files_of(output) == {"thesis.txt": b"mine"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "engine"]
+
+
 def test_a_link_to_an_engine_stays_a_link(tmp_path: Path) -> None:
     checkpoint = make_mixtral(tmp_path / "checkpoint")
     (tmp_path / "latest").symlink_to(tmp_path / "disk" / "engine")
