@@ -9,18 +9,23 @@ ratio of their processor times (of the whole process, all threads: logs and span
 is computed) and of their times, with an interval of 95 % by the ranks of the ratios, which assumes no distribution.
 The metrics are collected every second, as a server's exporter does; spans go to an exporter that drops them.
 
+With --ab_test the observed one's requests are also part of an A/B test, of two variants of one policy, and are
+written to its database. Answers are not scored: that is done in idle time, of which there is none here.
+
 "Observer" is what the engine's own thread spends in observers, over its time in steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import statistics
 import tempfile
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from opentelemetry.sdk.trace import TracerProvider
@@ -28,11 +33,13 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, Spa
 from rich.console import Console
 from rich.table import Table
 
+from adaptive_k_moe.observability.ab_test import ABTest, Guardrail
+from adaptive_k_moe.observability.ab_test.service import ABService
 from adaptive_k_moe.observability.logs import file_handler, get_logger
 from adaptive_k_moe.observability.recorder import Recorder
 from adaptive_k_moe.observability.request_records import RequestRecords
 from adaptive_k_moe.observability.spans import RequestSpans
-from adaptive_k_moe.runtime import LLM, RequestOutput, SamplingParams, StepRecord
+from adaptive_k_moe.runtime import LLM, GenerationHandle, RequestOutput, SamplingParams, StepRecord
 from adaptive_k_moe.runtime.telemetry import Observer
 
 from _results import write_results
@@ -77,6 +84,7 @@ def main() -> None:
     parser.add_argument("--engine_dir", type=Path, required=True)
     parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--ab_test", action="store_true", help="have the requests take part in an A/B test, too")
     parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/observability.json"))
     args = parser.parse_args()
@@ -110,17 +118,27 @@ def run(args: argparse.Namespace, scratch: Path) -> list[dict[str, object]]:
         records = RequestRecords([logger.log_inference, RequestSpans(provider, "benchmark").export])
         timed = Timed([recorder, records])
         on.add_observer(timed)
+        ab_test = _ab_test(on, scratch / "ab.db") if args.ab_test else None
         collecting = threading.Thread(target=_collect, args=(recorder, stopping))
         collecting.start()
         try:
-            rows = [_measure(batch_size, args.pairs, off, on, timed) for batch_size in args.batch_sizes]
+            rows = [_measure(batch_size, args.pairs, off, on, timed, ab_test) for batch_size in args.batch_sizes]
         finally:
+            if ab_test is not None:
+                ab_test.close()
             stopping.set()
             collecting.join()
             records.close()
             provider.shutdown()
             handler.close()
     return rows
+
+
+def _ab_test(llm: LLM, path: Path) -> ABService:
+    policy = llm.policies.names[-1]
+    variants = [f"{name}={policy}" for name in ("control", "same")]
+    ABTest.start(path, "benchmark", variants, score_share=0.0, guardrails=(Guardrail("latency", 10.0),)).close()
+    return ABService(llm, path, log_error=print)
 
 
 def _collect(recorder: Recorder, stopping: threading.Event) -> None:
@@ -131,14 +149,25 @@ def _collect(recorder: Recorder, stopping: threading.Event) -> None:
             list(recorder.collect())
 
 
-def _measure(batch_size: int, pairs: int, off: LLM, on: LLM, timed: Timed) -> dict[str, object]:
+def _measure(
+    batch_size: int, pairs: int, off: LLM, on: LLM, timed: Timed, ab_test: ABService | None
+) -> dict[str, object]:
     vocab = off.config.pretrained_config.vocab_size
     prompts = [[3 + (7 * row + 13 * column) % (vocab - 3) for column in range(PROMPT)] for row in range(batch_size)]
-    params = SamplingParams(max_tokens=ANSWER, end_id=-1, adaptive_k_policy=off.policies.names[-1])
+    named = SamplingParams(max_tokens=ANSWER, end_id=-1, adaptive_k_policy=off.policies.names[-1])
+    unnamed = replace(named, adaptive_k_policy=None)
+    units = itertools.count()
+
+    def start(llm: LLM, prompt: list[int]) -> GenerationHandle:
+        if llm is off or ab_test is None:
+            return llm.generate_async(prompt, named)
+        params, enrollment = ab_test.enroll(unnamed, str(next(units)))
+        return llm.generate_async(prompt, params, enrollment=enrollment)
 
     def once(llm: LLM) -> tuple[float, float]:
         began = time.process_time(), time.perf_counter()
-        llm.generate(prompts, params)
+        for handle in [start(llm, prompt) for prompt in prompts]:
+            handle.result()
         return time.process_time() - began[0], time.perf_counter() - began[1]
 
     once(off), once(on)
