@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ def main() -> None:
     if "create" in task:
         create(registry, task.get("plugin", "AdaptiveKMoe"), task["namespace"], task["create"])
     if "graph" in task:
-        parse(logger, builder, bytes.fromhex(task["graph"]))
+        parse(logger, builder, Path(task["graph"]).read_bytes())
     if "node" in task:
         up = np.zeros((NUM_EXPERTS, 2 * INTERMEDIATE, HIDDEN), np.float16)
         down = np.zeros((NUM_EXPERTS, HIDDEN, INTERMEDIATE), np.float16)

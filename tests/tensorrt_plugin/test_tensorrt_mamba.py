@@ -8,6 +8,7 @@ import importlib.util
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -18,9 +19,12 @@ import pytest
 from plugin_harness import BF16, FLOAT, HALF, INT8, INT32, INT64, Field, MambaTensors, Plugin, PluginLibrary, Recorder
 from test_tensorrt_registry import all_of, eleven, encounter  # noqa: F401 (a fixture)
 
+from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.graph.mamba_function import INPUTS, OUTPUTS, mamba_attributes
+from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_plugin, lower_graph
 from adaptive_k_moe.engine_config import MambaConfig
 
+from nemotron_models import Nemotron, make_nemotron  # isort: skip
 from mamba_oracle import Array, Case, make_inputs, oracle
 
 CREATOR = 2  # in the library: Mamba2 without a namespace; 3 is the one with
@@ -396,8 +400,8 @@ def test_the_registry_lists_the_creators_and_makes_a_plugin(eleven: PluginLibrar
     assert all_of(told, "ERROR") == []
 
 
-def mamba_model(**attributes: Any) -> bytes:
-    """An ONNX model of one node as the lowering leaves it to the plugin."""
+def mamba_model(path: Path, **attributes: Any) -> str:
+    """Write an ONNX model of one node, as the lowering leaves it to the plugin."""
     kinds = {INT32: onnx.TensorProto.INT32, FLOAT: onnx.TensorProto.FLOAT, HALF: onnx.TensorProto.FLOAT16}
     free = iter(f"size{i}" for i in range(100))
 
@@ -414,7 +418,8 @@ def mamba_model(**attributes: Any) -> bytes:
         [node], "layer", values(INPUTS, tensors.inputs()), values(OUTPUTS, tensors.outputs())
     )
     opsets = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid("adaptive_k", 1)]
-    return bytes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString())
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11), path)
+    return str(path)
 
 
 @needs_rtx
@@ -424,16 +429,35 @@ def mamba_model(**attributes: Any) -> bytes:
 def test_the_onnx_parser_resolves_the_node_to_the_plugin(
     eleven: PluginLibrary,  # noqa: F811
     extra: dict[str, str],
+    tmp_path: Path,
 ) -> None:
-    told = encounter(eleven, graph=mamba_model(**ATTRIBUTES, **extra).hex())
+    told = encounter(eleven, graph=mamba_model(tmp_path / "layer.onnx", **ATTRIBUTES, **extra))
     assert CREATED in told
     assert "Mamba2: layer layers.0.mamba: n_groups=2 dt_min=0.25 dt_max=8" in all_of(told, "VERBOSE")
     assert all_of(told, "ERROR") == []
 
 
 @needs_rtx
-def test_the_onnx_parser_reports_a_wrong_attribute(eleven: PluginLibrary) -> None:  # noqa: F811
-    told = encounter(eleven, graph=mamba_model(n_groups=2, dt_min=-1.0).hex())
+def test_the_onnx_parser_reports_a_wrong_attribute(eleven: PluginLibrary, tmp_path: Path) -> None:  # noqa: F811
+    told = encounter(eleven, graph=mamba_model(tmp_path / "layer.onnx", n_groups=2, dt_min=-1.0))
     assert all_of(told, "parsed") == [False]
     sentence = "Mamba2: layer layers.0.mamba: field dt_min and dt_max must rise from 0"
     assert any(logged.startswith(sentence) for logged in all_of(told, "ERROR"))
+
+
+@needs_rtx
+def test_a_models_lowered_graph_is_parsed_up_to_its_first_plugin(
+    eleven: PluginLibrary,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    """The process ends where TensorRT for RTX would add the plugin to the network; everything before it was taken."""
+    checkpoint = make_nemotron(tmp_path / "checkpoint", Nemotron("Mamba first", "*ME"))
+    config = build(checkpoint, tmp_path / "engine", target="onnx", dtype="float16")
+    path = tmp_path / "engine" / "model.onnx"
+    onnx.save(for_plugin(lower_graph(path, config.pretrained_config, config.build_config)), path)
+    onnx.save(onnx.load(path), path)  # with its weights inside
+    told = encounter(eleven, graph=str(path))
+    assert CREATED in told
+    name = "backbone.layers.1.mixer.scanned"
+    assert f"Mamba2: layer {name}: n_groups=3 dt_min=0.00999999978 dt_max=inf" in all_of(told, "VERBOSE")
+    assert all_of(told, "ERROR") == []
