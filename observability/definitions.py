@@ -106,6 +106,12 @@ ROUTER_ENTROPY = Metric(
     _NATS,
     bulk=True,
 )
+EXPERT_TOKENS = Metric(
+    "adaptive_k_expert_tokens_total",
+    "counter",
+    "Tokens that an expert ran for: its load.",
+    ("layer", "expert"),
+)
 AVG_K = Metric(
     "adaptive_k_avg_k",
     "gauge",
@@ -161,6 +167,7 @@ METRICS: dict[str, Metric] = {
         BATCH_SIZE,
         EXPERTS_PER_TOKEN,
         ROUTER_ENTROPY,
+        EXPERT_TOKENS,
         AVG_K,
         COMPUTE_SAVED,
         REQUESTS,

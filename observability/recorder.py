@@ -57,6 +57,7 @@ class Recorder(Observer):
         full_k: the trained top-k.
         max_k: the largest k that gets a bucket of its own.
         stats: gives the engine's stats; None once it is gone.
+        expert_load: gives the tokens [L, E] that each expert ran for; None where that is not known.
         keep_observations: keep each observation of histograms that are not `bulk` for `take_observations`.
     """
 
@@ -68,11 +69,13 @@ class Recorder(Observer):
         full_k: int,
         max_k: int,
         stats: Callable[[], EngineStats | None],
+        expert_load: Callable[[], npt.NDArray[np.int64] | None] = lambda: None,
         keep_observations: bool = False,
     ) -> None:
         self._num_layers = num_layers
         self._full_k = full_k
         self._stats = stats
+        self._expert_load = expert_load
         self._steps: deque[StepRecord] = deque()
         self._pending_tokens = 0
         self._num_events = 0
@@ -110,6 +113,7 @@ class Recorder(Observer):
             full_k=model.num_experts_per_tok,
             max_k=min(max_k, model.moe.num_experts, MAX_K),
             stats=lambda: None if (living := reference()) is None else living.stats(),
+            expert_load=lambda: None if (living := reference()) is None else living.expert_load(),
             keep_observations=keep_observations,
         )
 
@@ -149,7 +153,12 @@ class Recorder(Observer):
         """All series at this moment, in the order of `METRICS`; of the engine's state, only while it lives."""
         with self._lock:
             self._count_steps()
-            samples = [*self._request_samples(), *self._step_samples(), *self._policy_samples()]
+            samples = [
+                *self._request_samples(),
+                *self._step_samples(),
+                *self._policy_samples(),
+                *_expert_samples(self._expert_load()),
+            ]
         stats = self._stats()
         if stats is not None:
             samples += _engine_samples(stats)
@@ -255,6 +264,13 @@ def outcome_of(output: RequestOutput) -> str:
     if output.error:
         return "error"
     return next((reason for reason in ("error", "cancelled", "length") if reason in reasons), "stop")
+
+
+def _expert_samples(load: npt.NDArray[np.int64] | None) -> Iterator[Sample]:
+    if load is not None:
+        for layer, row in enumerate(load.tolist()):
+            for expert, tokens in enumerate(row):
+                yield Sample(definitions.EXPERT_TOKENS, (str(layer), str(expert)), tokens)
 
 
 def _engine_samples(stats: EngineStats) -> list[Sample]:

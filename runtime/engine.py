@@ -30,7 +30,8 @@ from adaptive_k_moe.runtime.sampler import FloatArray, SamplingState, sample
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 from adaptive_k_moe.runtime.scheduler import Chunk, Scheduler
 from adaptive_k_moe.runtime.sequence import Request, Sequence
-from adaptive_k_moe.runtime.session.base import Int32Array, Session, StepInput, StepOutput
+from adaptive_k_moe.runtime.session.base import Int32Array, Int64Array, Session, StepInput, StepOutput
+from adaptive_k_moe.runtime.session.expert_load import CountsExperts
 from adaptive_k_moe.runtime.state_slots import StateSlots
 from adaptive_k_moe.runtime.telemetry import Counters, EngineStats, Observers, StepRecord, logger
 from adaptive_k_moe.runtime.tokenizer import Tokenizer, TokenizerLike
@@ -246,8 +247,9 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step; what it brought: streaming requests' progress, and the ends of all kinds."""
+        outputs = self._step()
         ended, self._ended = self._ended, []
-        return ended + self._step()
+        return ended + outputs
 
     def _step(self) -> list[RequestOutput]:
         started = time.monotonic()
@@ -350,6 +352,10 @@ class Engine:
             last_batch_size=counters.last_batch_size,
             last_num_tokens=counters.last_num_tokens,
         )
+
+    def expert_load(self) -> Int64Array | None:
+        """[L, E] tokens that each expert has run for; None where the session does not count them."""
+        return self._session.expert_load() if isinstance(self._session, CountsExperts) else None
 
     def close(self) -> None:
         """Close the session."""

@@ -21,7 +21,7 @@ from adaptive_k_moe.runtime.engine import Engine, EngineLimits, Prompt
 from adaptive_k_moe.runtime.handle import GenerationHandle, OnOutput
 from adaptive_k_moe.runtime.outputs import NO_CONTEXT, Enrollment, ErrorKind, RequestContext, RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
-from adaptive_k_moe.runtime.session.base import Session
+from adaptive_k_moe.runtime.session.base import Int64Array, Session
 from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, Refusal
 from adaptive_k_moe.runtime.tokenizer import Tokenizer, TokenizerLike
 from adaptive_k_moe.runtime.worker import EngineThread
@@ -341,6 +341,17 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counts and totals at this moment."""
         return self._engine.stats()
+
+    def expert_load(self) -> Int64Array | None:
+        """Tokens that each expert has run for since the engine was opened, if the target counts them.
+
+        Every pass of a token through a layer counts, those of requests of the background, too. The target
+        "openvino" counts; ask from one thread at a time.
+
+        Returns:
+            [MoE layers, experts], or None.
+        """
+        return self._engine.expert_load()
 
     def add_observer(self, observer: Observer) -> None:
         """Tell an observer about steps and ended requests, on the engine's own thread."""

@@ -264,6 +264,10 @@ void moe(const MoeParams& params, const RoutingArguments& routing, const ExpertA
   scratch.experts.resize(routing.tokens * capacity);
   scratch.weights.resize(routing.tokens * capacity);
   route(params, routing, k, entropy, scratch.experts.data(), scratch.weights.data());
+  if (routing.expert_load != nullptr) {
+    for (int64_t t = 0; t < routing.tokens; ++t)
+      for (int32_t i = 0; i < k[t]; ++i) ++routing.expert_load[scratch.experts[t * capacity + i]];
+  }
 
   Layer layer(params, args, scratch);
   int64_t begin = 0;

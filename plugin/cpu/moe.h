@@ -25,6 +25,8 @@ struct RoutingArguments {
   const int32_t* k_values = nullptr;       // [P, C]
   const float* correction_bias = nullptr;  // [E] or null
   const float* expert_norms = nullptr;     // [E] or null, which is as all ones
+  // [E] or null: moe() adds to it the tokens that each expert runs for, modulo 2^32.
+  uint32_t* expert_load = nullptr;
 };
 
 struct ExpertArguments {

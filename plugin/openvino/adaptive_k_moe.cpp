@@ -22,15 +22,23 @@ enum Input : size_t {
   kNumRequired,
 };
 
-// Where the optional inputs are, 0 where not: correction_bias, then expert_norms. Their number and
-// has_expert_norms tell which there are.
+// Where the optional inputs are, 0 where not: correction_bias, then expert_norms, then expert_load.
+// Their number and the attributes tell which there are.
 struct OptionalInputs {
-  size_t correction_bias = 0, expert_norms = 0;
+  size_t correction_bias = 0, expert_norms = 0, expert_load = 0;
 
-  OptionalInputs(size_t count, bool has_expert_norms) {
-    const bool has_correction_bias = count > kNumRequired + has_expert_norms;
+  OptionalInputs(size_t count, const Attributes& attributes) {
+    const bool has_norms = attributes.has_expert_norms != 0;
+    const bool has_correction_bias = count > fewest(attributes);
     if (has_correction_bias) correction_bias = kNumRequired;
-    if (has_expert_norms) expert_norms = kNumRequired + has_correction_bias;
+    if (has_norms) expert_norms = kNumRequired + has_correction_bias;
+    if (attributes.has_expert_load != 0)
+      expert_load = kNumRequired + has_correction_bias + has_norms;
+  }
+
+  // Inputs that there are without correction_bias.
+  static size_t fewest(const Attributes& attributes) {
+    return kNumRequired + (attributes.has_expert_norms != 0) + (attributes.has_expert_load != 0);
   }
 };
 
@@ -39,6 +47,7 @@ const char* input_name(size_t index, bool gated, const OptionalInputs& optional)
                                     "thresholds",    "k_values",      "up",           "down"};
   if (index == kUp && gated) return "gate_up";
   if (index < kNumRequired) return kNames[index];
+  if (index == optional.expert_load) return "expert_load";
   return index == optional.expert_norms ? "expert_norms" : "correction_bias";
 }
 
@@ -105,16 +114,17 @@ AdaptiveKMoe::AdaptiveKMoe(const ov::OutputVector& inputs, Attributes attributes
 void AdaptiveKMoe::validate_and_infer_types() {
   params_ = parse_attributes(this, attributes_);
   const bool gated = is_gated(params_.activation);
-  const size_t fewest = kNumRequired + (attributes_.has_expert_norms != 0);
+  const size_t fewest = OptionalInputs::fewest(attributes_);
   NODE_VALIDATION_CHECK(this, get_input_size() == fewest || get_input_size() == fewest + 1,
                         "AdaptiveKMoe: has ", get_input_size(), " inputs but takes ", fewest,
                         ", or ", fewest + 1, " with correction_bias",
                         attributes_.has_expert_norms != 0 ? " (expert_norms is the last)" : "");
-  const OptionalInputs optional(get_input_size(), attributes_.has_expert_norms != 0);
+  const OptionalInputs optional(get_input_size(), attributes_);
   for (size_t i = 0; i < get_input_size(); ++i) {
     const ov::element::Type type = get_input_element_type(i);
     const bool is_weight = i == kUp || i == kDown;
-    const bool integer = i == kPolicyIndex || i == kPolicyKind || i == kKValues;
+    const bool integer = i == kPolicyIndex || i == kPolicyKind || i == kKValues ||
+                         (optional.expert_load != 0 && i == optional.expert_load);
     const bool bits = is_weight && params_.weight_format == WeightFormat::kBFloat16;
     const ov::element::Type expected =
         integer ? ov::element::i32 : (bits ? ov::element::u8 : ov::element::f32);
@@ -134,6 +144,12 @@ void AdaptiveKMoe::validate_and_infer_types() {
   } catch (const std::invalid_argument& error) {
     NODE_VALIDATION_CHECK(this, false, error.what());
   }
+  if (optional.expert_load != 0) {
+    const ov::PartialShape& load = get_input_partial_shape(optional.expert_load);
+    NODE_VALIDATION_CHECK(this, load.compatible(ov::PartialShape{sizes.experts}),
+                          "AdaptiveKMoe: expert_load has shape ", load, " but must be [",
+                          sizes.experts, "]");
+  }
   set_output_size(3);
   set_output_type(0, ov::element::f32, ov::PartialShape{sizes.tokens, sizes.hidden});
   set_output_type(1, ov::element::i32, ov::PartialShape{sizes.tokens});
@@ -150,6 +166,7 @@ bool AdaptiveKMoe::visit_attributes(ov::AttributeVisitor& visitor) {
   visitor.on_attribute("topk_group", attributes_.topk_group);
   visitor.on_attribute("max_k", attributes_.max_k);
   visitor.on_attribute("has_expert_norms", attributes_.has_expert_norms);
+  visitor.on_attribute("has_expert_load", attributes_.has_expert_load);
   return true;
 }
 
@@ -159,7 +176,7 @@ std::shared_ptr<ov::Node> AdaptiveKMoe::clone_with_new_inputs(
 }
 
 bool AdaptiveKMoe::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
-  const OptionalInputs optional(inputs.size(), attributes_.has_expert_norms != 0);
+  const OptionalInputs optional(inputs.size(), attributes_);
   cpu::Sizes sizes;
   try {
     sizes =
@@ -191,6 +208,13 @@ bool AdaptiveKMoe::evaluate(ov::TensorVector& outputs, const ov::TensorVector& i
     routing.correction_bias = inputs[optional.correction_bias].data<const float>();
   if (optional.expert_norms != 0)
     routing.expert_norms = inputs[optional.expert_norms].data<const float>();
+  if (optional.expert_load != 0) {
+    // The tensor object is constant and its memory is the application's to be written.
+    const void* load = inputs[optional.expert_load].data();
+    routing.expert_load = static_cast<uint32_t*>(const_cast<void*>(load));
+    if (inputs[optional.expert_load].get_size() != static_cast<size_t>(sizes.experts))
+      OPENVINO_THROW("AdaptiveKMoe: expert_load must have one element for each expert");
+  }
   cpu::ExpertArguments experts;
   experts.hidden = sizes.hidden;
   experts.intermediate = sizes.intermediate;

@@ -20,6 +20,9 @@ struct Attributes {
   int64_t topk_group = 1;
   int64_t max_k = 0;
   int64_t has_expert_norms = 0;  // which of the optional inputs a ninth one is
+  // Only here, not in the operator's description: a last input [E] i32, to which each call adds, in
+  // place and modulo 2^32, the tokens that each expert ran for.
+  int64_t has_expert_load = 0;
 };
 
 class AdaptiveKMoe : public ov::op::Op {

@@ -13,6 +13,7 @@ from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.errors import DependencyError, EngineError, PolicyError
 from adaptive_k_moe.policy import KIND_CONTRIBUTION, PolicyTables
 from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
+from adaptive_k_moe.runtime.session.expert_load import ExpertLoad
 from adaptive_k_moe.runtime.session.paged_attention import use_paged_attention
 
 ENGINE_XML = "rank0.xml"
@@ -117,6 +118,10 @@ class OpenVinoSession:
         for name in {"policy_kind", "thresholds", "k_values", "expert_norms"} & self._inputs:
             self._request.set_tensor(name, self._ov.Tensor(getattr(tables, name)))
 
+    def expert_load(self) -> npt.NDArray[np.int64]:
+        """See `CountsExperts.expert_load`."""
+        return self._expert_load.read()
+
     def close(self) -> None:
         """See `Session.close`."""
         self._request = None
@@ -137,10 +142,13 @@ class OpenVinoSession:
             core.add_extension(str(openvino_extension_path()))
             graph = core.read_model(engine_dir / ENGINE_XML)
             use_paged_attention(graph, self._config.pretrained_config)
+            self._expert_load = ExpertLoad(graph, self._config.pretrained_config.moe.num_experts)
             self._prepare(graph)
             self._request = core.compile_model(graph, "CPU", options).create_infer_request()
             # A model without rotary embedding takes no positions, one without attention no blocks.
             self._inputs = {port.get_any_name() for port in self._request.get_compiled_model().inputs}
+            for name, tensor in self._expert_load.tensors.items():
+                self._request.set_tensor(name, tensor)
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise EngineError(f"OpenVINO cannot load the engine in {engine_dir}: {reason}") from error

@@ -94,6 +94,13 @@ def test_the_page_counts_what_the_outputs_say(engine_dir: Path, page: metrics.Me
         assert total(found, "adaptive_k_errors_total", kind="request") == 1
         assert total(found, "adaptive_k_generation_tokens_total") == 12
         assert total(found, "adaptive_k_kv_blocks") == llm.stats().kv_blocks_total
+        # Of each layer's k, every one is a token of some expert.
+        load = llm.expert_load()
+        assert load is not None
+        np.testing.assert_array_equal(load.sum(axis=1), ks.sum(axis=0))
+        for (layer, expert), tokens in np.ndenumerate(load):
+            labels = {"layer": str(layer), "expert": str(expert)}
+            assert total(found, "adaptive_k_expert_tokens_total", **labels) == tokens
 
 
 def test_each_llm_has_its_own_series_as_long_as_it_is_there(engine_dir: Path, page: metrics.MetricsServer) -> None:

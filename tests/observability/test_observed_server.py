@@ -329,6 +329,8 @@ def test_the_metrics_agree_with_the_log(run: Run) -> None:
         assert total(run.samples, "adaptive_k_latency_seconds_sum", policy=policy) == pytest.approx(seconds, rel=1e-3)
         first = total(run.samples, "adaptive_k_time_to_first_token_seconds_sum", policy=policy)
         assert first == pytest.approx(sum(line["ttft_ms"] for line in of_policy) / 1e3, rel=1e-3)
+    all_runs = sum(k * count for counts in by_policy.values() for k, count in counts.items())
+    assert total(run.samples, "adaptive_k_expert_tokens_total") == all_runs
     passes = sum(counts.total() for counts in by_policy.values())
     assert total(run.samples, "adaptive_k_router_entropy_nats_count") == passes
     tokens = sum(line["num_output_tokens"] for line in accepted)
