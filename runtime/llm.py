@@ -346,7 +346,7 @@ class LLM:
         """Tokens that each expert has run for since the engine was opened, if the target counts them.
 
         Every pass of a token through a layer counts, those of requests of the background, too. The target
-        "openvino" counts; ask from one thread at a time.
+        "openvino" counts.
 
         Returns:
             [MoE layers, experts], or None.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +17,7 @@ class CountsExperts(Protocol):
     """A session that knows its experts' load."""
 
     def expert_load(self) -> npt.NDArray[np.int64]:
-        """[L, E] tokens that each expert has run for since the session was opened; from any one thread at a time."""
+        """[L, E] tokens that each expert has run for since the session was opened; from any thread."""
 
 
 class ExpertLoad:
@@ -45,13 +46,15 @@ class ExpertLoad:
         # The operator adds modulo 2^32; what was read is added up here.
         self._counters = np.zeros((len(operators), num_experts), np.uint32)
         self._seen = self._counters.copy()
+        self._lock = threading.Lock()
         self._totals = np.zeros(self._counters.shape, np.int64)
         signed = self._counters.view(np.int32)
         self.tensors = {name: openvino.Tensor(signed[layer], shared_memory=True) for layer, name in enumerate(names)}
 
     def read(self) -> npt.NDArray[np.int64]:
         """[L, E] tokens so far. To be called before an expert has run for 2^32 tokens since the last time."""
-        now = self._counters.copy()
-        self._totals += now - self._seen  # modulo 2^32, too
-        self._seen = now
-        return self._totals.copy()
+        with self._lock:
+            now = self._counters.copy()
+            self._totals += now - self._seen  # modulo 2^32, too
+            self._seen = now
+            return self._totals.copy()

@@ -14,7 +14,8 @@ import pytest
 from cases import norms, policies, tokens, weights
 from onnx import TensorProto, helper, numpy_helper
 
-from adaptive_k_moe.plugin import moe, openvino_extension_path
+from adaptive_k_moe.plugin import moe, openvino_extension_path, route
+from adaptive_k_moe.runtime.session.expert_load import ExpertLoad
 
 HIDDEN, EXPERTS, INTERMEDIATE = 40, 8, 24
 FEED = ["hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values"]
@@ -188,6 +189,53 @@ def test_a_model_that_does_not_fit_is_refused_by_name(
     up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, "swiglu")
     with pytest.raises(RuntimeError, match=sentence):
         core.read_model(graph(tmp_path / "op.onnx", up, down, **changes))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("with_norms", [False, True])
+def test_the_operator_counts_its_experts_tokens_in_place(
+    core: ov.Core, tmp_path: Path, with_bias: bool, with_norms: bool
+) -> None:
+    up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, "swiglu")
+    bias = np.linspace(-0.2, 0.2, EXPERTS, dtype=np.float32) if with_bias else None
+    expert_norms = norms(EXPERTS) if with_norms else None
+    model = core.read_model(graph(tmp_path / "op.onnx", up, down, bias, expert_norms))
+    load = ExpertLoad(model, EXPERTS)
+    request = core.compile_model(model, "CPU").create_infer_request()
+    for name, tensor in load.tensors.items():
+        request.set_tensor(name, tensor)
+    expected = np.zeros((1, EXPERTS), np.int64)
+    for seed, count in enumerate((3, 1, 0, 70)):
+        feed = (*tokens(count, HIDDEN, EXPERTS, seed), *policies(count, seed))
+        got = request.infer(dict(zip(FEED, feed, strict=True)))
+        want = moe(*feed, up, down, correction_bias=bias, expert_norms=expert_norms)
+        for name, value in zip(("output", "k", "entropy"), want, strict=True):
+            np.testing.assert_array_equal(got[name], value)
+        chosen = route(*feed[1:], correction_bias=bias, expert_norms=expert_norms).experts
+        expected += np.bincount(chosen[chosen >= 0], minlength=EXPERTS)
+        np.testing.assert_array_equal(load.read(), expected)
+
+
+def test_expert_load_goes_on_beyond_32_bits(core: ov.Core, tmp_path: Path) -> None:
+    up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, "swiglu")
+    model = core.read_model(graph(tmp_path / "op.onnx", up, down))
+    load = ExpertLoad(model, EXPERTS)
+    request = core.compile_model(model, "CPU").create_infer_request()
+    (tensor,) = load.tensors.values()
+    request.set_tensor("expert_load.0", tensor)
+    tensor.data[:] = -1  # as after 2^32 - 1 tokens of each
+    before = load.read()
+    feed = (*tokens(70, HIDDEN, EXPERTS), *policies(70))
+    got = request.infer(dict(zip(FEED, feed, strict=True)))
+    assert (before == 2**32 - 1).all()
+    assert (load.read() - before).sum() == got["k"].sum()
+
+
+def test_an_expert_load_of_another_size_is_refused(core: ov.Core, tmp_path: Path) -> None:
+    up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, "swiglu")
+    model = core.read_model(graph(tmp_path / "op.onnx", up, down))
+    with pytest.raises(RuntimeError, match=r"AdaptiveKMoe: expert_load has shape \[7\] but must be \[8\]"):
+        ExpertLoad(model, EXPERTS - 1)
 
 
 def test_shapes_that_appear_at_run_time_are_checked(core: ov.Core, tmp_path: Path) -> None:
