@@ -159,11 +159,15 @@ def test_two_policies_side_by_side(browser: Browser, server: TritonServer) -> No
     assert browser.text(".side:nth-child(1) .saved").split("\n")[1].endswith("50.0 %")
     speeds = [float(browser.text(f".side:nth-child({side}) .speed").split()[0]) for side in (1, 2)]
     told = browser.text(".side:nth-child(1) .against")
-    assert told.startswith("Against full: ") and "one after the other" in told
-    assert float(told.partition("(")[2].partition(" ")[0]) == pytest.approx(speeds[0] / speeds[1], abs=0.011)
+    assert told.startswith("Against full: ") and "one pair, run one after the other" in told
+    assert float(told.split()[2]) == pytest.approx(speeds[0] / speeds[1], abs=0.011)
     browser.click("#together")
+    browser.fill("#pairs", "4")
     _run(browser)
-    assert "both ran at once" in browser.text(".side:nth-child(1) .against")
+    told = browser.text(".side:nth-child(1) .against")
+    assert "the median of 4 pairs" in told and "run at once" in told
+    lowest, highest = (float(word) for word in told.partition("pairs (")[2].partition(")")[0].split(" to "))
+    assert lowest <= float(told.split()[2]) <= highest
 
 
 def test_layers_of_all_tokens_until_one_is_asked_for(browser: Browser, server: TritonServer) -> None:

@@ -3,7 +3,7 @@
 
 import { Charts } from "./charts.js";
 import { getJson } from "./events.js";
-import { Side, compare } from "./side.js";
+import { Side } from "./side.js";
 
 const LOOK_EVERY = 2000;
 
@@ -19,6 +19,7 @@ function showSides() {
   element("sides").replaceChildren(...sides.slice(0, count).map((side) => side.root));
   element("sides").dataset.count = String(count);
   element("together-label").hidden = count < 2;
+  element("pairs-label").hidden = count < 2;
 }
 
 function setBusy() {
@@ -34,24 +35,36 @@ async function run() {
     temperature: element("temperature").valueAsNumber,
     seed: element("seed").valueAsNumber,
   };
-  const asked = element("compare").checked ? sides : sides.slice(0, 1);
-  const together = element("together").checked;
   running = new AbortController();
   setBusy();
-  for (const side of asked) side.clear();
   try {
-    if (together) {
-      await Promise.all(asked.map((side) => side.run(question, running.signal)));
-    } else {
-      for (const side of asked) {
-        await side.run(question, running.signal);
-        if (running.signal.aborted || side.failed) break;
-      }
-    }
-    if (asked.length === 2) compare(asked[1], asked[0], together);
+    if (element("compare").checked) await runPairs(question, running.signal);
+    else await sides[0].run(question, running.signal);
   } finally {
     running = null;
     setBusy();
+  }
+}
+
+/** Both sides, as many times as asked, and how they compare in time. */
+async function runPairs(question, signal) {
+  const [first, second] = sides;
+  const together = element("together").checked;
+  const ratios = [];
+  for (const side of sides) side.clear();
+  for (let pair = 0; pair < element("pairs").valueAsNumber; pair += 1) {
+    if (together) {
+      await Promise.all(sides.map((side) => side.run(question, signal)));
+    } else {
+      // Whoever comes second finds the machine as the first one left it, so they take turns.
+      for (const side of pair % 2 ? [second, first] : sides) {
+        await side.run(question, signal);
+        if (signal.aborted || side.failed) return;
+      }
+    }
+    if (signal.aborted || first.failed || second.failed) return;
+    ratios.push(first.speed / second.speed);
+    first.compare(second, ratios, together);
   }
 }
 

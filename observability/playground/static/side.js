@@ -58,7 +58,6 @@ export class Side {
     this.tokens = 0;
     this.seconds = 0;
     this.first = null;
-    this.whole = false;
     this.answer.replaceChildren();
     this.failure.hidden = true;
     this.against.textContent = "";
@@ -103,7 +102,6 @@ export class Side {
 
   finish(seconds) {
     this.seconds = seconds;
-    this.whole = true;
     if (this.first) this.showFigures();
   }
 
@@ -184,6 +182,25 @@ export class Side {
     write(this.figures.first, `${(1000 * this.first.seconds).toFixed(0)} ms`, `${this.tokens} in ${this.seconds.toFixed(2)} s`);
   }
 
+  /**
+   * Say how this side's time compares with another's.
+   * @param {Side} other
+   * @param {number[]} ratios tokens a second against the other's, for each pair of runs
+   * @param {boolean} together whether the two of a pair ran at once
+   */
+  compare(other, ratios, together) {
+    if (!ratios.every(Number.isFinite)) return;
+    const name = other.policy.selectedOptions[0].text;
+    const sorted = [...ratios].sort((a, b) => a - b);
+    const half = sorted.length >> 1;
+    const median = sorted.length % 2 ? sorted[half] : (sorted[half - 1] + sorted[half]) / 2;
+    const how = together ? "run at once" : "run one after the other";
+    this.against.textContent =
+      ratios.length === 1
+        ? `Against ${name}: ${median.toFixed(2)} × its tokens a second in one pair, ${how}. More pairs would be a measurement.`
+        : `Against ${name}: ${median.toFixed(2)} × its tokens a second, the median of ${ratios.length} pairs (${sorted[0].toFixed(2)} to ${sorted.at(-1).toFixed(2)}), ${how}.`;
+  }
+
   followPointerAndKeys() {
     this.answer.addEventListener("pointerover", (event) => {
       const element = event.target.closest(".piece");
@@ -246,17 +263,6 @@ export class Side {
     layers.setAttribute("aria-label", spokenLayers(k, entropy));
     this.token.replaceChildren(line, layers);
   }
-}
-
-/** Say how two whole answers compare in time; of the second against the first. */
-export function compare(first, second, together) {
-  if (!first.whole || !second.whole) return;
-  const ratio = second.speed / first.speed;
-  if (!Number.isFinite(ratio) || ratio === 0) return;
-  const saved = 1 - 1 / ratio;
-  const faster = ratio >= 1 ? `${(100 * saved).toFixed(1)} % less time a token` : `${(-100 * saved).toFixed(1)} % more time a token`;
-  const how = together ? "both ran at once" : "one after the other";
-  second.against.textContent = `Against ${first.policy.selectedOptions[0].text}: ${faster} (${ratio.toFixed(2)} × its tokens/s; ${how}; one run is no measurement).`;
 }
 
 function mean(rows) {
