@@ -3,24 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from adaptive_k_moe.client.connection import CHANNEL_OPTIONS, check_url, credentials, metadata, with_trace_context
+from adaptive_k_moe.client.connection import Answer, Connection
 from adaptive_k_moe.client.options import GenerateOptions, Prompt
-from adaptive_k_moe.client.protocol import (
-    QUESTION_SECONDS,
-    decode_chunk,
-    decode_engine,
-    encode_engine_question,
-    encode_request,
-    explain,
-    join,
-)
+from adaptive_k_moe.client.protocol import decode_chunk, decode_engine, explain, join
 from adaptive_k_moe.client.results import Chunk, Completion, EngineDescription
 from adaptive_k_moe.errors import ClientError
 
@@ -28,7 +19,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-class AsyncClient:
+class AsyncClient(Connection):
     """A connection to a server for one event loop; arguments and errors are those of `Client`.
 
     Example::
@@ -39,24 +30,7 @@ class AsyncClient:
                 print(chunk.text, end="")
     """
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        model_name: str = "ensemble",
-        timeout: float | None = None,
-        ssl: bool = False,
-        root_certificates: str | None = None,
-        private_key: str | None = None,
-        certificate_chain: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        self._url = check_url(url)
-        self._model_name = model_name
-        self._timeout = timeout
-        self._metadata = metadata(headers)
-        self._credentials = credentials(ssl, root_certificates, private_key, certificate_chain)
-        self._channel: Any = None
+    _transport = grpc.aio
 
     @overload
     def generate(
@@ -72,20 +46,14 @@ class AsyncClient:
         self, prompt: Prompt, *, stream: bool = False, **options: Unpack[GenerateOptions]
     ) -> Coroutine[Any, Any, Completion] | AsyncCompletionStream:
         """Ask for an answer: await it, or with `stream` iterate over it; see `Client.generate`."""
-        timeout = options.get("timeout", self._timeout)
-        request = encode_request(self._model_name, prompt, options, stream=stream)
-        call = self._stub().ModelStreamInfer(
-            iter([request]), timeout=timeout, metadata=with_trace_context(self._metadata)
-        )
+        call, timeout = self._ask(prompt, options, stream=stream)
         chunks = AsyncCompletionStream(call, self._url, timeout)
         return chunks if stream else _whole(chunks)
 
     async def describe_engine(self) -> EngineDescription:
         """What is served; see `Client.describe_engine`."""
-        timeout = self._timeout or QUESTION_SECONDS
-        request = encode_engine_question(self._model_name)
+        call, timeout = self._ask_about_engine()
         try:
-            call = self._stub().ModelStreamInfer(iter([request]), timeout=timeout, metadata=self._metadata)
             async for response in call:
                 if (engine := decode_engine(response)) is not None:
                     return engine
@@ -96,17 +64,15 @@ class AsyncClient:
     async def is_ready(self) -> bool:
         """Whether the server answers and its model is loaded."""
         try:
-            request = service_pb2.ModelReadyRequest(name=self._model_name)
-            call = self._stub().ModelReady(request, timeout=self._timeout or QUESTION_SECONDS, metadata=self._metadata)
-            return bool((await call).ready)
+            return bool((await self._ask_whether_ready()).ready)
         except grpc.RpcError:
             return False
 
     async def close(self) -> None:
         """Close the connection; requests that still run are cancelled."""
-        if self._channel is not None:
-            await self._channel.close()
-            self._channel = None
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            await channel.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -116,25 +82,13 @@ class AsyncClient:
     ) -> None:
         await self.close()
 
-    def _stub(self) -> Any:
-        # The channel belongs to the loop that runs when it is made, so it is not made before it is used.
-        if self._channel is None:
-            if self._credentials is None:
-                self._channel = grpc.aio.insecure_channel(self._url, CHANNEL_OPTIONS)
-            else:
-                self._channel = grpc.aio.secure_channel(self._url, self._credentials, CHANNEL_OPTIONS)
-        return service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
-
-class AsyncCompletionStream(AsyncIterator[Chunk]):
+class AsyncCompletionStream(Answer, AsyncIterator[Chunk]):
     """The pieces of an answer. Closing it, or letting go of it, cancels what has not come yet."""
 
     def __init__(self, call: Any, url: str, timeout: float | None) -> None:
-        self._call = call
+        super().__init__(call, url, timeout)
         self._responses = call.__aiter__()
-        self._url = url
-        self._timeout = timeout
-        self._closed = False
 
     async def __anext__(self) -> Chunk:
         while not self._closed:
@@ -143,22 +97,11 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
             except StopAsyncIteration:
                 break
             except grpc.RpcError as error:
-                raise self._failure(error) from None
+                raise self._failure(error, StopAsyncIteration) from None
             if (chunk := decode_chunk(response)) is not None:
                 return chunk
         self.close()
         raise StopAsyncIteration
-
-    def _failure(self, error: Any) -> Exception:
-        if self._closed:  # by another, while this one was waiting
-            return StopAsyncIteration()
-        self.close()
-        return explain(error, self._url, self._timeout)
-
-    def close(self) -> None:
-        """Cancel the request if it still runs; the server frees what it held."""
-        self._closed = True
-        self._call.cancel()
 
     async def __aenter__(self) -> AsyncCompletionStream:
         return self
@@ -166,9 +109,6 @@ class AsyncCompletionStream(AsyncIterator[Chunk]):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
 

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a client connects to and how: address, TLS files, message limits."""
+"""What both clients share: where they connect to and how, what they send, and how an answer's end is told."""
 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from adaptive_k_moe.client.protocol import METADATA
+from adaptive_k_moe.client.options import GenerateOptions, Prompt
+from adaptive_k_moe.client.protocol import METADATA, encode_engine_question, encode_request, explain
 from adaptive_k_moe.errors import ClientError
+
+QUESTION_SECONDS = 5.0
+"""How long a question that needs no generation may take where the client has no timeout of its own."""
 
 CHANNEL_OPTIONS = (
     # Logits and long prompts exceed gRPC's 4 MB; tritonclient lifts the limits in the same way.
@@ -22,6 +28,101 @@ CHANNEL_OPTIONS = (
     # Servers that are replicas have one name and an address each: requests go to them in turn.
     ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
 )
+
+
+class Connection:
+    """A connection to a server.
+
+    Args:
+        url: HOST:PORT of the server's gRPC.
+        model_name: the served model.
+        timeout: seconds that an answer may take; None waits as long as the server lives.
+        ssl: encrypt the connection.
+        root_certificates: PEM file of the authorities to trust; None is the system's.
+        private_key: PEM file of this client's key, where the server asks for one.
+        certificate_chain: PEM file of this client's certificate.
+        headers: sent with each request.
+
+    Raises:
+        ClientError: the address or a TLS file is unusable. Whether a server is there shows at the first
+            request.
+    """
+
+    _transport: ClassVar[Any]
+    """Where channels come from: `grpc` or `grpc.aio`."""
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        model_name: str = "ensemble",
+        timeout: float | None = None,
+        ssl: bool = False,
+        root_certificates: str | None = None,
+        private_key: str | None = None,
+        certificate_chain: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._url = check_url(url)
+        self._model_name = model_name
+        self._timeout = timeout
+        self._metadata = metadata(headers)
+        self._credentials = credentials(ssl, root_certificates, private_key, certificate_chain)
+        self._channel: Any = None
+        self._lock = threading.Lock()
+
+    def _stub(self) -> Any:
+        """The server's calls. A channel of asyncio belongs to the loop that runs when it is made, so none is early."""
+        with self._lock:
+            if self._channel is None and self._credentials is None:
+                self._channel = self._transport.insecure_channel(self._url, CHANNEL_OPTIONS)
+            elif self._channel is None:
+                self._channel = self._transport.secure_channel(self._url, self._credentials, CHANNEL_OPTIONS)
+        return service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+
+    def _ask(self, prompt: Prompt, options: GenerateOptions, *, stream: bool) -> tuple[Any, float | None]:
+        """The call that brings an answer, and its timeout."""
+        request = encode_request(self._model_name, prompt, options, stream=stream)
+        timeout = options.get("timeout", self._timeout)
+        return self._infer(request, timeout, with_trace_context(self._metadata)), timeout
+
+    def _ask_about_engine(self) -> tuple[Any, float]:
+        """The call that brings what is served, and its timeout."""
+        timeout = self._timeout or QUESTION_SECONDS
+        return self._infer(encode_engine_question(self._model_name), timeout, self._metadata), timeout
+
+    def _ask_whether_ready(self) -> Any:
+        request = service_pb2.ModelReadyRequest(name=self._model_name)
+        return self._stub().ModelReady(request, timeout=self._timeout or QUESTION_SECONDS, metadata=self._metadata)
+
+    def _infer(self, request: Any, timeout: float | None, headers: tuple[tuple[str, str], ...]) -> Any:
+        # One message, then the end of the client's side: the server ends the stream after its last answer.
+        return self._stub().ModelStreamInfer(iter([request]), timeout=timeout, metadata=headers)
+
+
+class Answer:
+    """An answer that is under way. Closing it, or letting go of it, cancels what has not come yet."""
+
+    def __init__(self, call: Any, url: str, timeout: float | None) -> None:
+        self._call = call
+        self._url = url
+        self._timeout = timeout
+        self._closed = False
+
+    def close(self) -> None:
+        """Cancel the request if it still runs; the server frees what it held."""
+        self._closed = True
+        self._call.cancel()
+
+    def _failure(self, error: Any, end: type[Exception]) -> Exception:
+        """What to raise for an `grpc.RpcError`: `end`, if it was closed by another while this one was waiting."""
+        if self._closed:
+            return end()
+        self.close()
+        return explain(error, self._url, self._timeout)
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def check_url(url: str) -> str:

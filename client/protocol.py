@@ -21,9 +21,6 @@ from adaptive_k_moe.errors import ClientError
 # Makes Triton end a stream with the error's own status code.
 METADATA = (("triton_grpc_error", "true"),)
 
-QUESTION_SECONDS = 5.0
-"""How long a question that needs no generation may take where the client has no timeout of its own."""
-
 # Types of the inputs that are one number, by name.
 _NUMBERS: dict[str, npt.DTypeLike] = {
     "max_tokens": np.int32,

@@ -148,6 +148,27 @@ def test_refusals_in_either_of_tritons_forms(service: Any) -> None:
             client.generate("p")
 
 
+def test_a_client_may_be_closed_before_it_is_used_twice_and_used_again(service: Any) -> None:
+    fake, url, _ = service
+    fake.behave = lambda context: iter([_piece("a")])
+    client = Client(url)
+    client.close()
+    for _ in range(2):
+        assert client.generate("p").text == "a"
+        client.close()
+        client.close()
+
+    other = AsyncClient(url)
+
+    async def ask() -> str:
+        await other.close()
+        completion = await other.generate("p")
+        await other.close()
+        return completion.text
+
+    assert [asyncio.run(ask()) for _ in range(2)] == ["a", "a"]  # each in a loop of its own
+
+
 def test_no_server_is_an_error_at_once() -> None:
     started = time.monotonic()
     with Client("127.0.0.1:1") as client:
