@@ -400,9 +400,10 @@ def test_the_registry_lists_the_creators_and_makes_a_plugin(eleven: PluginLibrar
     assert all_of(told, "ERROR") == []
 
 
-def mamba_model(path: Path, **attributes: Any) -> str:
-    """Write an ONNX model of one node, as the lowering leaves it to the plugin."""
-    kinds = {INT32: onnx.TensorProto.INT32, FLOAT: onnx.TensorProto.FLOAT, HALF: onnx.TensorProto.FLOAT16}
+def mamba_graph(tensors: MambaTensors, **attributes: Any) -> bytes:
+    """An ONNX model of one node, as the lowering leaves it to the plugin."""
+    types = onnx.TensorProto
+    kinds = {INT32: types.INT32, FLOAT: types.FLOAT, HALF: types.FLOAT16, BF16: types.BFLOAT16}
     free = iter(f"size{i}" for i in range(100))
 
     def values(names: list[str], tensors: list[h.Tensor]) -> list[onnx.ValueInfoProto]:
@@ -412,13 +413,16 @@ def mamba_model(path: Path, **attributes: Any) -> str:
             for name, t, shape in zip(names, tensors, shapes, strict=True)
         ]
 
-    tensors = MambaTensors()
     node = onnx.helper.make_node("Mamba2", INPUTS, OUTPUTS, "layers.0.mamba", domain="adaptive_k", **attributes)
-    graph = onnx.helper.make_graph(
-        [node], "layer", values(INPUTS, tensors.inputs()), values(OUTPUTS, tensors.outputs())
-    )
+    inputs, outputs = values(INPUTS, tensors.inputs()), values(OUTPUTS, tensors.outputs())
     opsets = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid("adaptive_k", 1)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11), path)
+    graph = onnx.helper.make_graph([node], "layer", inputs, outputs)
+    return bytes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString())
+
+
+def mamba_model(path: Path, **attributes: Any) -> str:
+    """Write such a model."""
+    path.write_bytes(mamba_graph(MambaTensors(), **attributes))
     return str(path)
 
 
