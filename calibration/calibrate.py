@@ -186,9 +186,9 @@ def calibrate(
     k_values: Sequence[int] | None = None,
     name: str = "balanced",
     num_bands: int = 6,
-    refine_passes: int = 48,
-    curve_points: int = 5,
-    timing_rounds: int = 9,
+    refine_passes: int = 24,
+    curve_points: int = 4,
+    timing_rounds: int = 5,
     report: Report | None = None,
 ) -> Calibration:
     """Find the policy of the kinds asked for that does the least damage within a budget.

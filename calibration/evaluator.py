@@ -127,7 +127,6 @@ class Evaluator:
 
     def __init__(self, engine_dir: str | Path, *, num_threads: int | None = None) -> None:
         from adaptive_k_moe.engine_config import read_engine_config
-        from adaptive_k_moe.runtime.session import create_session
         from adaptive_k_moe.runtime.tokenizer import Tokenizer
 
         self.config: EngineConfig = read_engine_config(engine_dir)
@@ -135,11 +134,11 @@ class Evaluator:
         self.expert_norms = self.config.adaptive_k.expert_norms
         self._engine_dir = engine_dir
         self._num_threads = num_threads
-        self._session: Session | None = create_session(engine_dir, self.config, num_threads=num_threads)
+        self._session: Session | None = None
 
     @property
     def session(self) -> Session:
-        """The engine's session; one that was closed is opened again."""
+        """The engine's session, opened when it is first needed."""
         from adaptive_k_moe.runtime.session import create_session
 
         if self._session is None:

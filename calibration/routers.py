@@ -171,10 +171,12 @@ class RouterProbe(OpenVinoSession):
 
 
 class _ExpertWeights:
-    """One layer's experts, where they lie in the engine."""
+    """One layer's experts, where they lie in the engine.
+
+    The arrays keep their constants alive. The operator's node must not be kept: its code goes with OpenVINO's core.
+    """
 
     def __init__(self, node: Any, moe: MoeConfig) -> None:
-        self._node = node  # keeps the constants alive
         self._up, self._down = (_constant(node, index) for index in (_UP, _DOWN))
         self.correction_bias = _constant(node, _CORRECTION_BIAS) if moe.correction_bias else None
 

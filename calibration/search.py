@@ -111,7 +111,7 @@ class Search:
         *,
         routers: RouterTraces | None = None,
         num_bands: int = 6,
-        refine_passes: int = 48,
+        refine_passes: int = 24,
     ) -> None:
         self.laboratory = laboratory
         self.k_values = check_k_values(k_values, laboratory.evaluator.full_k)

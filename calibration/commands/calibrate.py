@@ -66,11 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--window", type=int, help="tokens in a window (default: 256, or what the engine takes)")
     parser.add_argument("--max_tokens", type=int, help="use about this many tokens of each text")
     parser.add_argument("--bands", type=int, default=6, help="entropy bands in each layer (default: 6)")
-    parser.add_argument("--refine_passes", type=int, default=48, help="passes that refining may take (default: 48)")
     parser.add_argument(
-        "--curve_points", type=int, default=5, help="budgets at which every kind is measured (default: 5)"
+        "--refine_passes", type=int, default=24, help="passes that refining a kind may take (default: 24)"
     )
-    parser.add_argument("--timing_rounds", type=int, default=9, help="rounds of timing for the report (default: 9)")
+    parser.add_argument(
+        "--curve_points", type=int, default=4, help="budgets at which every kind is measured (default: 4)"
+    )
+    parser.add_argument("--timing_rounds", type=int, default=5, help="rounds of timing for the report (default: 5)")
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
 
 

@@ -11,20 +11,22 @@ import numpy as np
 import pytest
 
 from adaptive_k_moe.calibration import bootstrap
-from adaptive_k_moe.calibration.calibrate import Calibration, calibrate
+from adaptive_k_moe.calibration.calibrate import CURVE_KINDS, Calibration, calibrate
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator
 from adaptive_k_moe.calibration.laboratory import Budget
 from adaptive_k_moe.calibration.traces import EvaluationCache, collect
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.cli import main
+from adaptive_k_moe.engine_config import read_policy_tables
 from adaptive_k_moe.policy import EntropyPolicy, read_policy_file
 
 TARGET = 1.5
+KINDS = ("entropy", "entropy_per_layer", "ratio", "contribution", "contribution_per_layer")
 
 
 def run(evaluator: Evaluator, parts: tuple[Windows, Windows], work_dir: Path, **more: object) -> Calibration:
-    options: dict[str, object] = {"num_bands": 3, "refine_passes": 14, "curve_points": 0}
+    options: dict[str, object] = {"kinds": KINDS, "num_bands": 3, "refine_passes": 8, "curve_points": 0}
     return calibrate(evaluator, *parts, Budget(avg_k=TARGET), work_dir=work_dir, **{**options, **more})  # type: ignore[arg-type]
 
 
@@ -68,7 +70,7 @@ def test_choosing_by_measurement_beats_choosing_layers_blindly(result: Calibrati
 def test_a_calibration_that_was_killed_ends_with_the_same_policy(
     evaluator: Evaluator, parts: tuple[Windows, Windows], result: Calibration, work_dir: Path, tmp_path: Path
 ) -> None:
-    # As a kill would leave it: traces cut off after two windows, and an evaluation written by half.
+    # As a kill would leave it: traces cut off after four windows, and an evaluation written by half.
     again = tmp_path / "work"
     shutil.copytree(work_dir, again)
     manifest = again / "fitted" / "traces.json"
@@ -116,6 +118,8 @@ def test_the_command_adds_to_a_policy_file(
     arguments = f"calibrate --engine_dir {engine_dir} --text {text} --output {output} --policy_name tuned {options}"
     kinds = ["--policy_kind", "entropy_per_layer"]
     assert main([*arguments.split(), *kinds, "--target_saving", "25", "--default"]) == 0
+    lines = output.read_text().splitlines()
+    assert max(map(len, lines)) < 200  # a layer's norms a line
     written = read_policy_file(output)
     assert list(written.policies) == ["full", "mine", "tuned", "tuned_static"]
     assert written.default == "tuned" and written.unit == "bits"
@@ -127,6 +131,22 @@ def test_the_command_adds_to_a_policy_file(
     results = json.loads((tmp_path / "report" / "results.json").read_text())
     assert results["chosen"]["kind"] == "entropy_per_layer"
     assert results["chosen"]["heldout"]["avg_k"]["value"] == pytest.approx(1.5, abs=0.1)
+    assert {point["kind"] for point in results["curves"]} == set(CURVE_KINDS)
+
+    # The norms are in the file, so a policy that needs them can be set; a later calibration keeps them.
+    engine = shutil.copytree(engine_dir, tmp_path / "engine")
+    assert main(["policy", "set", "--engine_dir", str(engine), "--file", str(output)]) == 0
+    weighed = ["--name", "weighed", "--kind", "contribution", "--p", "0.8"]
+    assert main(["policy", "set", "--engine_dir", str(engine), *weighed]) == 0
+    np.testing.assert_allclose(read_policy_tables(engine).expert_norms, written.expert_norms, rtol=1e-4)
+    content = {**written.to_json(), "expert_norms": [[3.0] + [1.0] * 7] * 6}
+    output.write_text(json.dumps(content))
+    options = "--window 64 --bands 2 --refine_passes 0 --policy_kind contribution --target_saving 20"
+    base = f"calibrate --engine_dir {engine_dir} --text {text} --output {output} --policy_name weighed"
+    assert main([*base.split(), *options.split(), "--no_opponent"]) == 0
+    again = read_policy_file(output)
+    assert again.expert_norms == content["expert_norms"]
+    assert again.policies["weighed"].kind == "contribution"
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,10 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Scores
 from adaptive_k_moe.calibration.families import choices_at, shapes
 from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Measured, static
+from adaptive_k_moe.calibration.routers import RouterTraces
 from adaptive_k_moe.calibration.search import Search, check_k_values, default_k_values
 from adaptive_k_moe.calibration.solve import solve
-from adaptive_k_moe.policy import EntropyPolicy, FixedPolicy, Policy
+from adaptive_k_moe.policy import EntropyPolicy, FixedPolicy, Policy, RatioPolicy
 
 LAYERS, FULL_K = 3, 2
 # A layer's damage for each token that runs one expert, and how it rises with the token's entropy.
@@ -82,6 +83,61 @@ def test_thresholds_by_layer_are_close_to_the_best_there_are(search: Search, lab
     assert found.scores.mean_kl <= 1.1 * bound
     assert found.scores.mean_kl < search.find("entropy", Budget(avg_k=target)).scores.mean_kl
     assert found.scores.mean_kl < search.find("static_per_layer", Budget(avg_k=target)).scores.mean_kl
+
+
+class RatioLaboratory(FormulaLaboratory):
+    """The second expert's damage is its share of the score, times its layer's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        ratio = np.random.default_rng(4).uniform(0.0, 1.0, self.entropy.shape)
+        scores = np.stack([1 / (1 + ratio), ratio / (1 + ratio)], axis=-1).astype(np.float32)
+        experts = np.zeros(scores.shape, np.int32) + np.arange(2, dtype=np.int32)
+        self.routers = RouterTraces(scores, experts, scores.sum(-1), np.ones((LAYERS, 2)))
+        self.ratio = scores[..., 1] / scores[..., 0]
+
+    def k(self, policy: Policy) -> np.ndarray:
+        if isinstance(policy, RatioPolicy):
+            rules = [policy.choices(layer, FULL_K) for layer in range(LAYERS)]
+            limits, least = (np.array([getattr(rule, name) for rule in rules]) for name in ("ratio", "k_min"))
+            return np.maximum(1 + (self.ratio >= limits), least)
+        return super().k(policy)
+
+    def measure(self, candidate: Candidate) -> Measured:
+        k = self.k(candidate.policy)
+        damage = ((k < FULL_K) * WEIGHT * self.ratio**2).sum(axis=-1).mean(axis=1)
+        self.passes += 1
+        return Measured(candidate, Scores(3.0 + damage, damage, np.ones(len(k)), k.mean(axis=1)))
+
+
+@pytest.mark.parametrize("target", [1.2, 1.5, 1.8])
+def test_one_number_by_layer_is_close_to_the_best_there_is_and_soon_found(target: float) -> None:
+    laboratory: Any = RatioLaboratory()
+    search = Search(laboratory, laboratory.entropy, [1, 2], routers=laboratory.routers, num_bands=2, refine_passes=36)
+    budget = Budget(avg_k=target)
+    before = laboratory.passes
+    one = search.find("ratio", budget)
+    # The share is what is saved here, so the first guess meets the budget (and full and last are measured).
+    assert laboratory.passes - before <= 6
+    by_layer = search.find("ratio_per_layer", budget)
+    for found in (one, by_layer):
+        assert found.scores.avg_k == pytest.approx(target, abs=0.004 * FULL_K)
+    costs = np.sort((WEIGHT * laboratory.ratio.astype(np.float64) ** 2).ravel())
+    bound = costs[: round((FULL_K - target) * costs.size)].sum() / (costs.size / LAYERS)
+    assert by_layer.scores.mean_kl <= 1.1 * bound
+    assert by_layer.scores.mean_kl < one.scores.mean_kl
+    assert isinstance(by_layer.candidate.policy, RatioPolicy) and len(by_layer.candidate.policy.layers) == LAYERS
+
+
+@pytest.mark.parametrize("kind", ["contribution", "top_p_per_layer", "ratio_per_layer", "contribution_per_layer"])
+def test_kinds_that_need_the_routers_say_so(search: Search, kind: Any) -> None:
+    with pytest.raises(CalibrationError, match="need the routers' traces"):
+        search.find(kind, Budget(avg_k=1.5))
+
+
+@pytest.mark.parametrize("kind", ["entropy_per_layer", "entropy"])
+def test_a_budget_of_everything_is_the_full_model(search: Search, kind: Any) -> None:
+    assert search.find(kind, Budget(avg_k=float(FULL_K))).scores.avg_k == FULL_K
 
 
 def test_a_rise_of_perplexity_is_used_up_and_not_passed(search: Search, laboratory: Any) -> None:
