@@ -67,6 +67,12 @@ def run(args: argparse.Namespace) -> int:
     for warning in caught:
         if issubclass(warning.category, UserWarning):
             print(f"adaptive-k: warning: {warning.message}", file=sys.stderr)
+    if "tokenizer.json" not in config.files:
+        print(
+            f"adaptive-k: warning: {args.checkpoint_dir} has no tokenizer.json, so the engine takes token ids and no "
+            f"text: save the model's tokenizer with transformers and put its files into {args.output_dir}.",
+            file=sys.stderr,
+        )
     size = sum(entry.size for entry in config.files.values())
     print(
         f"built {args.output_dir}: {config.pretrained_config.architecture}, {config.build_config.target}, "
