@@ -293,6 +293,17 @@ class Cudart:
         gpu.push(stream, lambda: gpu.memory.view(devPtr, count).fill(value))
         return (Error.cudaSuccess,)
 
+    def cudaMemset2DAsync(self, devPtr: int, pitch: int, value: int, width: int, height: int, stream: int) -> Any:
+        assert width <= pitch
+        gpu = self._gpu
+
+        def fill() -> None:
+            for row in range(height):
+                gpu.memory.view(devPtr + row * pitch, width).fill(value)
+
+        gpu.push(stream, fill)
+        return (Error.cudaSuccess,)
+
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Kind, stream: int) -> Any:
         gpu = self._gpu
 

@@ -97,6 +97,7 @@ def test_every_call_reaches_the_driver() -> None:
         "cudaStreamWaitEvent": lambda: cuda.wait(3, 4),
         "cudaStreamSynchronize": lambda: cuda.synchronize(4),
         "cudaMemsetAsync": lambda: cuda.clear(1 << 40, 100, 4),
+        "cudaMemset2DAsync": lambda: cuda.clear_rows(1 << 40, width=4, height=2, pitch=8, stream=4),
         "cudaMemcpyAsync": lambda: cuda.upload(1 << 40, pinned, 4),
         "cudaMemcpyAsync ": lambda: cuda.download(pinned, 1 << 40, 4),
         "cudaMemcpy2DAsync": lambda: cuda.copy_rows(1 << 40, 1 << 41, width=4, height=2, pitch=8, stream=4),

@@ -163,8 +163,7 @@ class Cache:
         self.slot_shape = binding.profiles[0].min[1:]
         self.slot_bytes = binding.slot_bytes
         self._size = num_slots * self.slot_bytes
-        # Keys and values are [heads, tokens, head_dim], of which a sequence fills the first tokens of each head; a
-        # recurrent state is one piece.
+        # Keys and values are [heads, tokens, head_dim], of which a sequence fills the first tokens of each head.
         by_token = self.name.startswith("past_key_values.")
         self._height = self.slot_shape[0] if by_token else 1
         self._pitch = self.slot_bytes // self._height
@@ -172,9 +171,14 @@ class Cache:
         self._cuda = cuda
         self._base = cuda.allocate(self._size)
 
-    def clear(self, stream: int) -> None:
-        """Fill all slots with zeros: NaN in what is masked would show."""
+    def clear_all(self, stream: int) -> None:
+        """Fill all slots with zeros."""
         self._cuda.clear(self._base, self._size, stream)
+
+    def clear(self, place: int, extent: int, stream: int) -> None:
+        """Fill what a sequence of so many tokens left in a slot with zeros."""
+        width = self._width(extent)
+        self._cuda.clear_rows(self.address(place), width=width, height=self._height, pitch=self._pitch, stream=stream)
 
     def address(self, place: int) -> int:
         """Where a slot begins."""
@@ -183,13 +187,22 @@ class Cache:
     def exchange(self, exchange: Exchange, scratch: int, stream: int) -> None:
         """Let two slots change places, by way of `scratch`, as large as a slot, if both hold something."""
         first, second = self.address(exchange.first), self.address(exchange.second)
-        if exchange.first_length:
-            self._copy(scratch, first, exchange.first_length, stream)
-        if exchange.second_length:
-            self._copy(first, second, exchange.second_length, stream)
-        if exchange.first_length:
-            self._copy(second, scratch, exchange.first_length, stream)
+        if exchange.first_extent and exchange.second_extent:
+            extent = max(exchange.first_extent, exchange.second_extent)
+            self._copy(scratch, first, extent, stream)
+            self._copy(first, second, extent, stream)
+            self._copy(second, scratch, extent, stream)
+        elif exchange.first_extent:
+            self._copy(second, first, exchange.first_extent, stream)
+            self.clear(exchange.first, exchange.first_extent, stream)
+        elif exchange.second_extent:
+            self._copy(first, second, exchange.second_extent, stream)
+            self.clear(exchange.second, exchange.second_extent, stream)
 
-    def _copy(self, to: int, source: int, length: int, stream: int) -> None:
-        width = self._pitch if self._token_bytes is None else length * self._token_bytes
+    def _copy(self, to: int, source: int, extent: int, stream: int) -> None:
+        width = self._width(extent)
         self._cuda.copy_rows(to, source, width=width, height=self._height, pitch=self._pitch, stream=stream)
+
+    def _width(self, extent: int) -> int:
+        """Bytes of so many tokens in each run; a recurrent state is one piece, whatever came into it."""
+        return self._pitch if self._token_bytes is None else extent * self._token_bytes

@@ -104,6 +104,10 @@ class Cuda:
         """Fill device memory with zeros."""
         self._call("cudaMemsetAsync", address, 0, size, stream)
 
+    def clear_rows(self, address: int, *, width: int, height: int, pitch: int, stream: int) -> None:
+        """Fill `height` rows of `width` bytes with zeros; they lie `pitch` bytes apart."""
+        self._call("cudaMemset2DAsync", address, pitch, 0, width, height, stream)
+
     def upload(self, address: int, pinned: Bytes, stream: int) -> None:
         """Copy page-locked memory to the device; it must stay as it is until the stream has done so."""
         kind = self._cudart.cudaMemcpyKind.cudaMemcpyHostToDevice

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptive_k_moe.errors import DependencyError, DeviceError, EngineError
+from adaptive_k_moe.errors import DependencyError, DeviceError, DeviceMemoryError, EngineError
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Cuda
 from adaptive_k_moe.tensorrt_bindings import DTYPES, PROFILES, Binding, Shape
 from adaptive_k_moe.tensorrt_plugin import load_plugin
@@ -45,19 +45,25 @@ class TrtEngine:
 
     Raises:
         EngineError: TensorRT cannot load it.
-        DeviceMemoryError: there is no room for its workspace.
+        DeviceMemoryError: there is no room for its weights or its workspace.
     """
 
     def __init__(self, trt: Any, path: Path, cuda: Cuda) -> None:
         self._trt = trt
         self._logger = _make_logger(trt)
         self._runtime = trt.Runtime(self._logger)
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-            self._engine = self._runtime.deserialize_cuda_engine(plan)
+        try:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+                self._engine = self._runtime.deserialize_cuda_engine(plan)
+        except (OSError, ValueError) as error:
+            raise EngineError(f"cannot read {path}: {error}.") from None
         if self._engine is None:
+            reason = self._logger.reason()
+            if "OutOfMemory" in reason:
+                raise DeviceMemoryError(f"TensorRT has no room for the weights ({reason}).")
             raise EngineError(
-                f"TensorRT {trt.__version__} cannot load {path}: {self._logger.reason()}; an engine is for the "
-                "TensorRT and the kind of GPU that it was built with, so build it again here."
+                f"TensorRT {trt.__version__} cannot load {path}: {reason}; an engine is for the TensorRT and the kind "
+                "of GPU that it was built with, so build it again here."
             )
         self._contexts: list[Context] = []
         self._workspace_size = int(self._engine.device_memory_size_v2)

@@ -171,7 +171,7 @@ class TensorRtSession:
         caches = [binding for binding in inputs if binding.name in self._present]
         self._caches = [Cache(self._cuda, binding, self._num_slots) for binding in caches]
         for cache in self._caches:
-            cache.clear(self._stream)
+            cache.clear_all(self._stream)
         self._scratch = self._cuda.allocate(max((cache.slot_bytes for cache in self._caches), default=0))
         self._policies = PolicyBuffers(self._cuda, [binding for binding in inputs if binding.name in tables])
 
@@ -193,6 +193,9 @@ class TensorRtSession:
 
     def _run(self, step: StepInput) -> StepOutput:
         self._gather(step)
+        # Before they are written: a step that fails may have written them or not.
+        for table, past, new in zip(step.block_tables, step.past_lens, np.diff(step.subsequence_begins), strict=True):
+            self._slots.fill(table[0], int(past + new))
         executions = plan_step(step, self._slots, max_chunk=self._max_chunk, max_logits=self._max_logits)
         output = StepOutput(
             logits=np.empty((len(step.logits_indices), self.vocab_size), np.float32),
@@ -209,17 +212,17 @@ class TensorRtSession:
         self._logits.deliver()
         self._cuda.synchronize(self._copy_stream)
         self._records.deliver()
-        for table, past, new in zip(step.block_tables, step.past_lens, np.diff(step.subsequence_begins), strict=True):
-            self._slots.set_length(table[0], int(past + new))
         return output
 
     def _gather(self, step: StepInput) -> None:
-        """Bring the sequences that decode to the first places."""
-        for table, past in zip(step.block_tables, step.past_lens, strict=True):
-            self._slots.set_length(table[0], int(past))
-        exchanges = self._slots.gather([step.block_tables[sequence][0] for sequence in decoding(step)])
+        """Clear the slots of new sequences, and bring those that decode to the first places."""
         try:
-            for exchange in exchanges:
+            for table, past in zip(step.block_tables, step.past_lens, strict=True):
+                if past == 0 and (extent := self._slots.extent(table[0])):
+                    for cache in self._caches:
+                        cache.clear(self._slots.place(table[0]), extent, self._stream)
+                    self._slots.clear(table[0])
+            for exchange in self._slots.gather([step.block_tables[sequence][0] for sequence in decoding(step)]):
                 for cache in self._caches:
                     cache.exchange(exchange, self._scratch, self._stream)
         except DeviceError as error:
