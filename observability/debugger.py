@@ -54,7 +54,7 @@ def trace_k_selection(
         raise RequestError(f"entropies have the shape {list(np.shape(entropies))}: give [layers] or [tokens, layers].")
     chosen = select_k(rows, thresholds, k_values) if k is None else np.atleast_2d(np.asarray(k))
     if chosen.shape != rows.shape:
-        raise RequestError(f"k has the shape {list(np.shape(k))}, but the entropies {list(np.shape(entropies))}.")
+        raise RequestError(f"k is of {list(chosen.shape)} tokens and layers, but the entropies of {list(rows.shape)}.")
     for token, (entropy_row, k_row) in enumerate(zip(rows, chosen, strict=True)):
         if len(rows) > 1:
             print(f"Token {token}", file=file)

@@ -6,9 +6,11 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import re
 import socket
+import sys
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,11 @@ import pytest
 from observed import eventually, scrape, total
 
 import adaptive_k_moe.observability
-from adaptive_k_moe.errors import RequestError, ServerError
+from adaptive_k_moe.errors import DependencyError, RequestError, ServerError
 from adaptive_k_moe.observability import debugger, get_logger, metrics
 from adaptive_k_moe.observability.inference_trace import InferenceTrace
 from adaptive_k_moe.observability.request_records import RequestRecords
+from adaptive_k_moe.observability.spans import RequestSpans
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
 PARAMS = SamplingParams(max_tokens=6, end_id=-1, adaptive_k_policy="balanced")
@@ -153,6 +156,41 @@ def test_records_of_an_llm(engine_dir: Path) -> None:
     assert [trace.finish_reason for trace in seen] == ["length", "refused", "cancelled"]
     assert seen[0].avg_k == pytest.approx(output.avg_k)
     assert seen[0].texts == (output.outputs[0].text,)
+
+
+def test_a_step_that_fails_is_in_the_counts_and_the_log(
+    engine_dir: Path, page: metrics.MetricsServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(step: object) -> None:
+        raise RuntimeError("no memory")
+
+    with LLM(engine_dir) as llm:
+        records = RequestRecords([get_logger("failing").log_inference])
+        llm.add_observer(records)
+        monkeypatch.setattr(llm._engine._session, "step", fail)
+        output = llm.generate("import os", PARAMS)
+        records.close()
+        found = scrape(f"127.0.0.1:{page.port}")
+        assert total(found, "adaptive_k_errors_total", kind="engine") == 1
+        assert total(found, "adaptive_k_requests_total", outcome="error", policy="balanced") == 1
+    (line,) = [json.loads(record.getMessage()) for record in caplog.records if record.name.endswith(".failing")]
+    assert line["error"] == output.error == "the engine failed: no memory"
+    assert (line["finish_reason"], line["error_kind"]) == ("error", "engine")
+
+
+@pytest.mark.parametrize(
+    ("package", "function"),
+    [
+        ("prometheus_client", lambda: metrics.start_http_server(0)),
+        ("opentelemetry.sdk.trace", lambda: RequestSpans.to_otlp("http://127.0.0.1:9", "m")),
+    ],
+)
+def test_a_missing_package_is_one_sentence(
+    package: str, function: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(DependencyError, match=re.escape("pip install 'adaptive-k-moe[observability]'")):
+        function()
 
 
 def test_parts_are_imported_when_they_are_asked_for() -> None:

@@ -30,7 +30,7 @@ def test_tokens_and_k_that_ran(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["Token 0", "Layer  0 | H=0.50 █░░░░░░░ | K=2"]
     assert lines[-1] == "Layer 10 | H=2.00 ████░░░░ | K=6"
-    with pytest.raises(RequestError, match=r"k has the shape \[2\], but the entropies \[3\]"):
+    with pytest.raises(RequestError, match=r"k is of \[1, 2\] tokens and layers, but the entropies of \[1, 3\]"):
         trace_k_selection([1, 2, 3], k=[1, 2])
     with pytest.raises(RequestError, match="thresholds must rise"):
         trace_k_selection([1, 2, 3], thresholds=[1.0], k_values=[1])

@@ -32,6 +32,8 @@ from adaptive_k_moe.model_repository.observation_options import ObservationOptio
 NUM_REQUESTS = 500
 POLICIES = ("full", "balanced", "top1", "mass", "relative")
 PROMPTS = ("import os", "And it came to pass", "def function(self):\n    return", "In the beginning")
+# Traces of the clients of either of the model's names.
+DIRECT, ALIAS = "ab" * 16, "ef" * 16
 # What a request of each kind ends with. One that is cancelled may have ended before the server hears of it.
 KINDS = {
     "whole": {"length"},
@@ -236,10 +238,13 @@ def _ask_all(server: TritonServer) -> list[Asked]:
         )
         for number, kind in enumerate(kinds)
     ]
-    headers = {"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"}
+
+    def headers(trace_id: str) -> dict[str, str]:
+        return {"traceparent": f"00-{trace_id}-{'cd' * 8}-01"}
+
     with (
-        Client(server.grpc_url, timeout=60, headers=headers) as direct,
-        Client(server.grpc_url, timeout=60, model_name=BLS) as alias,
+        Client(server.grpc_url, timeout=60, headers=headers(DIRECT)) as direct,
+        Client(server.grpc_url, timeout=60, model_name=BLS, headers=headers(ALIAS)) as alias,
         ThreadPoolExecutor(16) as pool,
     ):
         list(pool.map(lambda one: ask(one, [direct, alias], server.grpc_url), asked))
@@ -392,12 +397,16 @@ def test_spans_agree_with_the_log(run: Run) -> None:
     )
     assert found == Counter((line["request_id"], line["num_output_tokens"]) for line in lines)
     # Requests whose client said which trace they belong to are in it, under its span; the others have their own.
-    with_parent = [span for span in requests if span.parent_span_id.hex() == "cd" * 8]
-    assert {span.trace_id.hex() for span in with_parent} == {"ab" * 16}
-    assert {attributes(span)["gen_ai.response.id"] for span in with_parent} == {
-        line["request_id"] for line in lines if line.get("trace_id") == "ab" * 16
+    for trace_id in (DIRECT, ALIAS):
+        within = [span for span in requests if span.trace_id.hex() == trace_id]
+        assert {span.parent_span_id.hex() for span in within} == {"cd" * 8}
+        assert {attributes(span)["gen_ai.response.id"] for span in within} == {
+            line["request_id"] for line in lines if line.get("trace_id") == trace_id
+        }
+        assert len(within) > 100
+    assert {attributes(span)["gen_ai.response.id"] for span in requests if not span.parent_span_id} == {
+        asked.request_id for asked in run.asked if asked.kind == "batch"
     }
-    assert 100 < len(with_parent) < len(requests) - 100
     phases = Counter(span.name for span in run.spans)
     accepted = sum(line["finish_reason"] != "refused" for line in lines)
     assert phases["queue"] == phases["prefill"] == phases["decode"] == accepted

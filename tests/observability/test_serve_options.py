@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -42,11 +43,23 @@ def test_request_lines_on_standard_output_with_prompts(engine_dir: Path, tmp_pat
                 client.generate("import os", max_tokens=3, end_id=-1, request_id="one\n2")
             with pytest.raises(ClientError):
                 client.generate("import os", adaptive_k_policy="no such")
+        # HTTP's fields do as well as gRPC's metadata.
+        http = ready.split("http ")[1].split(",")[0]
+        body = {
+            "text_input": "import os",
+            "max_tokens": 2,
+            "id": "of HTTP",
+            "traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01",
+        }
+        request = urllib.request.Request(f"http://{http}/v2/models/ensemble/generate", json.dumps(body).encode())
+        assert json.load(urllib.request.urlopen(request, timeout=30))["id"] == "of HTTP"
         answered, refused = json.loads(process.stdout.readline()), json.loads(process.stdout.readline())
         assert answered["request_id"] == "one\n2" and answered["prompt"] == "import os" and answered["answers"]
         # The client says which span it is in, where the program uses OpenTelemetry.
         assert answered["trace_id"] == f"{span.get_span_context().trace_id:032x}"
         assert refused["error_kind"] == "policy" and "trace_id" not in refused
+        line = json.loads(process.stdout.readline())
+        assert (line["request_id"], line["trace_id"]) == ("of HTTP", "ab" * 16)
         began = time.monotonic()
         process.terminate()
         assert process.wait(30) == 0
