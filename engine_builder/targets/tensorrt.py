@@ -70,7 +70,7 @@ def lower_for_tensorrt(
     """
     trt = require_tensorrt()
     table = make_bindings(model, build)
-    if problem := slots_that_cannot_be_bound(table):
+    if problem := sizes_without_kernels(model) or slots_that_cannot_be_bound(table):
         raise BuildError(f"{problem}.")
     source = directory / "model.onnx"
     onnx.save(for_plugin(lower_graph(source, model, build)), source)
@@ -79,6 +79,28 @@ def lower_for_tensorrt(
         engine.write(compiled.plan)
     source.unlink()
     source.with_name(source.name + ".data").unlink()
+
+
+def sizes_without_kernels(model: PretrainedConfig) -> str | None:
+    """What the CUDA kernels do not take of a model's sizes (their own check: plugin/cuda), before TensorRT is asked."""
+    moe = model.moe
+    sizes = {
+        "the experts' hidden size": moe.latent_size or model.hidden_size,
+        "the experts' intermediate size": moe.intermediate_size,
+    }
+    if model.mamba is not None:
+        sizes |= {
+            "the width of the Mamba heads": model.mamba.head_dim,
+            "the size of the Mamba states": model.mamba.state_size,
+        }
+    for name, size in sizes.items():
+        if size % 8:
+            return f"{name} is {size}, and the CUDA kernels take multiples of 8"
+    if moe.num_experts > 512:
+        return f"the CUDA kernels take at most 512 experts, and the model has {moe.num_experts}"
+    if model.mamba is not None and model.mamba.state_size > 256:
+        return f"the CUDA kernels take Mamba states of at most 256, and the model's have {model.mamba.state_size}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -132,6 +154,7 @@ class DryRun:
             "checked: types and shapes of every node, and inputs and outputs against the table of bindings",
             *(self._compiled_line(result) for result in self.compiled),
             *([f"not compiled: {self.skipped}"] if self.skipped else []),
+            *([f"the plugin could not run it: {problem}"] if (problem := sizes_without_kernels(self.model)) else []),
             *([f"no session could run it: {problem}"] if (problem := slots_that_cannot_be_bound(self.table)) else []),
             "not checked: the plugin in the engine, numbers on a GPU, speed",
         ]

@@ -36,7 +36,7 @@ from adaptive_k_moe.tensorrt_bindings import PROFILES, Binding, make_bindings
 from adaptive_k_moe.tensorrt_plugin import PLUGIN_VARIABLE
 
 from checkpoints import MIXTRAL_SMALL, Shape, make_checkpoint
-from nemotron_models import Nemotron
+from nemotron_models import Nemotron, make_nemotron
 
 # TensorRT's attention has kernels for some head sizes only.
 COMPILED = {"head_dim": 16}
@@ -227,6 +227,45 @@ def test_a_network_with_other_bindings_is_refused(fault: str) -> None:
     require_bindings(tensors, table)
     with pytest.raises(BuildError, match="table of bindings"):
         require_bindings(tensors, mutations(table)[fault])
+
+
+def test_mambas_states_in_the_table_are_held_to_the_network() -> None:
+    mamba = {"num_heads": 4, "head_dim": 8, "state_size": 16, "n_groups": 2, "conv_kernel": 4, "layers": [0]}
+    model = PretrainedConfig.model_validate({**_plain_model(), "mamba": mamba})
+    table = make_bindings(model, BuildConfig(target="tensorrt", **SIZES))
+    by_name = {b.name: b for b in table}
+    assert by_name["conv_state.0"].shape == ("batch", 3, 96)
+    assert by_name["conv_state.0"].dtype == "float16"
+    assert by_name["ssm_state.0"].shape == ("batch", 4, 16, 8)
+    assert by_name["ssm_state.0"].dtype == "float32"
+    for kind in ("conv", "ssm"):
+        past, present = by_name[f"{kind}_state.0"], by_name[f"present_{kind}_state.0"]
+        assert dataclasses.replace(present, name=past.name, is_input=True, in_place_of=None) == past
+        assert present.in_place_of == past.name
+        assert [limits.max[0] for limits in past.profiles] == [3, 1]  # the slots of a step; the prompt's own
+    assert by_name["state_slots"].dtype == "int32"
+    tensors = [
+        Tensor(b.name, b.is_input, b.dtype, tuple(-1 if isinstance(size, str) else size for size in b.shape))
+        for b in table
+    ]
+    require_bindings(tensors, table)
+    index = {b.name: i for i, b in enumerate(table)}
+    wrong = {
+        "the scan's state in 16 bits": ("ssm_state.0", {"dtype": "float16"}),
+        "the convolution's in 32": ("present_conv_state.0", {"dtype": "float32"}),
+        "the state's axes exchanged": ("ssm_state.0", {"shape": ("batch", 4, 8, 16)}),
+        "a tap too many": ("conv_state.0", {"shape": ("batch", 4, 96)}),
+        "slots as int64": ("state_slots", {"dtype": "int64"}),
+        "another name": ("present_ssm_state.0", {"name": "ssm_state_out.0"}),
+    }
+    for name, changes in wrong.values():
+        faulty = list(table)
+        faulty[index[name]] = dataclasses.replace(by_name[name], **changes)  # type: ignore[arg-type]
+        with pytest.raises(BuildError, match="table of bindings"):
+            require_bindings(tensors, faulty)
+    without = [b for b in table if b.name != "state_slots"]
+    with pytest.raises(BuildError, match="table of bindings"):
+        require_bindings(tensors, without)
 
 
 def _plain_model() -> dict[str, Any]:
@@ -439,6 +478,36 @@ def test_slots_that_tensorrt_cannot_address_are_refused_before_the_build(
     for length, said in ((33, True), (32, False)):
         lines = dry_run(checkpoint, max_seq_len=length).lines()
         assert any(line.startswith("no session could run it: a sequence's part") for line in lines) == said
+
+
+def test_sizes_that_the_kernels_do_not_take_are_refused_before_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target, "has_compiler", lambda: False)
+    monkeypatch.setattr(target, "require_tensorrt", lambda: None)
+    fits = {"moe_intermediate_size": 24, "mamba_head_dim": 8, "ssm_state_size": 8}
+    for changes, sentence in (
+        (
+            {"moe_intermediate_size": 20},
+            "the experts' intermediate size is 20, and the CUDA kernels take multiples of 8",
+        ),
+        ({"mamba_head_dim": 12}, "the width of the Mamba heads is 12, and the CUDA kernels take multiples of 8"),
+        ({"ssm_state_size": 264}, "the CUDA kernels take Mamba states of at most 256, and the model's have 264"),
+    ):
+        checkpoint = make_nemotron(tmp_path / str(changes), Nemotron("odd", "ME*", {**fits, **changes}))
+        with pytest.raises(BuildError, match=f"^{sentence}"):
+            build(checkpoint, tmp_path / "engine", target="tensorrt")
+        assert not (tmp_path / "engine").exists()
+        assert f"the plugin could not run it: {sentence}" in dry_run(checkpoint, dtype="float16").lines()
+    good = make_nemotron(tmp_path / "good", Nemotron("even", "ME*", fits))
+    lines = dry_run(good, dtype="float16").lines()
+    assert not [line for line in lines if line.startswith("the plugin could not")]
+    assert any("ssm_state.0" in line and "float32" in line and "[batch,6,8,8]" in line for line in lines)
+    assert "  and such states for each of 1 layers" in lines
+    # The limits are those of the kernels.
+    cuda = Path(__file__).resolve().parents[2] / "plugin" / "cuda"
+    assert "kMaxExperts = 512;" in (cuda / "launcher.h").read_text()
+    assert "kMaxStateSize = 256;" in (cuda / "mamba_launcher.h").read_text()
 
 
 def test_what_the_target_cannot_build_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
