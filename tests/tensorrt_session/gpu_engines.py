@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
+from fake_gpu import Gpu
 from fake_tensorrt import write_plan
 
 from adaptive_k_moe.engine_builder import build
@@ -58,3 +60,13 @@ def make_engine(
     config = config.model_copy(update={"build_config": build_config, "files": files})
     write_engine_config(directory, config)
     return config
+
+
+def poison(gpu: Gpu, session: Any, block: int) -> None:
+    """Make all that a block's sequence left in a session's caches NaN, as one whose numbers overflowed would."""
+    for cache in session._caches:
+        memory = gpu.memory.view(cache.address(session._slots.place(block)), cache.slot_bytes)
+        values = memory.view(np.float32).reshape(cache.slot_shape)
+        if cache.name.startswith("past_key_values."):
+            values = values[:, : session._slots.extent(block)]
+        values[...] = np.nan

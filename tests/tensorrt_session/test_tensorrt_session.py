@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_gpu import Gpu
-from gpu_engines import POLICIES, make_engine
+from gpu_engines import POLICIES, make_engine, poison
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,18 +124,7 @@ class Schedule:
             if computed == len(model.texts[text]) or draw(st.sampled_from([False] * 9 + [True]), label="cancel"):
                 del self.running[block]
                 self.free.append(block)
-                self._poison(block)
-
-    def _poison(self, block: int) -> None:
-        """Make all that a sequence leaves NaN, as one whose numbers overflowed would."""
-        session: Any = self.model.session
-        for cache in session._caches:
-            memory = self.model.gpu.memory.view(cache.address(session._slots.place(block)), cache.slot_bytes)
-            values = memory.view(np.float32).reshape(cache.slot_shape)
-            if cache.name.startswith("past_key_values."):
-                values[:, : session._slots.extent(block)] = np.nan
-            else:
-                values[...] = np.nan
+                poison(self.model.gpu, self.model.session, block)
 
     @staticmethod
     def _rows(length: int, asked: str) -> list[int]:
