@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import socket
+import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,10 +18,12 @@ import numpy as np
 import prometheus_client
 import pytest
 from observed import eventually, scrape, total
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 import adaptive_k_moe.observability
 from adaptive_k_moe.errors import DependencyError, RequestError, ServerError
 from adaptive_k_moe.observability import debugger, get_logger, metrics
+from adaptive_k_moe.observability.definitions import METRICS
 from adaptive_k_moe.observability.inference_trace import InferenceTrace
 from adaptive_k_moe.observability.request_records import RequestRecords
 from adaptive_k_moe.observability.spans import RequestSpans
@@ -104,6 +107,22 @@ def test_the_page_counts_what_the_outputs_say(engine_dir: Path, page: metrics.Me
         for (layer, expert), tokens in np.ndenumerate(load):
             labels = {"layer": str(layer), "expert": str(expert)}
             assert total(found, "adaptive_k_expert_tokens_total", **labels) == tokens
+
+
+def test_promtool_and_the_openmetrics_parser_take_the_page(
+    engine_dir: Path, page: metrics.MetricsServer, promtool: str
+) -> None:
+    url = f"http://127.0.0.1:{page.port}/metrics"
+    with LLM(engine_dir) as llm:
+        llm.generate("import os", PARAMS)
+        text = urllib.request.urlopen(url, timeout=10).read()
+        wanted = {"Accept": "application/openmetrics-text; version=1.0.0"}
+        openmetrics = urllib.request.urlopen(urllib.request.Request(url, headers=wanted), timeout=10).read().decode()
+    lint = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True)
+    assert (lint.returncode, lint.stdout, lint.stderr) == (0, b"", b"")
+    families = {family.name for family in text_string_to_metric_families(openmetrics)}
+    quiet = {"adaptive_k_errors"}  # nothing failed
+    assert families == {name.removesuffix("_total") for name in METRICS} - quiet
 
 
 def test_each_llm_has_its_own_series_as_long_as_it_is_there(engine_dir: Path, page: metrics.MetricsServer) -> None:
