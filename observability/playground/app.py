@@ -83,7 +83,7 @@ class Playground:
             question = Question.model_validate_json(await _body(request))
         except ValidationError as error:
             where, message = first_error(error)
-            return _refusal(f"{where}: {message}.", 400)
+            return _refusal(f"{': '.join(filter(None, (where, message)))}.", 400)
         except AdaptiveKError as error:
             return _refusal(str(error), 413)
         return StreamingResponse(stream_answer(self.client, question), media_type="text/event-stream")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.error
+import http.client
 import urllib.request
 from collections import defaultdict
 from typing import Any
@@ -25,9 +25,13 @@ async def read_metrics(metrics_url: str) -> dict[str, Any]:
         `kv_used` and `kv_blocks`, cache blocks; `avg_k`, by policy.
 
     Raises:
-        ClientError: nobody answers there.
+        ClientError: nobody answers there, or with something else than metrics.
     """
-    return chart_numbers(await asyncio.to_thread(_fetch, metrics_url))
+    text = await asyncio.to_thread(_fetch, metrics_url)
+    try:
+        return chart_numbers(text)
+    except ValueError:
+        raise ClientError(f"what {metrics_url} answers is no page of metrics: give --metrics_url.") from None
 
 
 def chart_numbers(text: str) -> dict[str, Any]:
@@ -55,6 +59,7 @@ def _fetch(metrics_url: str) -> str:
     try:
         with urllib.request.urlopen(f"http://{metrics_url}/metrics", timeout=_TIMEOUT_SECONDS) as answer:
             return str(answer.read(), "utf-8")
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # URLError is an OSError
+        reason = getattr(error, "reason", None) or error
+        reason = getattr(reason, "strerror", None) or reason
         raise ClientError(f"there are no metrics at {metrics_url}: {reason}.") from None

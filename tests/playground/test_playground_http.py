@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import subprocess
@@ -19,10 +20,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_k_moe import cli
 from adaptive_k_moe.client import Client
+from adaptive_k_moe.errors import ClientError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.observability.playground.answers import _piece
 from adaptive_k_moe.observability.playground.app import STATIC
-from adaptive_k_moe.observability.playground.server_metrics import chart_numbers
+from adaptive_k_moe.observability.playground.server_metrics import chart_numbers, read_metrics
 
 PROMPT = "And it came to pass"
 
@@ -158,6 +160,28 @@ def test_numbers_are_summed_over_models_and_zero_where_there_are_none() -> None:
     text = 'adaptive_k_queue_depth{model="a",state="running"} 2\nadaptive_k_queue_depth{model="b",state="running"} 3\n'
     numbers = chart_numbers("# TYPE adaptive_k_queue_depth gauge\n" + text)
     assert (numbers["running"], numbers["waiting"], numbers["avg_k"]) == (5, 0, {})
+
+
+def test_an_address_without_metrics_is_one_sentence(page: str, server: TritonServer) -> None:
+    own = page.removeprefix("http://").rstrip("/")
+    for address in (own, server.http_url, server.grpc_url, "ipv4:127.0.0.1:1,127.0.0.1:2"):
+        with pytest.raises(ClientError, match=f"there are no metrics at {address}: [^\n]+[.]$"):
+            asyncio.run(read_metrics(address))
+    with pytest.raises(ValueError, match="float"):
+        chart_numbers("<html> {\n")
+
+
+def test_new_policies_show_at_once(page: str, hostile_engine_dir: Path) -> None:
+    config = hostile_engine_dir / "config.json"
+    before = config.read_text()
+    changed = json.loads(before)
+    changed["adaptive_k"]["policies"]["mine"] = {"kind": "fixed", "k": 1}
+    try:
+        config.write_text(json.dumps(changed))
+        assert httpx.get(f"{page}api/engine").json()["policies"] == ["full", "balanced", "top1", "mine"]
+    finally:
+        config.write_text(before)
+    assert httpx.get(f"{page}api/engine").json()["policies"] == ["full", "balanced", "top1"]
 
 
 def test_an_entropy_that_is_no_number_is_null() -> None:

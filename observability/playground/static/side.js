@@ -32,6 +32,7 @@ export class Side {
     );
     this.legend = { from: find(".legend .from"), to: find(".legend .to") };
     this.engine = null;
+    this.coming = null;
     this.followPointerAndKeys();
     this.clear();
   }
@@ -58,6 +59,7 @@ export class Side {
     this.tokens = 0;
     this.seconds = 0;
     this.first = null;
+    this.whole = false;
     this.answer.replaceChildren();
     this.failure.hidden = true;
     this.against.textContent = "";
@@ -82,11 +84,13 @@ export class Side {
         else if (name === "failure") this.fail(data.message);
         else if (name === "end") this.finish(data.seconds);
       }
+      if (!this.whole && !this.failed) this.fail("The answer broke off.");
     } catch (error) {
       if (error.name !== "AbortError") this.fail(error.message);
     } finally {
       this.answer.classList.remove("running");
       this.answer.setAttribute("aria-busy", "false");
+      this.showFigures();
     }
   }
 
@@ -102,7 +106,7 @@ export class Side {
 
   finish(seconds) {
     this.seconds = seconds;
-    if (this.first) this.showFigures();
+    this.whole = true;
   }
 
   /** A chunk of the answer. One without text belongs to the next that has some: half a character, say. */
@@ -115,7 +119,7 @@ export class Side {
     if (chunk.variant) this.title.textContent = `${this.name}: variant ${chunk.variant}`;
     chunk.k.forEach((row, token) => this.count(row, chunk.entropy[token]));
     if (chunk.text) this.show(chunk.text);
-    this.showFigures();
+    this.showFiguresSoon();
   }
 
   /** Add a token's layers to the sums of all. */
@@ -170,7 +174,15 @@ export class Side {
     return this.first ? (this.tokens - this.first.tokens) / (this.seconds - this.first.seconds) : NaN;
   }
 
+  /** With the next picture that the browser draws: tokens may come faster. */
+  showFiguresSoon() {
+    this.coming ??= requestAnimationFrame(() => this.showFigures());
+  }
+
   showFigures() {
+    if (this.coming) cancelAnimationFrame(this.coming);
+    this.coming = null;
+    if (this.first === null) return;
     const most = this.engine.num_experts_per_tok;
     const full = this.choices * most;
     write(this.figures["avg-k"], format(this.averageK), `of ${most}`);
