@@ -103,7 +103,9 @@ class Variant:
                 f"the variant {self.name!r} has no policy: give NAME=policy, such as {self.name}=full."
             )
         if not (math.isfinite(self.weight) and self.weight > 0):
-            raise ExperimentError(f"the variant {self.name!r} has the weight {self.weight:g}: it must be above 0.")
+            raise ExperimentError(
+                f"the variant {self.name!r} has the weight {self.weight:g}: it must be a number above 0."
+            )
 
 
 @dataclass(frozen=True, slots=True)
