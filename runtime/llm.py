@@ -22,7 +22,7 @@ from adaptive_k_moe.runtime.handle import GenerationHandle, OnOutput
 from adaptive_k_moe.runtime.outputs import NO_CONTEXT, Enrollment, ErrorKind, RequestContext, RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 from adaptive_k_moe.runtime.session.base import Int64Array, Session
-from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, Refusal
+from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, Refusal, logger
 from adaptive_k_moe.runtime.tokenizer import Tokenizer, TokenizerLike
 from adaptive_k_moe.runtime.worker import EngineThread
 
@@ -164,7 +164,7 @@ class LLM:
             _llms.add(self)
             watchers = list(_watchers)
         for watcher in watchers:
-            watcher(self)
+            _show(self, watcher)
 
     @property
     def config(self) -> EngineConfig:
@@ -401,13 +401,21 @@ class LLM:
 def watch_llms(watcher: Callable[[LLM], None]) -> None:
     """Call `watcher` with each `LLM` of this process: with those that are there, and with each to come.
 
-    It is called on the thread that opens the `LLM`, once for each, and must not raise.
+    It is called on the thread that opens the `LLM`, perhaps twice for one that is opened in this moment. What it
+    raises is logged: whoever opens an `LLM` has nothing to do with it.
     """
     with _watch_lock:
         _watchers.append(watcher)
         llms = list(_llms)
     for llm in llms:
+        _show(llm, watcher)
+
+
+def _show(llm: LLM, watcher: Callable[[LLM], None]) -> None:
+    try:
         watcher(llm)
+    except Exception:
+        logger.exception("who watches for LLMs could not take one")
 
 
 def error_kind_of(error: AdaptiveKError) -> ErrorKind:

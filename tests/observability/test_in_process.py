@@ -13,6 +13,7 @@ import sys
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import prometheus_client
@@ -28,8 +29,29 @@ from adaptive_k_moe.observability.inference_trace import InferenceTrace
 from adaptive_k_moe.observability.request_records import RequestRecords
 from adaptive_k_moe.observability.spans import RequestSpans
 from adaptive_k_moe.runtime import LLM, SamplingParams
+from adaptive_k_moe.runtime import llm as llm_module
 
 PARAMS = SamplingParams(max_tokens=6, end_id=-1, adaptive_k_policy="balanced")
+
+
+@pytest.fixture(autouse=True)
+def _watching_ends_with_the_test(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    servers: list[Any] = []
+    start = prometheus_client.start_http_server
+
+    def noted(*arguments: Any) -> Any:
+        servers.append(start(*arguments))
+        return servers[-1]
+
+    monkeypatch.setattr(llm_module, "_watchers", [])
+    monkeypatch.setattr(metrics, "_collectors", {})
+    monkeypatch.setattr(prometheus_client, "start_http_server", noted)
+    yield
+    for server, _ in servers:
+        server.shutdown()
+        server.server_close()
+    for registry, collector in metrics._collectors.items():
+        registry.unregister(collector)
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from adaptive_k_moe.runtime import (
     SamplingParams,
     StepRecord,
 )
+from adaptive_k_moe.runtime.llm import _watchers, watch_llms
 
 FOREVER = SamplingParams(max_tokens=50, end_id=-1)
 
@@ -384,6 +385,25 @@ def test_observers_are_told_of_refusals(llm: LLM) -> None:
     assert "the prompt is empty" in first.error
     assert (second.policy, second.error_kind) == ("none such", "policy")
     assert not watcher.ends
+
+
+def test_who_watches_for_llms_sees_each_and_cannot_keep_one_from_opening(
+    llm: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[LLM] = []
+
+    def watch(found: LLM) -> None:
+        seen.append(found)
+        raise RuntimeError("a watcher's trouble is its own")
+
+    watch_llms(watch)
+    try:
+        assert llm in seen
+        with LLM.from_session(ToySession(), toy_config(), toy_policies()) as another:
+            assert seen[-1] is another
+    finally:
+        _watchers.remove(watch)
+    assert "could not take one" in caplog.text
 
 
 def test_metrics_are_in_order(llm: LLM) -> None:
