@@ -13,6 +13,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -65,7 +66,7 @@ _EXTRAS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit status; an `AdaptiveKError` prints one line and gives 1."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding has not
     parser = argparse.ArgumentParser(prog="adaptive-k", description="Adaptive-K mixture-of-experts inference.")
@@ -80,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 importlib.import_module(command.module).add_arguments(subparser)
             except ModuleNotFoundError as error:
                 return _fail(_missing_package(name, error))
-    namespace = parser.parse_args(arguments)
+    namespace, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        subparsers.choices[namespace.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         with _unwinding_when_terminated():
             status = importlib.import_module(COMMANDS[namespace.command].module).run(namespace)
@@ -101,6 +104,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         return _fail(AdaptiveKError(f"{error.filename or 'a file'} cannot be used: {error.strerror}."))
+
+
+def _with_underscores(argument: str) -> str:
+    """A flag as it is declared, by TensorRT-LLM's words, where it came with hyphens, as vLLM's do."""
+    name, equals, value = argument.partition("=")
+    return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.fullmatch(r"--[a-z0-9_-]+", name) else argument
 
 
 @contextlib.contextmanager

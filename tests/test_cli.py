@@ -107,3 +107,20 @@ def test_a_report_that_cannot_be_written_is_one_sentence(
     assert (tmp_path / "new" / "report.json").is_file()
     assert cli.main([*arguments, str(tmp_path / "none.json"), "--window", "0"]) == 1
     assert "window" in capsys.readouterr().err
+
+
+def test_flags_may_have_hyphens(engine_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--prompt=--and-so-on", "--seed", "3", "--temperature", "2"]
+    printed = []
+    for engine, tokens in (("--engine_dir", "--max_tokens"), ("--engine-dir", "--max-tokens")):
+        assert cli.main([*arguments, engine, str(engine_dir), f"{tokens}=5"]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1]
+
+
+def test_an_unknown_flag_shows_the_flags_of_its_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve", "--engine_dir", "engine", "--port", "8000"])
+    printed = capsys.readouterr().err
+    assert "--http_port PORT" in printed
+    assert printed.endswith("adaptive-k serve: error: unrecognized arguments: --port 8000\n")
