@@ -60,9 +60,13 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: None for what is not known."""
-        names = ("count", "control_count", "value", "control_value", "estimate", "low", "high")
-        figures = {name: getattr(self, name) for name in names}
-        return {name: figure if math.isfinite(figure) else None for name, figure in figures.items()}
+        return {
+            "count": self.count,
+            "control_count": self.control_count,
+            "value": self.value if self.count else None,
+            "control_value": self.control_value if self.control_count else None,
+            **_finite(self.estimate, self.low, self.high),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +143,17 @@ class Results:
                     "num_requests": result.num_requests,
                     "stopped_at": result.variant.stopped_at,
                     "stop_reason": result.variant.stop_reason,
+                    "time_saved": _finite(*result.time_saved) if result.comparisons else None,
                     "comparisons": {name: found.to_dict() for name, found in result.comparisons.items()},
                 }
                 for result in self.variants
             ],
         }
+
+
+def _finite(estimate: float, low: float, high: float) -> dict[str, float | None]:
+    figures = {"estimate": estimate, "low": low, "high": high}
+    return {name: figure if math.isfinite(figure) else None for name, figure in figures.items()}
 
 
 def compute(stored: StoredExperiment) -> Results:

@@ -230,6 +230,9 @@ def test_a_variant_that_harms_quality_is_stopped_and_stays_so(
     assert cli.main(["ab", "status", "--db", str(ab_db), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)
     assert [variant["stop_reason"] is not None for variant in status["variants"]] == [False, True, False]
+    less_saved, less_time = status["variants"][1]["time_saved"], status["variants"][1]["comparisons"]["time_per_token"]
+    assert less_saved == {"estimate": -less_time["estimate"], "low": -less_time["high"], "high": -less_time["low"]}
+    assert status["variants"][0]["time_saved"] is None
 
 
 def test_a_spoilt_file_is_a_sentence_in_the_log_and_the_server_goes_on(
