@@ -170,7 +170,7 @@ class TopPPolicy(_SharePolicy):
 
 
 class ContributionPolicy(_SharePolicy):
-    """Of the best k_max experts the fewest that hold the share `p` of their contribution, k_min at least.
+    """The fewest experts that reach the share `p` of what the best `k_max` contribute, `k_min` at least.
 
     An expert's contribution is its score times the mean norm of its output (`PolicySet.expert_norms`).
     """

@@ -176,7 +176,6 @@ class OneNumberRules:
                 values = (np.cumsum(scores, axis=-1) - scores) / routers.total[:, :, layer, None]
             case "contribution":
                 weighed = scores * routers.norms[layer][routers.experts[:, :, layer]]
-                by_size = -np.sort(-weighed, axis=-1)
-                values = (np.cumsum(by_size, axis=-1) - by_size) / by_size.sum(axis=-1, keepdims=True)
+                values = (np.cumsum(weighed, axis=-1) - weighed) / weighed.sum(axis=-1, keepdims=True)
         dropped: npt.NDArray[np.float32] = values[..., self.k_min :].astype(np.float32)
         return dropped

@@ -171,35 +171,27 @@ def make_moe_function(
 
     position = b.op("Unsqueeze", b.op("Range", b.const(0, "int64"), b.const(moe.num_experts, "int64"),
                                       b.const(1, "int64")), b.const([0], "int64"))  # fmt: skip
-    # Contribution rows choose among the most experts that they may run, by score times norm. The others rank last,
-    # and a NaN (of the norms) makes the share NaN, which is not reached.
+    # Contribution rows: score times norm, among the most experts that they may run. A NaN reaches no share.
     contribution = ordered
     if expert_norms:
         contribution = b.op("Mul", ordered, b.op("Gather", "expert_norms", order, axis=0))
-    candidate = b.op("Less", position, runnable(k_max))
-    share = b.op("ReduceSum", b.op("Where", candidate, contribution, zero), last, keepdims=1)
-    contribution = b.op("Where", b.op("IsNaN", contribution), zero, contribution)
-    contribution = b.op("Where", candidate, contribution, b.const(-1.0))
-    largest, places = b.pair("TopK", contribution, num_experts, axis=-1, largest=1, sorted=1)
-    reached = b.op("CumSum", b.op("Max", largest, zero), b.const(1, "int64"))
-    short = b.op("Not", b.op("GreaterOrEqual", reached, b.op("Mul", parameter, share)))
+    contribution = b.op("Where", b.op("Less", position, runnable(k_max)), contribution, zero)
+    share = b.op("Mul", parameter, b.op("ReduceSum", contribution, last, keepdims=1))
+    short = b.op("Not", b.op("GreaterOrEqual", b.op("CumSum", contribution, b.const(1, "int64")), share))
     short = b.op("ReduceSum", b.op("Cast", short, to=onnx.TensorProto.INT64), last, keepdims=1)
     by_contribution = b.op("Add", short, b.const(1, "int64"))
-    weighs = b.op("Equal", kind, b.const(KIND_CONTRIBUTION, "int32"))
-    k = runnable(b.op("Where", weighs, within(by_contribution), k))  # [T, 1]
+    k = b.op("Where", b.op("Equal", kind, b.const(KIND_CONTRIBUTION, "int32")), within(by_contribution), k)
+    k = runnable(k)  # [T, 1]
     b.op("Reshape", b.op("Cast", k, to=onnx.TensorProto.INT32), flat, name="k")
 
-    # The model's own weight rule over those chosen: the first k of the order, or the k largest contributions.
-    empty = b.op("Mul", b.op("Cast", order, to=f32), zero)  # zeros [T, E]
-    chosen = b.op("Cast", b.op("Less", position, k), to=f32)  # [T, E], in the order of choice
-    by_size = b.op("ScatterElements", empty, places, chosen, axis=1)
-    chosen = b.op("Where", b.op("And", weighs, b.op("Not", broken)), by_size, chosen)
-    chosen = b.op("Equal", chosen, one)
+    # The model's own weight rule over the first k of the order.
+    chosen = b.op("Less", position, k)  # [T, E], in the order of choice
     weights = b.op("Where", chosen, ordered, zero)
     if moe.norm_topk_prob:
         kept = b.op("Add", b.op("ReduceSum", weights, last, keepdims=1), b.const(1e-20))
         weights = b.op("Div", weights, kept)
     weights = b.op("Mul", weights, b.const(moe.routed_scaling_factor))
+    empty = b.op("Mul", b.op("Cast", order, to=f32), zero)  # zeros [T, E]
     weights = b.op("ScatterElements", empty, order, weights, axis=1)
     chosen = b.op("ScatterElements", empty, order, b.op("Cast", chosen, to=f32), axis=1)
 

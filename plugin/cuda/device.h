@@ -23,10 +23,9 @@ enum Fault : int {
   kFaultRouteTie,      // the higher index wins a tie
   kFaultRouteWeight,   // weights not divided by their sum
   kFaultRouteBarrier,
-  kFaultRouteNorm,                 // contributions without the norms
-  kFaultRouteContributionBarrier,  // no barrier between contributions and their reading
-  kFaultPlanRank,                  // ranks within a chunk ignore their own word of the bitmap
-  kFaultPlanBase,                  // earlier chunks of tokens not counted
+  kFaultRouteNorm,           // contributions without the norms
+  kFaultPlanRank,            // ranks within a chunk ignore their own word of the bitmap
+  kFaultPlanBase,            // earlier chunks of tokens not counted
   kFaultPlanStartBarrier,    // no barrier between clearing the bitmap (and routing) and filling it
   kFaultPlanBarrier,         // no barrier between filling the bitmap and reading it
   kFaultDecodeRow,           // the last row of an expert repeats the one before it

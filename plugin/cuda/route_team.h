@@ -19,7 +19,7 @@ template <int kWarps>
 struct TeamShared {
   static constexpr int kExperts = kWarps * 32 * kExpertsPerThread;
   double slots[2][kWarps];
-  float keys[kExperts];  // of groups; after the selection, contributions of the selected
+  float keys[kExperts];
   float group_keys[kExperts];
   int32_t best_groups[kExperts];
   int32_t group_kept[kExperts];
@@ -109,33 +109,6 @@ class Team {
   const int rank_;
   int turn_ = 0;
 };
-
-// As keep_by_contribution(), by the team's first warp, a lane for each of the selected experts.
-template <int kWarps>
-__device__ int32_t keep_by_contribution_in_warp(const RouteArguments& a, const PolicyRow& row,
-                                                TeamShared<kWarps>& shared, int lane, int count) {
-  static_assert(kMaxSelected <= 32, "a lane for each");
-  const bool mine = lane < count;
-  const int32_t expert = mine ? shared.selected[lane] : 0;
-  const float score = mine ? shared.selected_scores[lane] : 0.0f;
-  const float* norms = fault(kFaultRouteNorm) ? nullptr : a.expert_norms;
-  if (mine) shared.keys[lane] = contribution(score, expert, norms);
-  if (!fault(kFaultRouteContributionBarrier)) __syncwarp();
-  double total = 0;
-  for (int i = 0; i < count; ++i) total += shared.keys[i];
-  const Standing standing = standing_of(shared.keys, count, mine ? lane : 0);
-  const int needed = __popc(__ballot_sync(kAllLanes, mine && is_needed(row, standing, total)));
-  const int32_t k = clamp_k(clamp_k(needed, row.k_values[0], largest_k_of_row(row)), 1, count);
-  const bool kept = mine && standing.before < k;
-  const unsigned all_kept = __ballot_sync(kAllLanes, kept);
-  if (kept) {
-    const int place = __popc(all_kept & ((1u << lane) - 1u));
-    shared.selected[place] = expert;
-    shared.selected_scores[place] = score;
-  }
-  __syncwarp();
-  return k;
-}
 
 // At a fixed k an entropy row needs nothing but the entropy; the team computes all the same things
 // for every kind of row, since they cost less than a second path would.
@@ -271,10 +244,11 @@ __device__ void route_with_team(const RouteArguments& a, int64_t token, Team<kWa
   }
   team.sync();
 
-  if (by_contribution && team.rank() < 32)
-    k = keep_by_contribution_in_warp(a, row, shared, team.rank(), k);
   if (team.rank() == 0) {
     if (by_mass) k = clamp_k(k_by_mass(row, shared.selected_scores, k, total), 1, k);
+    const float* norms = fault(kFaultRouteNorm) ? nullptr : a.expert_norms;
+    if (by_contribution)
+      k = clamp_k(k_by_contribution(row, norms, shared.selected, shared.selected_scores, k), 1, k);
     if (!fault(kFaultRouteWeight)) weigh(a.params, shared.selected_scores, k);
     shared.k = k;
     a.k[token] = k;

@@ -171,8 +171,8 @@ def near_a_limit(rule: Rule, feed: dict[str, np.ndarray]) -> bool:
         ratio = scores / scores.max(1, keepdims=True)
         candidates = selected(rule, feed)
         contributions = np.take_along_axis(scores * feed.get("expert_norms", np.ones(1)), candidates, 1)
-        largest = -np.sort(-np.where(candidates < 0, 0, contributions), 1)
-        share = np.cumsum(largest, 1) / largest.sum(1, keepdims=True)
+        contributions = np.where(candidates < 0, 0, contributions)
+        share = np.cumsum(contributions, 1) / contributions.sum(1, keepdims=True)
         limits = feed["thresholds"][np.clip(feed["policy_index"], 0, len(feed["policy_kind"]) - 1)]
         first = limits[:, :1]
         distances = (entropy[:, None] - limits, mass - first, ratio - first, share - first)

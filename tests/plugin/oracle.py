@@ -86,19 +86,8 @@ def route_token(
         selectable = [i for g in kept for i in range(g * size, (g + 1) * size)]
     order = ranked(keys, selectable)
 
-    def contributing(most: int, p: float) -> tuple[int, list[int]]:
-        """How many of the best `most` reach the share p of their contributions, and those by falling contribution."""
-        norms = np.ones(num_experts, np.float32) if expert_norms is None else expert_norms
-        contributions = scores[order[:most]] * norms[order[:most]]
-        by_size = ranked(contributions, list(range(len(contributions))))
-        reached = np.flatnonzero(
-            np.cumsum(contributions[by_size], dtype=np.float64) >= p * contributions.sum(dtype=float)
-        )
-        return int(reached[0]) + 1 if len(reached) else most, [order[i] for i in by_size]
-
     largest = max(1, min(max_k or 32, len(order)))
     h = entropy(logits)
-    chosen = order
     if kind == TOP_P and not math.isnan(h):
         share = scores.astype(np.float64) / scores.astype(np.float64).sum()
         p = float(thresholds[0]) if len(thresholds) else 1.0
@@ -111,7 +100,10 @@ def route_token(
         k = min(max(k, int(k_values[0])), int(k_values[-1]))
     elif kind == CONTRIBUTION and not math.isnan(h):
         p = float(thresholds[0]) if len(thresholds) else 1.0
-        k, chosen = contributing(max(1, min(int(k_values[-1]), largest)), p)
+        best = order[: max(1, min(int(k_values[-1]), largest))]
+        norms = np.ones(num_experts, np.float32) if expert_norms is None else expert_norms
+        mass = np.cumsum(scores[best] * norms[best], dtype=np.float64)
+        k = min(int((~(mass >= p * mass[-1])).sum()) + 1, len(best))
         k = min(max(k, int(k_values[0])), int(k_values[-1]))
     elif kind in (TOP_P, RATIO, CONTRIBUTION):
         k = int(k_values[-1])
@@ -120,7 +112,7 @@ def route_token(
         k = int(k_values[below[0] if below else -1])
     k = max(1, min(k, largest))
 
-    experts = [expert for expert in order if expert in set(chosen[:k])]  # in the order of rank
+    experts = order[:k]
     weights = scores[experts].astype(np.float64)
     if norm_topk_prob:
         weights = weights / (weights.sum() + 1e-20)

@@ -126,51 +126,22 @@ ADAPTIVE_K_HD float contribution(float score, int32_t expert, const float* exper
   return expert_norms == nullptr ? score : score * expert_norms[expert];
 }
 
-// What contribution rows need to know of a selected expert: how many of the others contribute more
-// (or as much, with a better rank), and how much all of those contribute.
-struct Standing {
-  int32_t before;
-  double mass;
-};
-
-ADAPTIVE_K_HD Standing standing_of(const float* contributions, int32_t count, int32_t rank) {
-  Standing s = {0, 0};
-  for (int32_t i = 0; i < count; ++i) {
-    if (!ranks_before(contributions[i], i, contributions[rank], rank)) continue;
-    ++s.before;
-    s.mass += contributions[i];
-  }
-  return s;
-}
-
-// Whether the share p of the total is not reached before this expert, which is then needed. Where a
-// contribution or the total is NaN every expert is.
-ADAPTIVE_K_HD bool is_needed(const PolicyRow& row, const Standing& standing, double total) {
-  return !(standing.mass >= (row.num_choices > 1 ? row.thresholds[0] : 1.0) * total);
-}
-
-// Contribution rows: of the selected experts keeps as few of the largest contributions as reach the
-// share p of the total, in place and in the order of their rank. Returns k. `contributions` has
-// room for `count` values.
-ADAPTIVE_K_HD int32_t keep_by_contribution(const PolicyRow& row, const float* expert_norms,
-                                           int32_t* experts, float* scores, int32_t count,
-                                           float* contributions) {
+// Contribution rows: as few of the ranked experts as reach the share p of what all of them
+// contribute. A NaN among the norms reaches no share.
+ADAPTIVE_K_HD int32_t k_by_contribution(const PolicyRow& row, const float* expert_norms,
+                                        const int32_t* ranked, const float* ranked_scores,
+                                        int32_t count) {
   double total = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    contributions[i] = contribution(scores[i], experts[i], expert_norms);
-    total += contributions[i];
-  }
-  int32_t needed = 0;
   for (int32_t i = 0; i < count; ++i)
-    needed += is_needed(row, standing_of(contributions, count, i), total);
-  const int32_t k = clamp_k(clamp_k(needed, row.k_values[0], largest_k_of_row(row)), 1, count);
-  int32_t kept = 0;
-  for (int32_t i = 0; i < count; ++i) {
-    if (standing_of(contributions, count, i).before >= k) continue;
-    experts[kept] = experts[i];
-    scores[kept++] = scores[i];
+    total += contribution(ranked_scores[i], ranked[i], expert_norms);
+  const double share = (row.num_choices > 1 ? row.thresholds[0] : 1.0) * total;
+  double mass = 0;
+  int32_t k = 0;
+  while (k < count && !(mass >= share)) {
+    mass += contribution(ranked_scores[k], ranked[k], expert_norms);
+    ++k;
   }
-  return k;
+  return clamp_k(k, row.k_values[0], largest_k_of_row(row));
 }
 
 // Turns the selected scores, in place, into the weights of the sum over experts.
@@ -186,7 +157,7 @@ ADAPTIVE_K_HD void weigh(const MoeParams& params, float* scores, int32_t k) {
 
 struct RoutingScratch {
   float* scores;         // [num_experts]
-  float* keys;           // [num_experts], later the contributions of the selected
+  float* keys;           // [num_experts]
   float* group_keys;     // [n_group], read when n_group > 1
   int32_t* best_groups;  // [topk_group], read when n_group > 1
 };
@@ -252,8 +223,7 @@ ADAPTIVE_K_HD int32_t route_token(const MoeParams& params, const float* logits, 
 
   for (int32_t i = 0; i < selected; ++i) weights[i] = scratch.scores[experts[i]];
   if (by_mass) k = clamp_k(k_by_mass(row, weights, k, total), 1, k);
-  if (by_contribution)
-    k = keep_by_contribution(row, expert_norms, experts, weights, k, scratch.keys);
+  if (by_contribution) k = clamp_k(k_by_contribution(row, expert_norms, experts, weights, k), 1, k);
   weigh(params, weights, k);
   return k;
 }

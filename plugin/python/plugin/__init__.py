@@ -132,8 +132,8 @@ def route(
         k_values: [P, C] int32. Entropy rows: experts to run in each choice. All other rows: the least first, the
             most last.
         correction_bias: [E] float32, added to the scores for selection, not for the weights.
-        expert_norms: [E] float32, what contribution rows multiply the scores by; None is as all ones. Of the most
-            experts that such a row may run they keep the fewest whose share of the contributions reaches p.
+        expert_norms: [E] float32, what contribution rows multiply the scores by; None is as all ones. Such a row
+            runs the fewest experts that reach the share p of what the most that it may run contribute.
         scoring: "softmax" or "sigmoid".
         norm_topk_prob: Whether the selected weights are divided by their sum.
         routed_scaling_factor: Multiplies the weights in the end.
