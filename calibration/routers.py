@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
@@ -23,6 +23,9 @@ from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.engine_config import MoeConfig
 from adaptive_k_moe.policy import KIND_ENTROPY
 from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
+
+if TYPE_CHECKING:
+    from adaptive_k_moe.plugin import Routing
 
 FORMAT = 1
 """Changes whenever old files could not be read any more."""
@@ -115,6 +118,25 @@ def collect_routers(
     return RouterTraces(files["scores"], files["experts"], files["total"], relative_norms(sums, counts))
 
 
+def ranked_experts(evaluator: Evaluator, windows: Windows, count: int) -> npt.NDArray[np.int32]:
+    """[W, n, L, count] the full model's best experts of each token in each layer, best first.
+
+    Args:
+        evaluator: the engine, of the target openvino; its session is closed meanwhile.
+        windows: W windows of n tokens.
+        count: experts to name.
+    """
+    num_layers = evaluator.num_layers
+    found = np.empty((len(windows), windows.window, num_layers, count), np.int32)
+    with evaluator.with_session(RouterProbe) as probe:
+        assert isinstance(probe, RouterProbe)
+        for batch in evaluator.batches(windows, evaluator.tables({}), 0):
+            for layer in range(num_layers):
+                part = found[batch.windows]
+                part[:, :, layer] = probe.route(layer, count)[1].experts[:, :count].reshape(part[:, :, layer].shape)
+    return found
+
+
 def relative_norms(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Mean norms, [L, E], divided by their layer's mean over the experts that were run.
 
@@ -146,19 +168,27 @@ class RouterProbe(OpenVinoSession):
 
     def look(self, layer: int, top_k: int) -> _Seen:
         """What the router of one MoE layer chose in the last step, at the trained top-k."""
+        moe = self._config.pretrained_config.moe
+        logits, routing = self.route(layer, top_k)
+        experts = routing.experts[:, :top_k]
+        hidden = self._request.get_tensor(_probe_name(layer, "hidden_states")).data
+        outputs = self._weights[layer].run(np.repeat(hidden, top_k, axis=0), experts.ravel(), moe)
+        norms = np.linalg.norm(outputs.astype(np.float64), axis=1).reshape(experts.shape)
+        return _Seen(routing.weights[:, :top_k], experts, _scores(logits, moe).sum(axis=1), norms)
+
+    def route(self, layer: int, k: int) -> tuple[npt.NDArray[np.float32], Routing]:
+        """The router's logits of one MoE layer in the last step, [T, E], and the k experts that it ranks first.
+
+        The weights are the scores.
+        """
         from adaptive_k_moe.plugin import route
 
         moe = self._config.pretrained_config.moe
-        hidden, logits = (self._request.get_tensor(_probe_name(layer, name)).data for name in _PROBED)
-        weights = self._weights[layer]
-        tokens = len(logits)
-        tables = _fixed(tokens, top_k)
+        logits = self._request.get_tensor(_probe_name(layer, "router_logits")).data
         rules = {"scoring": moe.scoring, "n_group": moe.n_group, "topk_group": moe.topk_group}
-        routing = route(logits, *tables, correction_bias=weights.correction_bias, norm_topk_prob=False, **rules)
-        experts = routing.experts[:, :top_k]
-        outputs = weights.run(np.repeat(hidden, top_k, axis=0), experts.ravel(), moe)
-        norms = np.linalg.norm(outputs.astype(np.float64), axis=1).reshape(tokens, top_k)
-        return _Seen(routing.weights[:, :top_k], experts, _scores(logits, moe).sum(axis=1), norms)
+        bias = self._weights[layer].correction_bias
+        tables = _fixed(len(logits), k)
+        return logits, route(logits, *tables, correction_bias=bias, norm_topk_prob=False, **rules)
 
     def _prepare(self, graph: Any) -> None:
         operators = [node for node in graph.get_ordered_ops() if node.get_type_name() == _OPERATOR]

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator
+from adaptive_k_moe.calibration.routers import ranked_experts
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.policy import FULL
 
@@ -53,37 +53,26 @@ def distinct_experts(chosen: npt.NDArray[np.bool_], batch: int) -> float:
     return float(grouped.any(axis=1).sum(axis=-1).mean())
 
 
-def unions(
-    evaluator: Evaluator,
-    windows: Windows,
-    router_logits: npt.NDArray[np.float32],
-    policies: Sequence[str],
-    batches: Sequence[int],
-) -> list[Union]:
+def unions(evaluator: Evaluator, windows: Windows, policies: Sequence[str], batches: Sequence[int]) -> list[Union]:
     """Distinct experts of policies, as if windows were sequences that decode in step.
 
-    k is the engine's own under each policy; which experts rank first is taken from the full model's logits, so
-    the small change of ranking that a policy brings about itself is left out.
+    k is the engine's own under each policy; which experts rank first is taken from the full model's routers, so the
+    small change of ranking that a policy brings about itself is left out.
 
     Args:
-        evaluator: the engine.
+        evaluator: the engine, of the target openvino; its session is closed meanwhile.
         windows: W windows of n tokens.
-        router_logits: [W, n, L, E] of the full model.
         policies: names; `full` comes first, whether named or not.
         batches: sequences in a step; those above W are left out.
-
-    Raises:
-        CalibrationError: the model does not rank experts by their logits.
     """
-    if evaluator.config.pretrained_config.moe.scoring != "softmax":
-        raise CalibrationError("distinct experts are counted for softmax routers only: leave out --checkpoint_dir.")
     tables = evaluator.config.policy_tables()
-    # The rank of each expert; ties to the lowest index, as in the operator.
-    ranks = np.argsort(np.argsort(-router_logits, axis=-1, kind="stable"), axis=-1, kind="stable")
+    experts = ranked_experts(evaluator, windows, int(tables.k_values.max())).astype(np.int64)
+    num_experts = evaluator.config.pretrained_config.num_experts
     found: list[Union] = []
     for name in dict.fromkeys([FULL, *policies]):
         k = np.concatenate([part.k for part in evaluator.batches(windows, tables, tables.index(name))])
-        chosen = ranks < k[..., None]
+        chosen = np.zeros((*k.shape, num_experts), bool)
+        np.put_along_axis(chosen, experts, np.arange(experts.shape[-1]) < k[..., None], axis=-1)
         for batch in batches:
             if batch <= len(windows):
                 distinct = distinct_experts(chosen, batch)

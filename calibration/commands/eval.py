@@ -24,11 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_tokens", type=int, help="use about this many tokens of each text")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="sequences in a step, for the times")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing; 0 takes no times (default: 15)")
-    parser.add_argument(
-        "--checkpoint_dir",
-        type=Path,
-        help="the engine's checkpoint: counts the distinct experts of a batch, too (needs the extra `training`)",
-    )
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there, too")
 
@@ -88,17 +83,18 @@ def union_table(found: Sequence[Union]) -> str:
 
 
 def _unions(args: argparse.Namespace, evaluator: Evaluator, windows: Windows, policies: Sequence[str]) -> list[Union]:
-    if args.checkpoint_dir is None:
+    """Counted where the engine can be looked into, over as many windows as the largest batch has sequences."""
+    from adaptive_k_moe.calibration.routers import can_collect
+
+    if not can_collect(evaluator):
         return []
     import numpy as np
 
-    from adaptive_k_moe.calibration.hooks import HookedModel
     from adaptive_k_moe.calibration.union import unions
 
     count = min(len(windows), max(args.batch))
     some = windows.take(np.unique(np.linspace(0, len(windows) - 1, count).astype(np.int64)))
-    logits = HookedModel(args.checkpoint_dir).router_logits(some.tokens)
-    return unions(evaluator, some, logits, policies, args.batch)
+    return unions(evaluator, some, policies, args.batch)
 
 
 def table(results: Sequence[PolicyEvaluation]) -> str:

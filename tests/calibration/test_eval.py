@@ -14,12 +14,12 @@ from adaptive_k_moe.cli import main
 
 
 def test_all_figures_of_all_policies(
-    engine_dir: Path, checkpoint_dir: Path, some_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine_dir: Path, some_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, output = tmp_path / "text.txt", tmp_path / "eval.json"
     text.write_text(some_text[:6000], encoding="utf-8")
     command = f"eval --engine_dir {engine_dir} --text {text} --window 64 --rounds 2 --batch 1 4 --output {output}"
-    options = ["--adaptive_k_policy", "top1", "balanced", "--checkpoint_dir", str(checkpoint_dir)]
+    options = ["--adaptive_k_policy", "top1", "balanced"]
     assert main([*command.split(), *options]) == 0
     printed = capsys.readouterr().out
     assert "time against full" in printed and "distinct experts" in printed
