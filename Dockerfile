@@ -30,7 +30,6 @@ RUN package="$(python3 -c 'import importlib.util as u; print(*u.find_spec("tenso
 
 # The TensorRT plugin with the CUDA kernels inside.
 COPY CMakeLists.txt ./
-COPY cmake cmake
 COPY plugin plugin
 ARG CUDA_ARCHITECTURES="80;86;89;90a;100a;120a;90-virtual"
 RUN PATH=/opt/build/bin:${PATH} cmake -S . -B /build/cuda -G Ninja \

@@ -16,10 +16,25 @@ from dockerfile_parse import DockerfileParser
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
+def _structure() -> list[dict[str, str]]:
+    structure: list[dict[str, str]] = DockerfileParser(path=str(REPOSITORY), cache_content=True).structure
+    return structure
+
+
 def instructions(name: str) -> list[str]:
     """What stands behind each instruction of this name, in order, continued lines joined."""
-    parser = DockerfileParser(path=str(REPOSITORY), cache_content=True)
-    return [part["value"] for part in parser.structure if part["instruction"] == name]
+    return [part["value"] for part in _structure() if part["instruction"] == name]
+
+
+def copied_before(start: str) -> list[str]:
+    """Sources of the COPY instructions that stand before the RUN line that has this in it."""
+    sources: list[str] = []
+    for part in _structure():
+        if part["instruction"] == "RUN" and start in part["value"]:
+            return sources
+        if part["instruction"] == "COPY" and not part["value"].startswith("--from"):
+            sources += part["value"].split()[:-1]
+    raise AssertionError(f"no RUN line has {start}")
 
 
 def exec_form(name: str) -> list[str]:
@@ -43,9 +58,9 @@ def context_files() -> list[str]:
 
 
 def copy_context(target: Path, *under: str) -> None:
-    """Copy the build context, or what of it lies under these paths, to `target`."""
+    """Copy what of the build context lies under these paths to `target`."""
     for name in context_files():
-        if not under or any(name == path or name.startswith(f"{path}/") for path in under):
+        if any(path == "." or name == path or name.startswith(f"{path}/") for path in under):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(REPOSITORY / name, target / name)
 

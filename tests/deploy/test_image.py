@@ -17,7 +17,15 @@ from pathlib import Path
 
 import pytest
 import tomllib
-from container_image import REPOSITORY, context_files, copy_context, exec_form, instructions, run_line
+from container_image import (
+    REPOSITORY,
+    context_files,
+    copied_before,
+    copy_context,
+    exec_form,
+    instructions,
+    run_line,
+)
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -123,7 +131,7 @@ def test_what_the_image_imports_is_what_it_has() -> None:
 def test_the_plugin_configures_from_what_was_copied(tmp_path: Path) -> None:
     """CMake stops at a source or a folder that is missing; NvInfer.h is that of the tests."""
     source = tmp_path / "src"
-    copy_context(source, "CMakeLists.txt", "cmake", "plugin")
+    copy_context(source, *copied_before("--target adaptive_k_tensorrt"))
     configure, _, build = run_line("--target adaptive_k_tensorrt").partition(" && ")
     line = _here(configure, tmp_path).replace('"${CUDA_ARCHITECTURES}"', "90a")
     headers = REPOSITORY / "plugin" / "testing" / "nvinfer"
@@ -146,7 +154,7 @@ def test_the_plugin_configures_from_what_was_copied(tmp_path: Path) -> None:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
     """The wheel of the builder's own command, but for the C++, which takes a minute."""
     directory = tmp_path_factory.mktemp("image")
-    copy_context(directory / "src")
+    copy_context(directory / "src", *copied_before("pip wheel"))
     line, _, _ = run_line("pip wheel").partition(" && ")
     python_only = "-C cmake.define.ADAPTIVE_K_OPENVINO=OFF -C cmake.define.ADAPTIVE_K_PYTHON=OFF"
     line = _here(line, directory).replace("pip wheel", f"pip wheel --quiet {python_only}")
