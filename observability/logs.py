@@ -12,11 +12,14 @@ filters to `logger.logger`. With no handler anywhere, lines go to standard error
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import logging.handlers
+import math
 import sys
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ from adaptive_k_moe.runtime.outputs import RequestOutput
 PREFIX = "adaptive_k_moe."
 """What the names of our loggers begin with in `logging`."""
 
+_SECONDS_BETWEEN_SENTENCES = 60.0
+_errors = logging.getLogger(f"{PREFIX}observability")
 _LEVELS = {"error": logging.ERROR, "refused": logging.WARNING}
 
 
@@ -115,15 +120,40 @@ def file_handler(path: str | Path, *, max_bytes: int = 0, backup_count: int = 5)
     handler: logging.Handler
     try:
         if max_bytes:
-            handler = logging.handlers.RotatingFileHandler(
-                path, maxBytes=max_bytes, backupCount=backup_count, encoding="utf-8"
-            )
+            handler = _RotatingFile(path, maxBytes=max_bytes, backupCount=backup_count, encoding="utf-8")
         else:
-            handler = logging.handlers.WatchedFileHandler(path, encoding="utf-8")
+            handler = _WatchedFile(path, encoding="utf-8")
     except OSError as error:
         raise ServerError(f"cannot write the request log {path}: {error.strerror}.") from None
     handler.setFormatter(logging.Formatter("%(message)s"))
     return handler
+
+
+class _OneSentence(logging.FileHandler):
+    """What a full disk makes of a file's handler: now and then a sentence, and no traceback for each line."""
+
+    _said = -math.inf
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        """Say why a line could not be written, once a minute at most."""
+        del record
+        now = time.monotonic()
+        if now - self._said >= _SECONDS_BETWEEN_SENTENCES:
+            self._said = now
+            _errors.error("the request log %s cannot be written: %s", self.baseFilename, sys.exc_info()[1])
+
+    def close(self) -> None:
+        """Close the file; what cannot be written any more is lost."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+class _RotatingFile(_OneSentence, logging.handlers.RotatingFileHandler):
+    pass
+
+
+class _WatchedFile(_OneSentence, logging.handlers.WatchedFileHandler):
+    pass
 
 
 def as_fields(trace: InferenceTrace, *, with_text: bool = False) -> dict[str, Any]:

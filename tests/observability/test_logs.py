@@ -149,6 +149,21 @@ def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
         file_handler(tmp_path / "nowhere" / "requests.jsonl")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_one_sentence_and_no_more(
+    logger: InferenceLogger, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = file_handler("/dev/full")
+    logger.logger.addHandler(handler)
+    for _ in range(3):
+        logger.log_inference(make_output())
+    handler.close()
+    assert [record.getMessage() for record in caplog.records if record.name.endswith(".observability")] == [
+        "the request log /dev/full cannot be written: [Errno 28] No space left on device"
+    ]
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_records_come_in_order_and_a_failing_sink_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[str] = []
 
