@@ -153,12 +153,8 @@ class Recorder(Observer):
         """All series at this moment, in the order of `METRICS`; of the engine's state, only while it lives."""
         with self._lock:
             self._count_steps()
-            samples = [
-                *self._request_samples(),
-                *self._step_samples(),
-                *self._policy_samples(),
-                *_expert_samples(self._expert_load()),
-            ]
+            samples = [*self._request_samples(), *self._step_samples(), *self._policy_samples()]
+        samples += _expert_samples(self._expert_load())
         stats = self._stats()
         if stats is not None:
             samples += _engine_samples(stats)
