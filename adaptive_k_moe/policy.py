@@ -401,7 +401,8 @@ def _norms(policies: PolicySet, num_moe_layers: int, num_experts: int) -> npt.ND
     if policies.expert_norms is None:
         return np.ones((num_moe_layers, num_experts), np.float32)
     norms = np.array(policies.expert_norms)
-    return (norms / norms.mean(axis=1, keepdims=True)).astype(np.float32)
+    relative: npt.NDArray[np.float32] = (norms / norms.mean(axis=1, keepdims=True)).astype(np.float32)
+    return relative
 
 
 def parse_policy_set(content: Any, source: str) -> PolicySet:
@@ -460,11 +461,9 @@ def _capped(name: str, policy: Any, *, cap: int, limit: int) -> Any:
 
     match policy:
         case EntropyPolicy():
-            for rule in (policy, *policy.layers.values()):
-                if len(rule.k or []) > MAX_CHOICES:
-                    raise PolicyError(
-                        f"policy {name!r} has {len(rule.k)} values of k, but a rule has at most {MAX_CHOICES}."
-                    )
+            most = max(len(k or []) for k in (policy.k, *(choices.k for choices in policy.layers.values())))
+            if most > MAX_CHOICES:
+                raise PolicyError(f"policy {name!r} has {most} values of k, but a rule has at most {MAX_CHOICES}.")
             layers = {
                 layer: choices.model_copy(update={"k": [capped(k) for k in choices.k]})
                 for layer, choices in policy.layers.items()

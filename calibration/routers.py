@@ -185,10 +185,19 @@ class RouterProbe(OpenVinoSession):
 
         moe = self._config.pretrained_config.moe
         logits = self._request.get_tensor(_probe_name(layer, "router_logits")).data
-        rules = {"scoring": moe.scoring, "n_group": moe.n_group, "topk_group": moe.topk_group}
-        bias = self._weights[layer].correction_bias
-        tables = _fixed(len(logits), k)
-        return logits, route(logits, *tables, correction_bias=bias, norm_topk_prob=False, **rules)
+        index, kind, thresholds, k_values = _fixed(len(logits), k)
+        return logits, route(
+            logits,
+            index,
+            kind,
+            thresholds,
+            k_values,
+            correction_bias=self._weights[layer].correction_bias,
+            scoring=moe.scoring,
+            norm_topk_prob=False,
+            n_group=moe.n_group,
+            topk_group=moe.topk_group,
+        )
 
     def _prepare(self, graph: Any) -> None:
         operators = [node for node in graph.get_ordered_ops() if node.get_type_name() == _OPERATOR]
@@ -218,8 +227,10 @@ class _ExpertWeights:
 
         logits = np.full((len(hidden), moe.num_experts), -np.inf, np.float32)
         np.put_along_axis(logits, experts[:, None].astype(np.int64), 0.0, axis=1)
-        tables = _fixed(len(hidden), 1)
-        return run_operator(hidden, logits, *tables, self._up, self._down, activation=moe.activation)[0]
+        index, kind, thresholds, k_values = _fixed(len(hidden), 1)
+        return run_operator(
+            hidden, logits, index, kind, thresholds, k_values, self._up, self._down, activation=moe.activation
+        )[0]
 
 
 def _constant(node: Any, index: int) -> npt.NDArray[Any]:
@@ -232,7 +243,9 @@ def _probe_name(layer: int, name: str) -> str:
     return f"probe.{layer}.{name}"
 
 
-def _fixed(tokens: int, k: int) -> tuple[npt.NDArray[Any], ...]:
+def _fixed(
+    tokens: int, k: int
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
     """The operator's policy inputs for the same k at every token."""
     kinds = np.full(1, KIND_ENTROPY, np.int32)
     return np.zeros(tokens, np.int32), kinds, np.zeros((1, 0), np.float32), np.full((1, 1), k, np.int32)
