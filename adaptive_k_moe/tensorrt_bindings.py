@@ -79,6 +79,7 @@ def symbol_ranges(build: BuildConfig) -> tuple[Mapping[str, tuple[int, int, int]
         "num_limits": (1, 3, MAX_CHOICES - 1),
     }
     decode = dict.fromkeys(("batch", "num_tokens", "num_logits"), (1, batch, batch))
+    tables["num_slots"] = (1, batch, batch)
     # One sequence a prefill step: its cache is bound at its slot, and the chunk needs no padding.
     prefill = {"sequence": (1, chunk, chunk), "num_tokens": (1, chunk, chunk), "num_logits": (1, 1, chunk)}
     return ({**tables, **decode, "sequence": (1, 1, 1)}, {**tables, **prefill, "batch": (1, 1, 1)})
@@ -88,10 +89,9 @@ def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
     """The engine's inputs and outputs, in order.
 
     The caches are [batch, heads, max_seq_len, head_dim]; a step writes each sequence's new keys and values at
-    its `write_indices` and returns the same memory. Of a model with Mamba layers the states are as the caches,
-    one place a sequence in the first dimension, [batch, conv_kernel - 1, channels] and [batch, heads, state_size,
-    head_dim]; `state_slots` names each sequence's place in what is bound, so 0, 1, 2 and so on, and -1 for a
-    sequence whose states must stay as they are.
+    its `write_indices` and returns the same memory. A model with Mamba layers takes the states of all slots,
+    [num_slots, conv_kernel - 1, channels] and [num_slots, heads, state_size, head_dim], and returns the same memory,
+    too; `state_slots` names each sequence's place among them, or -1 for one whose states must stay as they are.
     """
     ranges = symbol_ranges(build)
 
@@ -109,8 +109,8 @@ def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
     if model.mamba is not None:
         for layer in model.mamba.layers:
             conv, ssm = model.mamba.conv_state_shape, model.mamba.ssm_state_shape
-            states.append((*state_names(layer, "conv"), model.dtype, ("batch", *conv)))
-            states.append((*state_names(layer, "ssm"), "float32", ("batch", *ssm)))
+            states.append((*state_names(layer, "conv"), model.dtype, ("num_slots", *conv)))
+            states.append((*state_names(layer, "ssm"), "float32", ("num_slots", *ssm)))
     return [
         binding("input_ids", "int64", "batch", "sequence"),
         binding("position_ids", "int64", "batch", "sequence"),
@@ -135,7 +135,7 @@ def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
 def slots_that_cannot_be_bound(table: list[Binding]) -> str | None:
     """Why TensorRT could not be given the addresses of single slots, which prefill needs; None if it can."""
     for binding in table:
-        if binding.in_place_of is not None and binding.slot_bytes % ALIGNMENT:
+        if binding.in_place_of is not None and binding.shape[0] == "batch" and binding.slot_bytes % ALIGNMENT:
             return (
                 f"a sequence's part of {binding.in_place_of!r} has {binding.slot_bytes} bytes, and TensorRT takes "
                 f"addresses at multiples of {ALIGNMENT} only: choose another max_seq_len"

@@ -120,25 +120,30 @@ class Lowered:
         `idle` slots run along with a token that is not theirs: Mamba's states must not see it.
         """
         batch, length = tokens.shape
-        rows = [-1 if slot in idle else row for row, slot in enumerate(slots)]
+        places = [-1 if slot in idle else slot for slot in slots]
+        whole = {b.name for b in self.table if b.shape[0] == "num_slots"}
         given = self.run(
             {
                 "input_ids": tokens.astype(np.int64),
                 "position_ids": np.array(begins)[:, None] + np.arange(length),
                 "write_indices": np.array(begins),
-                **({} if self.model.mamba is None else {"state_slots": np.array(rows, np.int32)}),
+                **({} if self.model.mamba is None else {"state_slots": np.array(places, np.int32)}),
                 "logits_indices": np.array(asked),
                 "policy_index": np.full(batch * length, self.tables.index(policy), np.int32),
                 "policy_kind": self.tables.policy_kind,
                 "thresholds": self.tables.thresholds,
                 "k_values": self.tables.k_values,
                 "expert_norms": self.tables.expert_norms,
-                **{name: np.ascontiguousarray(slot[slots]) for name, slot in self.slots.items()},
+                **{
+                    name: slot if name in whole else np.ascontiguousarray(slot[slots])
+                    for name, slot in self.slots.items()
+                },
             }
         )
         for binding in self.table:
             if binding.in_place_of is not None:
-                self.slots[binding.in_place_of][slots] = given[binding.name]
+                own = slice(None) if binding.in_place_of in whole else slots
+                self.slots[binding.in_place_of][own] = given[binding.name]
         return given
 
     def reference(self, ids: np.ndarray) -> np.ndarray:

@@ -234,15 +234,15 @@ def test_mambas_states_in_the_table_are_held_to_the_network() -> None:
     model = PretrainedConfig.model_validate({**_plain_model(), "mamba": mamba})
     table = make_bindings(model, BuildConfig(target="tensorrt", **SIZES))
     by_name = {b.name: b for b in table}
-    assert by_name["conv_state.0"].shape == ("batch", 3, 96)
+    assert by_name["conv_state.0"].shape == ("num_slots", 3, 96)
     assert by_name["conv_state.0"].dtype == "float16"
-    assert by_name["ssm_state.0"].shape == ("batch", 4, 16, 8)
+    assert by_name["ssm_state.0"].shape == ("num_slots", 4, 16, 8)
     assert by_name["ssm_state.0"].dtype == "float32"
     for kind in ("conv", "ssm"):
         past, present = by_name[f"{kind}_state.0"], by_name[f"present_{kind}_state.0"]
         assert dataclasses.replace(present, name=past.name, is_input=True, in_place_of=None) == past
         assert present.in_place_of == past.name
-        assert [limits.max[0] for limits in past.profiles] == [3, 1]  # the slots of a step; the prompt's own
+        assert [(limits.min[0], limits.max[0]) for limits in past.profiles] == [(1, 3)] * 2  # all slots
     assert by_name["state_slots"].dtype == "int32"
     tensors = [
         Tensor(b.name, b.is_input, b.dtype, tuple(-1 if isinstance(size, str) else size for size in b.shape))
@@ -253,8 +253,8 @@ def test_mambas_states_in_the_table_are_held_to_the_network() -> None:
     wrong = {
         "the scan's state in 16 bits": ("ssm_state.0", {"dtype": "float16"}),
         "the convolution's in 32": ("present_conv_state.0", {"dtype": "float32"}),
-        "the state's axes exchanged": ("ssm_state.0", {"shape": ("batch", 4, 8, 16)}),
-        "a tap too many": ("conv_state.0", {"shape": ("batch", 4, 96)}),
+        "the state's axes exchanged": ("ssm_state.0", {"shape": ("num_slots", 4, 8, 16)}),
+        "a tap too many": ("conv_state.0", {"shape": ("num_slots", 4, 96)}),
         "slots as int64": ("state_slots", {"dtype": "int64"}),
         "another name": ("present_ssm_state.0", {"name": "ssm_state_out.0"}),
     }
@@ -502,7 +502,7 @@ def test_sizes_that_the_kernels_do_not_take_are_refused_before_the_build(
     good = make_nemotron(tmp_path / "good", Nemotron("even", "ME*", fits))
     lines = dry_run(good, dtype="float16").lines()
     assert not [line for line in lines if line.startswith("the plugin could not")]
-    assert any("ssm_state.0" in line and "float32" in line and "[batch,6,8,8]" in line for line in lines)
+    assert any("ssm_state.0" in line and "float32" in line and "[num_slots,6,8,8]" in line for line in lines)
     assert "  and such states for each of 1 layers" in lines
     # The limits are those of the kernels.
     cuda = Path(__file__).resolve().parents[2] / "plugin" / "cuda"

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Bytes, Cuda, aligned
 from adaptive_k_moe.runtime.session.tensorrt.slots import Exchange
-from adaptive_k_moe.tensorrt_bindings import ITEM_SIZES, Binding
+from adaptive_k_moe.tensorrt_bindings import ITEM_SIZES, Binding, Shape
 
 # What unused rows and columns of the policy tables hold; the columns of `k_values` repeat their row's last.
 _PADDING = {"policy_kind": 0, "thresholds": np.inf, "k_values": 1}
@@ -162,7 +162,10 @@ class Cache:
         self.name = binding.name
         self.slot_shape = binding.profiles[0].min[1:]
         self.slot_bytes = binding.slot_bytes
+        self._num_slots = num_slots
         self._size = num_slots * self.slot_bytes
+        # Caches are bound from a sequence's slot on; of states all slots are, and an input says which are meant.
+        self._as_a_whole = binding.shape[0] == "num_slots"
         # Keys and values are [heads, tokens, head_dim], of which a sequence fills the first tokens of each head.
         by_token = self.name.startswith("past_key_values.")
         self._height = self.slot_shape[0] if by_token else 1
@@ -183,6 +186,14 @@ class Cache:
     def address(self, place: int) -> int:
         """Where a slot begins."""
         return self._base + place * self.slot_bytes
+
+    def bound_address(self, place: int) -> int:
+        """Where it is bound for sequences from a slot on."""
+        return self._base if self._as_a_whole else self.address(place)
+
+    def bound_shape(self, batch: int) -> Shape:
+        """The shape that it is bound in for so many sequences."""
+        return (self._num_slots if self._as_a_whole else batch, *self.slot_shape)
 
     def exchange(self, exchange: Exchange, scratch: int, stream: int) -> None:
         """Let two slots change places, by way of `scratch`, as large as a slot, if both hold something."""

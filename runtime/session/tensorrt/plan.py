@@ -82,7 +82,7 @@ def _decode(step: StepInput, sequences: list[int]) -> Execution:
     row_of = np.full(len(step.input_ids), -1, np.int64)
     row_of[rows] = np.arange(batch)
     asked = row_of[step.logits_indices]
-    inputs = _inputs(step, rows, batch, step.past_lens[sequences], np.arange(batch))
+    inputs = _inputs(step, rows, 0, batch, step.past_lens[sequences], np.arange(batch))
     return Execution(DECODE, 0, batch, inputs, rows, asked[asked >= 0], np.flatnonzero(asked >= 0))
 
 
@@ -93,18 +93,18 @@ def _prefill(step: StepInput, sequence: int, place: int, begin: int, end: int) -
     # The engine gives one row at least.
     asked = step.logits_indices[chosen] - begin if len(chosen) else np.array([end - begin - 1])
     past = step.past_lens[sequence] + begin - step.subsequence_begins[sequence]
-    inputs = _inputs(step, rows, 1, np.array([past]), asked)
+    inputs = _inputs(step, rows, place, 1, np.array([past]), asked)
     return Execution(PREFILL, place, 1, inputs, rows, np.arange(len(chosen)), chosen)
 
 
 def _inputs(
-    step: StepInput, rows: Int64Array, batch: int, past_lens: npt.NDArray[Any], logits_indices: Int64Array
+    step: StepInput, rows: Int64Array, place: int, batch: int, past_lens: npt.NDArray[Any], logits_indices: Int64Array
 ) -> dict[str, npt.NDArray[Any]]:
     return {
         "input_ids": step.input_ids[rows].reshape(batch, -1),
         "position_ids": step.position_ids[rows].reshape(batch, -1),
         "write_indices": past_lens.astype(np.int64),
-        "state_slots": np.arange(batch, dtype=np.int32),
+        "state_slots": np.arange(place, place + batch, dtype=np.int32),
         "logits_indices": logits_indices,
         "policy_index": step.policy_index[rows],
     }

@@ -254,9 +254,9 @@ class TensorRtSession:
         addresses |= {"logits": self._logits.address(logits)}
         addresses |= {"k": self._records.address(k), "entropy": self._records.address(entropy)}
         for cache in self._caches:
-            addresses[cache.name] = addresses[self._present[cache.name]] = cache.address(execution.place)
+            addresses[cache.name] = addresses[self._present[cache.name]] = cache.bound_address(execution.place)
         shapes = {name: array.shape for name, array in execution.inputs.items()} | self._policies.shapes
-        shapes |= {cache.name: (execution.batch, *cache.slot_shape) for cache in self._caches}
+        shapes |= {cache.name: cache.bound_shape(execution.batch) for cache in self._caches}
         shapes = {name: shape for name, shape in shapes.items() if name in self._dynamic}
         if execution.profile == DECODE:
             self._decode.run(execution.batch, shapes, addresses)
