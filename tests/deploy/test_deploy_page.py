@@ -9,12 +9,16 @@ import importlib
 import re
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 from container_image import REPOSITORY, as_in_the_image, free_ports
 
 from adaptive_k_moe.cli import COMMANDS
+from adaptive_k_moe.client import Client
+from adaptive_k_moe.model_repository.installation import find_tritonserver
+from adaptive_k_moe.model_repository.repository import write_model_repository
 
 PAGE = (REPOSITORY / "docs" / "deploy.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
@@ -47,6 +51,40 @@ def test_the_page_walks_from_checkpoint_to_answer(tmp_path: Path) -> None:
     assert re.search(r"^adaptive_k_requests_total\{.*\} 2$", done.stdout, re.MULTILINE)
     assert "engine_dir" in done.stdout
     assert {path.name for path in (tmp_path / "models").iterdir()} == {"ensemble", "tensorrt_llm_bls"}
+
+
+def test_any_triton_serves_the_repository_that_was_written(engine_dir: Path, tmp_path: Path) -> None:
+    """The page's own line, with the wheel's server put where NVIDIA's image has its own: on PATH."""
+    (line,) = [block.splitlines()[1] for block in NOT_RUN if block.startswith("# needs Triton\n")]
+    write_model_repository(tmp_path / "models", engine_dir, num_threads=1)
+    installation = find_tritonserver()
+    options, environment = installation.prepare(tmp_path)
+    program = tmp_path / "bin" / "tritonserver"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec {installation.program} {shlex.join(options)} "$@"\n')
+    program.chmod(0o755)
+    http, grpc, metrics = free_ports(3)
+    ports = f"--http-port={http} --grpc-port={grpc} --metrics-port={metrics}"
+    path = f"{environment.pop('PATH')}:{program.parent}"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            shlex.split(f"{line} {ports}"),
+            executable=program,
+            cwd=tmp_path,
+            env=as_in_the_image(**environment, PATH=path),
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        with Client(f"127.0.0.1:{grpc}", timeout=60) as client:
+            deadline = time.monotonic() + 60
+            while not client.is_ready():
+                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
+                time.sleep(0.1)
+            assert client.generate("import os", max_tokens=8).num_output_tokens == 8
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 @pytest.mark.parametrize("block", NOT_RUN, ids=lambda block: block.splitlines()[1][:40])
