@@ -25,7 +25,7 @@ from onnx import TensorProto
 from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.build import dry_run
-from adaptive_k_moe.engine_builder.graph import GraphBuilder
+from adaptive_k_moe.engine_builder.graph import GraphBuilder, weight_only
 from adaptive_k_moe.engine_builder.graph.weight_only import quantise
 from adaptive_k_moe.engine_builder.targets import tensorrt as target
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import TYPES, for_compiler, for_plugin
@@ -62,8 +62,22 @@ NEMOTRON = Nemotron(
 def rounded(weight: torch.Tensor, bits: int, group: int | None, scales: torch.dtype) -> torch.Tensor:
     """What a weight stands for once it is quantised with scales of a type, written with torch alone."""
     rows = weight.reshape(*weight.shape[:-1], -1, group or weight.shape[-1])
-    scale = (rows.abs().amax(-1, keepdim=True) / (127 if bits == 8 else 7)).to(scales).float()
-    return ((rows / scale).round() * scale).reshape(weight.shape)
+    largest = rows.abs().amax(-1, keepdim=True)
+    candidates = []
+    for shrink in (1.0,) if bits == 8 else (1.0, 0.95, 0.9, 0.85):
+        scale = (largest * shrink / (127 if bits == 8 else 7)).to(scales).float()
+        candidates.append((rows / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale)
+    stacked = torch.stack(candidates)
+    best = (stacked - rows).square().double().sum(-1, keepdim=True).argmin(0, keepdim=True)
+    return stacked.gather(0, best.expand(1, *rows.shape))[0].reshape(weight.shape)
+
+
+def unpacked(values: np.ndarray, bits: int) -> np.ndarray:
+    """The integers, one each, of two that share a byte."""
+    if bits == 8:
+        return values
+    pairs = np.stack([values & 15, (values >> 4) & 15], -1).reshape(*values.shape[:-1], -1)
+    return np.where(pairs > 7, pairs - 16, pairs)
 
 
 @given(
@@ -71,31 +85,42 @@ def rounded(weight: torch.Tensor, bits: int, group: int | None, scales: torch.dt
     groups=st.integers(1, 3),
     dtype=st.sampled_from(["float32", "float16", "bfloat16"]),
     seed=st.integers(0, 2**32 - 1),
-    magnitude=st.integers(-4, 3),
+    magnitude=st.integers(-2, 3),  # below that float16 scales are subnormal
 )
 @settings(max_examples=60, deadline=None)
-def test_values_are_within_half_a_scale_of_the_weights(
-    bits: int, groups: int, dtype: str, seed: int, magnitude: int
-) -> None:
+def test_values_are_near_the_weights(bits: int, groups: int, dtype: str, seed: int, magnitude: int) -> None:
     rng = np.random.default_rng(seed)
     weights = (rng.standard_normal((3, 2, 32 * groups)) * 10.0**magnitude).astype(np.float32)
     weights[0, 0, :32] = 0  # a group of nothing but zeros
     group = 32 if groups > 1 else None
     config = QuantizationConfig(quant_algo="W8A16" if bits == 8 else "W4A16", group_size=group)
     values, scales = quantise("w", weights, config, dtype)
-    if bits == 4:
-        assert values.shape == (3, 2, 16 * groups)
-        low, high = values & 15, (values >> 4) & 15
-        values = np.stack([low, high], -1).reshape(weights.shape)
-        values = np.where(values > 7, values - 16, values)
-    assert values.min() >= -(2 ** (bits - 1) - 1)
+    assert values.shape == (3, 2, 32 * groups * bits // 8)
     assert scales.shape == (3, 2, groups if group else 1)
-    spread = np.repeat(scales.astype(np.float64), 32 if group else 32 * groups, axis=-1)
-    # Rounding the scale to its type moves the largest value by less than half a step more.
-    assert (np.abs(values * spread - weights) <= spread * (0.5 + 127 * 2.0**-9)).all()
-    if dtype == "float32":
-        assert (np.abs(values * spread - weights) <= spread * 0.500001).all()
-    assert not values[0, 0, :32].any()
+    values = unpacked(values, bits).reshape(*scales.shape, -1)
+    assert np.abs(values[0, 0, 0]).max() == 0
+    spread, own = scales.astype(np.float64)[..., None], weights.reshape(values.shape)
+    largest = np.abs(own).max(-1, keepdims=True)
+    limit = 2 ** (bits - 1) - 1
+    if bits == 8:
+        # Rounding the scale to its type moves the largest value by less than half a step more.
+        room = 1e-6 if dtype == "float32" else limit * 2.0**-9
+        assert (np.abs(values * spread - own) <= spread * (0.5 + room)).all()
+    else:
+        # No more squared error than with the scale that keeps the largest value, and none of the others far off.
+        whole = np.where(largest > 0, largest / limit, 1)
+        plain = np.square(np.rint(own / whole) * whole - own).sum(-1)
+        assert (np.square(values * spread - own).sum(-1) <= plain * 1.1 + 1e-12).all()
+        assert (np.abs(values * spread - own) <= 0.2 * largest).all()
+
+
+@pytest.mark.parametrize("size", [1, 40, 10**9])
+def test_how_much_is_rounded_at_once_changes_nothing(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = np.random.default_rng(5).standard_normal((5, 3, 64)).astype(np.float32)
+    expected = quantise("w", weights, INT4, "float16")
+    monkeypatch.setattr(weight_only, "_CHUNK", size)
+    for found, wanted in zip(quantise("w", weights, INT4, "float16"), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -106,6 +131,7 @@ def test_the_stored_form_is_that_of_the_kernels_tests(bits: int, dtype: Any, mon
         monkeypatch.syspath_prepend(Path(__file__).parent.parent / folder)
     from layer_cases import quantise as kernels_quantise
 
+    monkeypatch.setitem(weight_only._SHRINKS, bits, (1.0,))  # they round in the plain way
     weights = np.random.default_rng(3).standard_normal((3, 4, 96)).astype(np.float32)
     for groups in (1, 3):
         group = 96 // groups if groups > 1 else None
@@ -125,7 +151,7 @@ def test_a_weight_that_no_scale_holds_is_refused(value: float) -> None:
 
 
 def test_memory_in_use_is_that_of_a_piece(tmp_path: Path) -> None:
-    piece, pieces = np.ones((64, 4096), np.float32), 50
+    piece, pieces = np.ones((512, 4096), np.float32), 12
 
     def stream() -> Iterator[Any]:
         for _ in range(pieces):
@@ -133,10 +159,10 @@ def test_memory_in_use_is_that_of_a_piece(tmp_path: Path) -> None:
 
     with GraphBuilder(tmp_path / "model.onnx", "g") as graph:
         tracemalloc.start()
-        graph.quantised_weight("w", INT4, "float16", (pieces, 64, 4096), stream(), for_operator=True)
+        graph.quantised_weight("w", INT4, "float16", (pieces, 512, 4096), stream(), for_operator=True)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert peak < 5 * piece.nbytes  # 50 pieces passed
+    assert peak < 4 * piece.nbytes  # 12 pieces passed
     assert (tmp_path / "model.onnx.data").stat().st_size >= piece.size * pieces // 2
 
 
