@@ -21,7 +21,7 @@ def test_sequences_keep_what_they_have_and_nothing_of_others_wherever_they_are_m
     held: dict[int, list[str]] = {block: [] for block in range(num_slots)}
     for step in range(data.draw(st.integers(1, 20))):
         due = data.draw(st.lists(st.integers(0, num_slots - 1), unique=True))
-        for block in due:
+        for block in range(num_slots):
             if data.draw(st.booleans()) or len(held[block]) == LENGTH:
                 held[block] = []  # a new sequence has the block
                 places[slots.place(block)][: slots.extent(block)] = [None] * slots.extent(block)
