@@ -149,7 +149,7 @@ def _locate(directory: Path) -> dict[str, str]:
                 raise CheckpointError(f"{directory / shard} lacks the tensor {missing[0]!r} that the index promises.")
         return located
     single = directory / "model.safetensors"
-    if single.exists():
+    if single.exists() or single.is_symlink():  # a link in a download cache may lead to nothing
         return dict.fromkeys(_open_shard(single).keys(), single.name)
     hint = ""
     if list(directory.glob("*.safetensors")):

@@ -81,6 +81,18 @@ def test_tensors_of_several_dtypes_keep_their_values(originals: dict[str, Path],
     assert_same_weights(tmp_path / "mixed", tmp_path / "plain")
 
 
+def test_the_links_of_a_download_cache_are_followed(tmp_path: Path, checkpoint_dir: Path) -> None:
+    snapshot, blobs = tmp_path / "snapshots" / "0", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(checkpoint_dir, blobs)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(Path("../../blobs") / blob.name)
+    config = build(snapshot, tmp_path / "engine", target="onnx")
+    assert config.files.keys() >= {"tokenizer.json", "tokenizer_config.json"}
+    assert not any(path.is_symlink() for path in (tmp_path / "engine").iterdir())
+    assert config == build(checkpoint_dir, tmp_path / "plain", target="onnx")
+
+
 def test_an_explicit_dtype_converts(tmp_path: Path) -> None:
     checkpoint = make_mixtral(tmp_path / "checkpoint")
     config = build(checkpoint, tmp_path / "engine", target="onnx", dtype="bfloat16")
@@ -276,6 +288,14 @@ TENSORS = [
         "git's pointer to a large file",
         write("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1234567\n"),
         "model.safetensors is only git's pointer.*git lfs pull",
+    ),
+    Refusal(
+        "a link that leads to nothing",
+        lambda checkpoint: (
+            (checkpoint / "model.safetensors").unlink(),
+            (checkpoint / "model.safetensors").symlink_to("../../blobs/0"),
+        ),
+        "shard .*model.safetensors is missing",
     ),
     Refusal(
         "shards without their index",
