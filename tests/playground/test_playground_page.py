@@ -165,6 +165,7 @@ def test_two_policies_side_by_side(browser: Browser, server: TritonServer) -> No
     browser.fill("#pairs", "4")
     _run(browser)
     told = browser.text(".side:nth-child(1) .against")
+    assert told.partition(":")[0] == "Against full"
     assert "the median of 4 pairs" in told and "run at once" in told
     lowest, highest = (float(word) for word in told.partition("pairs (")[2].partition(")")[0].split(" to "))
     assert lowest <= float(told.split()[2]) <= highest

@@ -20,6 +20,7 @@ function showSides() {
   element("sides").dataset.count = String(count);
   element("together-label").hidden = count < 2;
   element("pairs-label").hidden = count < 2;
+  element("pairs").disabled = count < 2; // what is not seen must not keep the form from being sent
 }
 
 function setBusy() {
