@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 from adaptive_k_moe.client import Client
 from adaptive_k_moe.model_repository import TritonServer
 
+# Below what max_seq_len leaves room for.
+MAX_INPUT_LEN = 450
+
 
 @pytest.fixture(scope="session")
 def served_engine_dir(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -20,6 +24,9 @@ def served_engine_dir(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory
     (directory / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
     )
+    config = json.loads((directory / "config.json").read_text())
+    config["build_config"]["max_input_len"] = MAX_INPUT_LEN
+    (directory / "config.json").write_text(json.dumps(config))
     return directory
 
 

@@ -155,6 +155,7 @@ REFUSALS = {
     "beam search": (dict(beam_width=4), "beam_width is 4"),
     "length penalty": (dict(length_penalty=2.0), "length_penalty is 2"),
     "unknown policy": (dict(adaptive_k_policy="fastest"), "'fastest' is not one of this engine's policies"),
+    "beyond max_input_len": (dict(text_input=np.array([["word and " * 240]], dtype=object)), "max_input_len is 450"),
     "beyond max_seq_len": (dict(text_input=np.array([["word and " * 2000]], dtype=object)), "max_seq_len"),
     "no tokens": (dict(max_tokens=0), "max_tokens is 0"),
     "temperature": (dict(temperature=-1.0, top_k=5), "temperature is -1.0"),
