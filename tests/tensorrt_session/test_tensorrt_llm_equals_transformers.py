@@ -22,7 +22,7 @@ SHAPES = [
     Shape("norms of heads, window", {"sliding_window": 9, "use_sliding_window": True}, "qwen3_moe"),
     Shape("clipped", {"clip_qkv": 0.7}, "olmoe"),
     Nemotron("every kind of layer", "ME*-ME", STATES),
-    Nemotron("no attention", "MEM-E", STATES),
+    Nemotron("no attention, states of no round size", "MEM-E"),
     Nemotron("experts alone", "E"),
 ]
 
