@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes everything that docs/results.md says of a bundled model: its policy file, figures, and tables.
+
+    python examples/results.py --model mixtral-small
+
+Each step is a command that can be run alone; the file of tables names them. Times mean something only on a machine
+that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from adaptive_k_moe.cli import main as adaptive_k
+
+ROOT = Path(__file__).resolve().parents[1]
+FIGURES = ("quality_by_k.png", "quality_by_time.png", "damage.png", "entropy_by_layer.png", "k_by_layer.png")
+
+
+def commands(model: str, timing_rounds: int) -> list[str]:
+    """The steps, relative to the repository's root."""
+    checkpoint, work = f"examples/models/{model}", f"build/results/{model}"
+    policies = f"examples/policies/{model}.json"
+    calibrate = f"calibrate --checkpoint_dir {checkpoint} --text {checkpoint}/heldout.txt --work_dir {work}/calibration"
+    evaluate = f"eval --engine_dir {work}/engine"
+    return [
+        f"{calibrate} --target_saving 25 --policy_name balanced --default --output {policies} --report {work}/report",
+        f"{calibrate} --target_saving 25 --policy_kind entropy entropy_per_layer --policy_name balanced_entropy "
+        f"--no_opponent --output {policies}",
+        f"{calibrate} --target_saving 41.67 --policy_name fast --no_opponent --output {policies}",
+        f"{calibrate} --max_perplexity_increase 1 --policy_name one_per_cent --output {work}/one_per_cent.json",
+        f"build --checkpoint_dir {checkpoint} --policy {policies} --max_seq_len 512 --output_dir {work}/engine --force",
+        f"{evaluate} --text {checkpoint}/heldout.txt --rounds {timing_rounds} --output {work}/eval.json",
+        *(
+            f"{evaluate} --text calibration/texts/{name}.txt --window 64 --rounds 0 --output {work}/{name}.json"
+            for name in ("easy", "code", "hard")
+        ),
+        f"validate --checkpoint_dir {checkpoint} --output {work}/validation.json",
+    ]
+
+
+def run(command: str) -> str:
+    """What a command printed, with how long it took.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    printed, start = io.StringIO(), time.monotonic()
+    with contextlib.redirect_stdout(printed):
+        status = adaptive_k(command.split())
+    text = f"$ adaptive-k {command}\n{printed.getvalue()}({time.monotonic() - start:.0f} s)\n"
+    print(text, flush=True)
+    if status:
+        sys.exit(status)
+    return text
+
+
+def main() -> None:
+    """Run all steps of one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="a folder of examples/models")
+    parser.add_argument("--timing_rounds", type=int, default=20, help="of the evaluation (default: 20)")
+    arguments = parser.parse_args()
+    if not (ROOT / "examples" / "models" / arguments.model / "heldout.txt").is_file():
+        parser.error(f"there is no bundled model {arguments.model} with a held-out text")
+    work = ROOT / "build" / "results" / arguments.model
+    work.mkdir(parents=True, exist_ok=True)
+    with contextlib.chdir(ROOT):
+        tables = [run(command) for command in commands(arguments.model, arguments.timing_rounds)]
+    (work / "tables.txt").write_text("\n".join(tables), encoding="utf-8")
+    figures = ROOT / "docs" / "results" / arguments.model
+    figures.mkdir(parents=True, exist_ok=True)
+    for name in FIGURES:
+        shutil.copyfile(work / "report" / name, figures / name)
+    print(f"tables: {work / 'tables.txt'}\nfigures: {figures}")
+
+
+if __name__ == "__main__":
+    main()
