@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +84,21 @@ def test_what_the_model_and_the_user_write_stays_text(browser: Browser) -> None:
     assert browser.evaluate("window.struck") is None
     text = browser.evaluate("document.querySelector('.answer').textContent")
     assert not set(text) & {"\u0007", "\u202e", "\u0000"}
+
+
+def test_every_character_that_cannot_be_seen_has_a_sign(browser: Browser) -> None:
+    """Python's table of Unicode says which those are: controls, formats, separators of lines."""
+    every = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
+    hidden = [c for c in every if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") and c != "\t"]
+    seen = [c for c in every if unicodedata.category(c)[0] in "LMNPS" or c in "\t \u00a0"]
+    code = "import('/static/text.js').then(({spoken}) => CHARACTERS.map((each) => spoken(each)))"
+    signs = browser.evaluate(code.replace("CHARACTERS", json.dumps(hidden)))
+    assert len(hidden) > 200
+    for character, sign in zip(hidden, signs, strict=True):
+        assert sign and character not in sign and all(unicodedata.category(c)[0] in "LNPS" for c in sign)
+    assert len(set(signs)) == len(hidden)
+    some = seen[::97]
+    assert browser.evaluate(code.replace("CHARACTERS", json.dumps(some))) == some
 
 
 def test_a_pointer_shows_the_layers_of_a_token(browser: Browser, server: TritonServer) -> None:

@@ -2,7 +2,9 @@
 // What a model writes, made visible: only ever put into text nodes, and with signs for what cannot be seen or would
 // reorder the text around it.
 
-const HIDDEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202f\u2060-\u206f\ufeff\ufff9-\ufffb\n]/u;
+// Control and format characters (invisible ones, and those that turn the direction of text), line and paragraph
+// separators; not the tab.
+const HIDDEN = /(?!\t)[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/u;
 
 /** Append `text` to `parent`: as it is, but for control characters, which become small signs. */
 export function appendText(parent, text) {
