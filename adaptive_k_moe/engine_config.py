@@ -372,7 +372,7 @@ def _read_config(directory: Path) -> Any:
         raise EngineError(f"{directory} has no {CONFIG_NAME}, so it is no engine directory.") from None
     except OSError as error:
         raise EngineError(f"cannot read {directory / CONFIG_NAME}: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineError(f"{directory / CONFIG_NAME} is not JSON: {error}.") from None
 
 

@@ -432,7 +432,7 @@ def read_policy_file(path: str | Path) -> PolicySet:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise PolicyError(f"cannot read the policy file {path}: {error.strerror}.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PolicyError(f"{path} is not JSON: {error}.") from None
     return parse_policy_set(content, str(path))
 

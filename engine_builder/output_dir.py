@@ -59,6 +59,6 @@ def replace(output: Path, new: Path) -> None:
 def _is_engine(directory: Path) -> bool:
     try:
         content = json.loads((directory / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and content.keys() >= _MARKS

@@ -138,7 +138,7 @@ def _locate(directory: Path) -> dict[str, str]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             located = {str(name): str(shard) for name, shard in weight_map.items()}
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise CheckpointError(f"{index} is damaged: it has no readable weight_map.") from None
         for shard in sorted(set(located.values())):
             if Path(shard).name != shard:

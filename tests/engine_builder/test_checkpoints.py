@@ -218,6 +218,7 @@ CONFIGS = [
     Refusal("no config", lambda checkpoint: (checkpoint / "config.json").unlink(), "no config.json"),
     Refusal("no directory", shutil.rmtree, "no checkpoint directory"),
     Refusal("config not JSON", write("config.json", "{"), "config.json is not JSON"),
+    Refusal("config nested without end", write("config.json", "[" * 100_000), "config.json is not JSON"),
     Refusal("config not an object", write("config.json", "[1]"), "config.json is not a JSON object"),
     Refusal("no architecture", edit_config(architectures=None), "architectures"),
     Refusal("unknown architecture", edit_config(architectures=["LlamaForCausalLM"]), "LlamaForCausalLM"),
@@ -328,6 +329,9 @@ TENSORS = [
         "an index without a tensor",
         shards(lambda _, index: index["weight_map"].pop(NORM)),
         NORM,
+    ),
+    Refusal(
+        "an index nested without end", write("model.safetensors.index.json", "[" * 100_000), "index.json is damaged"
     ),
     Refusal("an index of nothing", shards(lambda _, index: index.clear()), "index.json is damaged"),
     Refusal(

@@ -95,12 +95,24 @@ def edit(**fields: Any) -> Callable[[Path], object]:
         (lambda engine: (engine / "model.onnx").write_bytes(b""), r"model.onnx has 0 bytes instead of"),
         (lambda engine: (engine / "config.json").unlink(), r"no engine directory"),
         (lambda engine: (engine / "config.json").write_text("{"), r"config.json is not JSON"),
+        (lambda engine: (engine / "config.json").write_text("[" * 100_000), r"config.json is not JSON"),
         (shutil.rmtree, r"there is no engine directory"),
         (edit(version="0"), r"format '0'"),
         (edit(pretrained_config={}), r"pretrained_config.architecture"),
         (edit(surprise=1), r"surprise"),
     ],
-    ids=["altered", "missing", "truncated", "no config", "no JSON", "no directory", "old", "incomplete", "unknown"],
+    ids=[
+        "altered",
+        "missing",
+        "truncated",
+        "no config",
+        "no JSON",
+        "nested",
+        "no directory",
+        "old",
+        "incomplete",
+        "unknown",
+    ],
 )
 def test_inspect_refuses_a_damaged_engine(damage: Callable[[Path], object], names: str, engine: Path, run: Run) -> None:
     damage(engine)
