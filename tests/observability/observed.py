@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 import urllib.request
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,15 +33,6 @@ def total(samples: Samples, name: str, **labels: str) -> float:
     """Sum of the samples of a name that have the labels."""
     wanted = set(labels.items())
     return sum(value for (found, present), value in samples.items() if found == name and wanted <= present)
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 15.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def make_output(**changes: Any) -> RequestOutput:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import prometheus_client
 import pytest
-from observed import eventually, scrape, total
+from observed import scrape, total
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 import adaptive_k_moe.observability
@@ -30,6 +30,8 @@ from adaptive_k_moe.observability.request_records import RequestRecords
 from adaptive_k_moe.observability.spans import RequestSpans
 from adaptive_k_moe.runtime import LLM, SamplingParams
 from adaptive_k_moe.runtime import llm as llm_module
+
+from waiting import eventually
 
 PARAMS = SamplingParams(max_tokens=6, end_id=-1, adaptive_k_policy="balanced")
 

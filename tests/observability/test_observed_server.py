@@ -21,13 +21,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as grpcclient
-from observed import Samples, eventually, scrape, total
+from observed import Samples, scrape, total
 
 from adaptive_k_moe.client import Client
 from adaptive_k_moe.errors import ClientError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.model_repository.contract import BLS
 from adaptive_k_moe.model_repository.observation_options import ObservationOptions
+
+from waiting import eventually
 
 NUM_REQUESTS = 500
 POLICIES = ("full", "balanced", "top1", "mass", "relative")

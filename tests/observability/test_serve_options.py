@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from observed import eventually, scrape, total
+from observed import scrape, total
 from opentelemetry.sdk.trace import TracerProvider
 
 from adaptive_k_moe.cli import main
@@ -20,6 +20,8 @@ from adaptive_k_moe.errors import ClientError, ServerError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.model_repository.observation_options import ObservationOptions
 from adaptive_k_moe.model_repository.requests import trace_headers
+
+from waiting import eventually
 
 
 def test_request_lines_on_standard_output_with_prompts(engine_dir: Path, tmp_path: Path) -> None:

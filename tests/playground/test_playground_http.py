@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from playground_process import HOSTILE, ask, eventually, playground, read_events
+from playground_process import HOSTILE, ask, playground, read_events
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_k_moe import cli
@@ -25,6 +25,8 @@ from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.observability.playground.answers import _piece
 from adaptive_k_moe.observability.playground.app import STATIC
 from adaptive_k_moe.observability.playground.server_metrics import chart_numbers, read_metrics
+
+from waiting import eventually
 
 PROMPT = "And it came to pass"
 

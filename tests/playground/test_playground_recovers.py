@@ -13,9 +13,11 @@ from typing import Any
 import httpx
 import pytest
 from browser import PROGRAM, Browser
-from playground_process import ask, eventually, playground, read_events
+from playground_process import ask, playground, read_events
 
 from adaptive_k_moe.model_repository import TritonServer
+
+from waiting import eventually
 
 PROMPT = "And it came to pass"
 

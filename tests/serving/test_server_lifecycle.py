@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from triton_calls import eventually
 
 import adaptive_k_moe.model_repository
 from adaptive_k_moe import cli
@@ -25,6 +24,8 @@ from adaptive_k_moe.errors import ClientError, DependencyError, EngineError, Ser
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.model_repository.installation import find_tritonserver
 from adaptive_k_moe.model_repository.socket_directory import socket_directory
+
+from waiting import eventually
 
 ANY_PORTS = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from triton_calls import eventually, infer, metric, tensors, text_of
+from triton_calls import infer, metric, tensors, text_of
 from tritonclient.utils import InferenceServerException
 
 from adaptive_k_moe import cli
@@ -25,6 +25,8 @@ from adaptive_k_moe.engine_config import read_engine_config
 from adaptive_k_moe.errors import ClientError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.runtime import LLM, SamplingParams
+
+from waiting import eventually
 
 MODELS = ["ensemble", "tensorrt_llm_bls"]
 PROMPTS = [

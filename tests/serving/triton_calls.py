@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import queue
 import re
-import time
 import urllib.request
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -89,12 +87,3 @@ def metric(url: str, name: str, **labels: str) -> float:
         if labels.items() <= present.items():
             total += float(value)
     return total
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
