@@ -74,9 +74,11 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     size = sum(entry.size for entry in config.files.values())
+    quantised = config.pretrained_config.quantization is not None
+    weights = f", {config.pretrained_config.weight_format} weights" if quantised else ""
     print(
         f"built {args.output_dir}: {config.pretrained_config.architecture}, {config.build_config.target}, "
-        f"{config.pretrained_config.dtype}, {size / 1e6:.1f} MB, policies {', '.join(config.adaptive_k.policies)} "
+        f"{config.pretrained_config.dtype}{weights}, {size / 1e6:.1f} MB, policies {', '.join(config.adaptive_k.policies)} "
         f"in {time.monotonic() - start:.1f} s"
     )
     return 0

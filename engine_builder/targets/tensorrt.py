@@ -146,7 +146,8 @@ class DryRun:
         """The report as text."""
         batch = self.build.max_batch_size
         return [
-            f"{self.model.architecture} for TensorRT in {self.model.dtype}: {self.nodes} nodes",
+            f"{self.model.architecture} for TensorRT in {self.model.dtype}, experts' weights in "
+            f"{self.model.weight_format}: {self.nodes} nodes",
             *(f"  {line}" for line in _bindings_text(self.table)),
             f"weights {_megabytes(self.weight_bytes)}; cache {_megabytes(self.cache_bytes)} a sequence, "
             f"{_megabytes(batch * self.cache_bytes)} for {batch}; other inputs and outputs at most "
