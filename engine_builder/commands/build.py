@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     weights = f", {config.pretrained_config.weight_format} weights" if quantised else ""
     print(
         f"built {args.output_dir}: {config.pretrained_config.architecture}, {config.build_config.target}, "
-        f"{config.pretrained_config.dtype}{weights}, {size / 1e6:.1f} MB, policies {', '.join(config.adaptive_k.policies)} "
-        f"in {time.monotonic() - start:.1f} s"
+        f"{config.pretrained_config.dtype}{weights}, {size / 1e6:.1f} MB, "
+        f"policies {', '.join(config.adaptive_k.policies)} in {time.monotonic() - start:.1f} s"
     )
     return 0
 
