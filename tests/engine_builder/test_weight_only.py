@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
@@ -25,14 +26,16 @@ from onnx import TensorProto
 from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.build import dry_run
+from adaptive_k_moe.engine_builder.checkpoint import HfConfig
 from adaptive_k_moe.engine_builder.graph import GraphBuilder, weight_only
 from adaptive_k_moe.engine_builder.graph.weight_only import quantise
+from adaptive_k_moe.engine_builder.models import architecture_of
 from adaptive_k_moe.engine_builder.targets import tensorrt as target
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import TYPES, for_compiler, for_plugin
 from adaptive_k_moe.engine_config import Dtype, QuantizationConfig, read_engine_config
 from adaptive_k_moe.errors import BuildError
 
-from checkpoints import MIXTRAL_SMALL, Shape, make_checkpoint, make_mixtral
+from checkpoints import CONFIGS, MIXTRAL_SMALL, Shape, make_checkpoint, make_mixtral
 from nemotron_models import Nemotron
 
 INT8 = QuantizationConfig(quant_algo="W8A16")
@@ -319,6 +322,18 @@ def test_groups_are_as_large_as_all_rows_allow(sizes: dict[str, int], group: int
     checkpoint = make_mixtral(tmp_path / "checkpoint", num_hidden_layers=1, **sizes)
     config = build(checkpoint, tmp_path / "engine", target="onnx", weight_only_precision="int4", max_seq_len=32)
     assert config.pretrained_config.quantization == QuantizationConfig(quant_algo="W4A16", group_size=group)
+
+
+PUBLISHED = {"mixtral-8x7b": 128, "nemotron-3-nano-30b-a3b": 64, "olmoe-1b-7b": 128, "qwen1.5-moe-a2.7b": 128,
+             "qwen3-30b-a3b": 128}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_can_be_quantised(name: str) -> None:
+    config = HfConfig(json.loads((CONFIGS / f"{name}.json").read_text()), CONFIGS / f"{name}.json")
+    model = architecture_of(config).read_config(config, "bfloat16")
+    assert weight_only.plan_weight_only(model, "int8", None) == INT8
+    assert weight_only.plan_weight_only(model, "int4", None).group_size == PUBLISHED[name]
 
 
 # A real compiler. ------------------------------------------------------------------------------------
