@@ -18,6 +18,9 @@ ENSEMBLE = "ensemble"
 BLS = "tensorrt_llm_bls"
 """The other name that TensorRT-LLM's clients use; it forwards to `ENSEMBLE`."""
 
+KV_CACHE_PARAMETER = "max_tokens_in_paged_kv_cache"
+"""The model's parameter, named as TensorRT-LLM's, of how many tokens the KV cache holds."""
+
 MAX_BATCH_SIZE = 64
 """Most prompts in one request. Requests are batched in flight by the runtime, whatever this is."""
 

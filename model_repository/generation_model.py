@@ -24,6 +24,7 @@ import triton_python_backend_utils as pb_utils  # exists inside Triton only
 
 from adaptive_k_moe.errors import AdaptiveKError, EngineError
 from adaptive_k_moe.model_repository.calls import Call, Report, Sender
+from adaptive_k_moe.model_repository.contract import KV_CACHE_PARAMETER
 from adaptive_k_moe.model_repository.observation import Observation
 from adaptive_k_moe.model_repository.observation_options import ObservationOptions
 from adaptive_k_moe.model_repository.pace import Pace
@@ -200,7 +201,14 @@ def _engine_dir(parameters: dict[str, str]) -> Path:
 
 
 def _open_engine(engine_dir: Path, parameters: dict[str, str]) -> LLM:
-    from adaptive_k_moe.runtime import LLM
+    from adaptive_k_moe.runtime import LLM, KvCacheConfig
 
-    num_threads = parameters.get("num_threads")
-    return LLM(engine_dir, num_threads=int(num_threads) if num_threads else None)
+    def number(name: str) -> int | None:
+        value = parameters.get(name)
+        try:
+            return int(value) if value else None
+        except ValueError:
+            raise EngineError(f"the model's parameter {name} is {value!r}: give a whole number.") from None
+
+    kv_cache = KvCacheConfig(max_tokens=number(KV_CACHE_PARAMETER))
+    return LLM(engine_dir, num_threads=number("num_threads"), kv_cache_config=kv_cache)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adaptive_k_moe.errors import ServerError
-from adaptive_k_moe.model_repository.contract import BLS, ENSEMBLE, render_config
+from adaptive_k_moe.model_repository.contract import BLS, ENSEMBLE, KV_CACHE_PARAMETER, render_config
 
 
 def write_model_repository(
@@ -16,6 +16,7 @@ def write_model_repository(
     engine_dir: Path,
     *,
     num_threads: int | None = None,
+    kv_cache_max_tokens: int | None = None,
     parameters: Mapping[str, str] | None = None,
 ) -> None:
     """Write the models of an engine to `directory`, which any Triton server can then be pointed at.
@@ -24,6 +25,7 @@ def write_model_repository(
         directory: where; made if missing. Models of the same names there are replaced.
         engine_dir: the engine; its absolute path is written.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
+        kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None leaves it to the runtime.
         parameters: more parameters of the model that holds the engine.
 
     Raises:
@@ -32,6 +34,8 @@ def write_model_repository(
     engine = {"engine_dir": str(engine_dir.resolve()), **(parameters or {})}
     if num_threads is not None:
         engine["num_threads"] = str(num_threads)
+    if kv_cache_max_tokens is not None:
+        engine[KV_CACHE_PARAMETER] = str(kv_cache_max_tokens)
     try:
         for model, its_parameters in ((ENSEMBLE, engine), (BLS, {})):
             version = directory / model / "1"

@@ -57,6 +57,7 @@ class TritonServer:
         log_file: where the server's log goes; None is standard error.
         log_verbose: Triton's verbosity, 0 is none.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
+        kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None leaves it to the runtime.
         observation: what the server writes down of its requests besides metrics; None is nothing.
         ready_timeout: seconds that the server may take to load the engine.
         end_with_thread: on Linux, have the server end when the thread that calls `start` ends for whatever
@@ -81,6 +82,7 @@ class TritonServer:
         log_file: str | Path | None = None,
         log_verbose: int = 0,
         num_threads: int | None = None,
+        kv_cache_max_tokens: int | None = None,
         observation: ObservationOptions | None = None,
         ready_timeout: float = 600.0,
         end_with_thread: bool = False,
@@ -93,6 +95,7 @@ class TritonServer:
         self._log_file = log_file
         self._log_verbose = log_verbose
         self._num_threads = num_threads
+        self._kv_cache_max_tokens = kv_cache_max_tokens
         self._observation = observation or ObservationOptions()
         self._ready_timeout = ready_timeout
         self._end_with_thread = end_with_thread
@@ -146,6 +149,7 @@ class TritonServer:
                 repository,
                 self.engine_dir,
                 num_threads=self._num_threads,
+                kv_cache_max_tokens=self._kv_cache_max_tokens,
                 parameters=self._observation.to_parameters(),
             )
             options, environment = installation.prepare(directory)

@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the server's executable (default: the one on PATH, else the nvidia-pytriton wheel's)",
     )
     parser.add_argument("--num_threads", type=int, metavar="N", help="CPU threads of the engine (default: all cores)")
+    parser.add_argument(
+        "--kv_cache_max_tokens",
+        type=int,
+        metavar="N",
+        help="tokens that the KV cache holds over all sequences (default: a full batch of longest ones, if they fit)",
+    )
     parser.add_argument("--log_file", type=Path, metavar="FILE", help="the server's log (default: standard error)")
     parser.add_argument("--log_verbose", type=int, default=0, metavar="N", help="Triton's verbosity (default: 0)")
     parser.add_argument(
@@ -95,6 +101,7 @@ def run(args: argparse.Namespace) -> int:
         log_file=args.log_file,
         log_verbose=args.log_verbose,
         num_threads=args.num_threads,
+        kv_cache_max_tokens=args.kv_cache_max_tokens,
         observation=observation,
         end_with_thread=True,
     )

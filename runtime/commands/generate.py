@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of the random choices (default: a new one each time)")
     parser.add_argument("--stop", nargs="+", metavar="STR", help="strings that end the answer")
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument("--kv_cache_max_tokens", type=int, metavar="N", help="tokens that the KV cache holds")
     parser.add_argument(
         "--show_k",
         action="store_true",
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Stream the answer to stdout and a line of figures to stderr."""
     from adaptive_k_moe.errors import EngineError, RequestError
-    from adaptive_k_moe.runtime import LLM, SamplingParams
+    from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
 
     if args.system_prompt is not None and not args.apply_chat_template:
         raise RequestError("--system_prompt is for a chat: give --apply_chat_template, too.")
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         stop=args.stop,
         adaptive_k_policy=args.adaptive_k_policy,
     )
-    with LLM(args.engine_dir, num_threads=args.num_threads) as llm:
+    kv_cache = KvCacheConfig(max_tokens=args.kv_cache_max_tokens)
+    with LLM(args.engine_dir, num_threads=args.num_threads, kv_cache_config=kv_cache) as llm:
         if args.apply_chat_template:
             turns = [("system", args.system_prompt), ("user", prompt)]
             prompt = [{"role": role, "content": text} for role, text in turns if text is not None]

@@ -68,11 +68,12 @@ def test_the_shipped_configuration_is_what_the_tables_say(model: str) -> None:
 
 def test_any_engine_path_survives_the_configuration(tmp_path: Path) -> None:
     engine_dir = tmp_path / 'an "odd" \\ päth'
-    write_model_repository(tmp_path / "models", engine_dir, num_threads=3)
+    write_model_repository(tmp_path / "models", engine_dir, num_threads=3, kv_cache_max_tokens=4096)
     text = (tmp_path / "models" / "ensemble" / "config.pbtxt").read_text()
     config = text_format.Parse(text, model_config_pb2.ModelConfig())
     assert config.parameters["engine_dir"].string_value == str(engine_dir)
     assert config.parameters["num_threads"].string_value == "3"
+    assert config.parameters["max_tokens_in_paged_kv_cache"].string_value == "4096"
 
 
 def test_what_is_left_out_is_tensorrt_llms_default() -> None:

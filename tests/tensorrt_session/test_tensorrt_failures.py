@@ -121,7 +121,7 @@ def test_a_gpu_without_room_says_what_would_fit_and_keeps_nothing(engine: Path) 
                 open_llm(engine)
         sentence = str(raised.value)
         assert "does not fit on this GPU: the GPU has no room for another" in sentence
-        assert "fewer than 192 tokens" in sentence
+        assert "give a --kv_cache_max_tokens of fewer than 192" in sentence
         # [2 heads, 48 tokens, 12], keys and values, 2 layers, float32
         assert f"takes {2 * 48 * 12 * 4 * 4 / 1e6:.1f} MB" in sentence
     with Gpu(capacity=needed).installed():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,21 +37,26 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def client(gpu_engine: Path, failures: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def server(gpu_engine: Path, failures: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     models = tmp_path_factory.mktemp("models")
     # What lies beside a model is on its path.
     (models / "ensemble" / "1").mkdir(parents=True)
     shutil.copy(HERE / "fake_tensorrt_of_a_process.py", models / "ensemble" / "1" / "tensorrt.py")
-    ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    options = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "kv_cache_max_tokens": 2 * 128}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FAKE_GPU_TESTS", str(HERE))
         patch.setenv("FAKE_GPU_FAILURES", str(failures))
-        with TritonServer(gpu_engine, model_repository=models, log_file=models / "log", **ports) as server:
-            with Client(server.grpc_url, timeout=60) as found:
-                yield found
+        with TritonServer(gpu_engine, model_repository=models, log_file=models / "log", **options) as found:
+            yield found
 
 
-def test_answers_are_those_of_the_cpu_engine(client: Client, engine_dir: Path) -> None:
+@pytest.fixture(scope="module")
+def client(server: TritonServer) -> Iterator[Client]:
+    with Client(server.grpc_url, timeout=60) as found:
+        yield found
+
+
+def test_answers_are_those_of_the_cpu_engine(server: TritonServer, client: Client, engine_dir: Path) -> None:
     """More at a time than there are slots, each under a policy of its own."""
     policies = ["full", "balanced", "top1"]
     cases = [(prompt, policies[index % 3]) for index, prompt in enumerate(PROMPTS)]
@@ -66,6 +72,10 @@ def test_answers_are_those_of_the_cpu_engine(client: Client, engine_dir: Path) -
     for one, other in zip(found, expected, strict=True):
         assert one.text == other.outputs[0].text
         assert one.avg_k == pytest.approx(other.avg_k)
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    blocks = [float(line.split()[-1]) for line in lines if line.startswith("adaptive_k_kv_blocks{")]
+    assert blocks == [2.0]
 
 
 def test_a_failing_gpu_ends_the_request_and_not_the_server(client: Client, failures: Path) -> None:

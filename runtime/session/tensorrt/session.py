@@ -88,9 +88,8 @@ class TensorRtSession:
             slot = sum(binding.slot_bytes for binding in table if binding.in_place_of is not None)
             raise DeviceMemoryError(
                 f"{engine_dir} does not fit on this GPU: {error} A sequence of {build.max_seq_len} tokens takes "
-                f"{slot / 1e6:.1f} MB; open it with a KV cache of fewer than "
-                f"{self._num_slots * build.max_seq_len} tokens, or build it with a smaller max_batch_size or "
-                "max_seq_len."
+                f"{slot / 1e6:.1f} MB; give a --kv_cache_max_tokens of fewer than "
+                f"{self._num_slots * build.max_seq_len}, or build it with a smaller max_batch_size or max_seq_len."
             ) from None
         except BaseException:
             self.close()
