@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_k_moe.engine_config import BuildConfig
 from adaptive_k_moe.policy import PolicyTables, compile_policies, parse_policy_set
 from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
 
@@ -48,11 +49,8 @@ def toy_config(
         pretrained_config=SimpleNamespace(
             vocab_size=vocab_size, num_experts_per_tok=TOP_K, eos_token_ids=list(eos_token_ids)
         ),
-        build_config=SimpleNamespace(
-            max_batch_size=max_batch_size,
-            max_num_tokens=max_num_tokens,
-            max_seq_len=max_seq_len,
-            max_input_len=None,
+        build_config=BuildConfig(
+            target="onnx", max_batch_size=max_batch_size, max_num_tokens=max_num_tokens, max_seq_len=max_seq_len
         ),
     )
 
