@@ -149,13 +149,22 @@ def test_a_browser_that_leaves_ends_the_request_on_the_server(page: str, server:
 
 def test_numbers_of_the_charts_are_the_ports(page: str, server: TritonServer) -> None:
     ask(page, prompt=PROMPT, policy="top1", max_tokens=4)
-    assert eventually(lambda: "top1" in httpx.get(f"{page}api/metrics").json()["avg_k"])
-    numbers = httpx.get(f"{page}api/metrics").json()
-    assert numbers["generation_tokens"] == _metric(server, "adaptive_k_generation_tokens_total") >= 4
-    assert numbers["requests"] == _metric(server, "adaptive_k_requests_total")
-    assert numbers["kv_blocks"] == _metric(server, "adaptive_k_kv_blocks") > 0
-    assert (numbers["running"], numbers["waiting"], numbers["kv_used"]) == (0, 0, 0)
-    assert numbers["avg_k"]["top1"] == 1.0
+
+    def agree() -> (
+        bool
+    ):  # the port follows the server within a second, so the two may be read on either side of a change
+        numbers = httpx.get(f"{page}api/metrics").json()
+        expected = {
+            "generation_tokens": _metric(server, "adaptive_k_generation_tokens_total"),
+            "requests": _metric(server, "adaptive_k_requests_total"),
+            "kv_blocks": _metric(server, "adaptive_k_kv_blocks"),
+            "running": 0,
+            "waiting": 0,
+            "kv_used": 0,
+        }
+        return numbers["avg_k"].get("top1") == 1.0 and expected.items() <= numbers.items() and expected["kv_blocks"] > 0
+
+    assert eventually(agree)
 
 
 def test_numbers_are_summed_over_models_and_zero_where_there_are_none() -> None:
