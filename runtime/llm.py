@@ -357,6 +357,10 @@ class LLM:
         """Tell an observer about steps and ended requests, on the engine's own thread."""
         self._engine.observers.add(observer)
 
+    def remove_observer(self, observer: Observer) -> None:
+        """Tell an observer no more; what it is being told at this moment goes on."""
+        self._engine.observers.remove(observer)
+
     @contextlib.contextmanager
     def _telling_of_a_refusal(
         self,

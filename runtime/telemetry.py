@@ -155,6 +155,10 @@ class Observers:
         """Tell this observer too, from now on."""
         self._observers = (*self._observers, observer)
 
+    def remove(self, observer: Observer) -> None:
+        """Tell this observer no more; harmless if it is not told."""
+        self._observers = tuple(other for other in self._observers if other is not observer)
+
     def __bool__(self) -> bool:
         return bool(self._observers)
 

@@ -365,6 +365,10 @@ def test_observers_and_stats_count_the_same(llm: LLM) -> None:
     assert stats.generation_tokens_total == sum(step.num_generated_tokens for step in watcher.steps) == 12
     assert sum(step.num_decode_tokens for step in watcher.steps) == 10
     assert len(watcher.ends) == stats.finished_total == 2
+    llm.remove_observer(watcher)
+    llm.remove_observer(watcher)
+    llm.generate([[1, 2, 3]], SamplingParams(max_tokens=6, end_id=-1))
+    assert len(watcher.ends) == 2
     assert sum(len(step.token_intervals) for step in watcher.steps) == 10
     # The steps hold each token's k once, in the order in which the tokens were computed.
     ks = np.concatenate([step.k for step in watcher.steps])
