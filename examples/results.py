@@ -33,8 +33,9 @@ def commands(model: str, timing_rounds: int) -> list[str]:
         f"{calibrate} --target_saving 25 --policy_name balanced --default --output {policies} --report {work}/report",
         f"{calibrate} --target_saving 25 --policy_kind entropy entropy_per_layer --policy_name balanced_entropy "
         f"--no_opponent --output {policies}",
-        f"{calibrate} --target_saving 41.67 --policy_name fast --no_opponent --output {policies}",
-        f"{calibrate} --max_perplexity_increase 1 --policy_name one_per_cent --output {work}/one_per_cent.json",
+        f"{calibrate} --target_saving 41.67 --policy_name fast --no_opponent --refine_passes 0 --output {policies}",
+        f"{calibrate} --max_perplexity_increase 1 --policy_name one_per_cent --refine_passes 0 "
+        f"--output {work}/one_per_cent.json",
         f"build --checkpoint_dir {checkpoint} --policy {policies} --max_seq_len 512 --output_dir {work}/engine --force",
         f"{evaluate} --text {checkpoint}/heldout.txt --rounds {timing_rounds} --output {work}/eval.json",
         *(
@@ -65,7 +66,7 @@ def main() -> None:
     """Run all steps of one model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder of examples/models")
-    parser.add_argument("--timing_rounds", type=int, default=20, help="of the evaluation (default: 20)")
+    parser.add_argument("--timing_rounds", type=int, default=12, help="of the evaluation (default: 12)")
     arguments = parser.parse_args()
     if not (ROOT / "examples" / "models" / arguments.model / "heldout.txt").is_file():
         parser.error(f"there is no bundled model {arguments.model} with a held-out text")

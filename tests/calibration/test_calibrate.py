@@ -22,11 +22,11 @@ from adaptive_k_moe.engine_config import read_policy_tables
 from adaptive_k_moe.policy import EntropyPolicy, read_policy_file
 
 TARGET = 1.5
-KINDS = ("entropy", "entropy_per_layer", "ratio", "contribution", "contribution_per_layer")
+KINDS = ("entropy", "entropy_per_layer", "ratio", "contribution_per_layer")
 
 
 def run(evaluator: Evaluator, parts: tuple[Windows, Windows], work_dir: Path, **more: object) -> Calibration:
-    options: dict[str, object] = {"kinds": KINDS, "num_bands": 3, "refine_passes": 8, "curve_points": 0}
+    options: dict[str, object] = {"kinds": KINDS, "num_bands": 3, "refine_passes": 6, "curve_points": 0}
     return calibrate(evaluator, *parts, Budget(avg_k=TARGET), work_dir=work_dir, **{**options, **more})  # type: ignore[arg-type]
 
 
