@@ -6,9 +6,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build, with a progress bar where there is a terminal."""
     from adaptive_k_moe.engine_builder import build
+    from adaptive_k_moe.engine_builder.commands.console import progress_bar, warnings_as_sentences
     from adaptive_k_moe.errors import BuildError
 
     if args.dry_run:
@@ -52,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output_dir is None:
         raise BuildError("give --output_dir, the engine directory to make.")
     start = time.monotonic()
-    with warnings.catch_warnings(record=True) as caught, progress_bar() as progress:
-        warnings.simplefilter("always", UserWarning)
+    with warnings_as_sentences(), progress_bar("building") as progress:
         config = build(
             args.checkpoint_dir,
             args.output_dir,
@@ -64,9 +61,6 @@ def run(args: argparse.Namespace) -> int:
             progress=progress,
             **_asked(args),
         )
-    for warning in caught:
-        if issubclass(warning.category, UserWarning):
-            print(f"adaptive-k: warning: {warning.message}", file=sys.stderr)
     if "tokenizer.json" not in config.files:
         print(
             f"adaptive-k: warning: {args.checkpoint_dir} has no tokenizer.json, so the engine takes token ids and no "
@@ -87,11 +81,12 @@ def run(args: argparse.Namespace) -> int:
 def _dry_run(args: argparse.Namespace) -> int:
     """Print what a TensorRT engine would be; 1 where TensorRT refuses it."""
     from adaptive_k_moe.engine_builder.build import dry_run
+    from adaptive_k_moe.engine_builder.commands.console import progress_bar
     from adaptive_k_moe.errors import BuildError
 
     if args.target != "tensorrt":
         raise BuildError("--dry_run is for --target tensorrt: the other targets build on every machine.")
-    with progress_bar() as progress:
+    with progress_bar("building") as progress:
         found = dry_run(
             args.checkpoint_dir,
             progress=progress,
@@ -112,15 +107,3 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
         "max_seq_len": args.max_seq_len,
         "max_num_tokens": args.max_num_tokens,
     }
-
-
-@contextmanager
-def progress_bar(title: str = "building") -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on the error stream where that is a terminal; called with a part, the parts done and their number."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(file=sys.stderr)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda part, done, total: bar.update(task, description=part, completed=done, total=total)

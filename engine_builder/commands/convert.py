@@ -26,10 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, with a progress bar where there is a terminal."""
-    from adaptive_k_moe.engine_builder.commands.build import progress_bar
+    from adaptive_k_moe.engine_builder.commands.console import progress_bar, warnings_as_sentences
     from adaptive_k_moe.engine_builder.tensorrt_llm import convert
 
-    with progress_bar("converting") as progress:
+    with warnings_as_sentences(), progress_bar("converting") as progress:
         content = convert(
             args.checkpoint_dir,
             args.output_dir,

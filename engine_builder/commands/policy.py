@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do the action; ``config.json`` is replaced whole or not at all."""
+    from adaptive_k_moe.engine_builder.commands.console import warnings_as_sentences
     from adaptive_k_moe.engine_config import read_engine_config, write_engine_config
     from adaptive_k_moe.errors import PolicyError
     from adaptive_k_moe.policy import FULL, parse_policy_set, read_policy_file
@@ -62,11 +61,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         raise PolicyError("say which policy: --name NAME with its values, or --file FILE.")
     changed = config.model_copy(update={"adaptive_k": policies})
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    with warnings_as_sentences():
         changed = changed.model_copy(update={"adaptive_k": changed.policies_for_model()})
-    for warning in caught:
-        print(f"adaptive-k: warning: {warning.message}", file=sys.stderr)
     write_engine_config(args.engine_dir, changed)
     print(f"policies of {args.engine_dir}: {', '.join(changed.adaptive_k.policies)}")
     return 0

@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+from onnx import TensorProto
 
 from adaptive_k_moe.engine_config import PretrainedConfig, QuantizationConfig
 from adaptive_k_moe.errors import BuildError
@@ -21,8 +22,8 @@ from adaptive_k_moe.errors import BuildError
 GROUP_SIZES = (128, 64, 32)
 """The sizes of groups that the kernels and TensorRT have, the usual one first."""
 
-# What the operator's kernels load at once, in values.
-_ROW_MULTIPLES = {8: 16, 4: 32}
+# What the operator's kernels load at once of int8 weights; of int4, 32 values, which every group is a multiple of.
+_INT8_MULTIPLE = 16
 
 # Scales that are tried for each group, as shares of the one by which the largest value is kept: with few bits
 # cutting it off costs less than it saves the others. The one with the least squared error is taken.
@@ -50,14 +51,14 @@ def plan_weight_only(model: PretrainedConfig, precision: str, group_size: int | 
     if precision == "int8":
         if group_size is not None:
             raise BuildError("group_size is for --weight_only_precision int4: int8 has one scale for each row.")
-        _require_divisor(model, 8, _ROW_MULTIPLES[8])
+        _require_divisor(model, 8, _INT8_MULTIPLE)
         return QuantizationConfig(quant_algo="W8A16")
     if group_size is None:
         rows = _row_lengths(model).values()
         group_size = next((size for size in GROUP_SIZES if not any(row % size for row in rows)), GROUP_SIZES[-1])
     elif group_size not in GROUP_SIZES:
         raise BuildError(f"group_size is {group_size}: it is one of {', '.join(map(str, sorted(GROUP_SIZES)))}.")
-    _require_divisor(model, 4, max(group_size, _ROW_MULTIPLES[4]))
+    _require_divisor(model, 4, group_size)
     return QuantizationConfig(quant_algo="W4A16", group_size=group_size)
 
 
@@ -164,7 +165,7 @@ def dequantise_in_function(
         low = op("Where", op("Less", low, const(8.0)), low, op("Sub", low, const(16.0)))
         weights = op("Concat", op("Unsqueeze", low, last), op("Unsqueeze", high, last), axis=-1)
         weights = op("Reshape", weights, const([0, 0, -1], "int64"))
-    scales = op("Cast", scales, to=1)
+    scales = op("Cast", scales, to=TensorProto.FLOAT)
     if quantization.group_size is None:
         return op("Mul", weights, scales)
     groups = op("Reshape", weights, const([0, 0, -1, quantization.group_size], "int64"))

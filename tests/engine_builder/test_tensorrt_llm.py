@@ -245,6 +245,14 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert main([*command, "--tp_size", "2", "--use_weight_only", "--weight_only_precision", "int4"]) == 0
     assert "MixtralForCausalLM, float16, 2 ranks (tp_size 2, pp_size 1), policy full" in capsys.readouterr().out
     assert len(read(output, 2)) == 2
+    wide = tmp_path / "wide.json"
+    wide.write_text(json.dumps({"policies": {"wide": {"kind": "fixed", "k": 4}}}))
+    command[4] = str(tmp_path / "warned")
+    assert main([*command, "--policy", str(wide)]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("adaptive-k: warning: policy 'wide'")
+    assert error.count("\n") == 1
+    command[4] = str(output)
     assert main(command) == 1  # the directory is not empty any more
     assert "is not an empty directory" in capsys.readouterr().err
 
