@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,7 +98,7 @@ class Laboratory:
         """A candidate's scores, from the cache or by a pass over the text."""
         key = candidate.key()
         if isinstance(candidate.policy, ContributionPolicy):
-            key += json.dumps(self.evaluator.expert_norms)
+            key += hashlib.sha256(json.dumps(self.evaluator.expert_norms).encode()).hexdigest()
         scores = self._cache.get(key)
         if scores is None:
             if self._on_evaluation is not None:

@@ -239,7 +239,9 @@ def _policy_file(known: Any, result: Calibration, evaluator: Evaluator, args: ar
     from adaptive_k_moe.policy import FULL, EntropyPolicy
 
     per_unit = 1 / math.log(2) if known.unit == "bits" else 1.0
-    content = known.model_copy(update={"expert_norms": result.expert_norms})
+    content = known
+    if known.expert_norms is None:
+        content = known.model_copy(update={"expert_norms": result.expert_norms})
     for point in (result.chosen,) if args.no_opponent else (result.chosen, result.opponent):
         rule = point.policy.model_dump(mode="json", exclude_none=True)  # type: ignore[union-attr]
         if isinstance(point.policy, EntropyPolicy):
