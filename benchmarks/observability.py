@@ -3,11 +3,11 @@
 
     python benchmarks/observability.py --engine_dir engine
 
-Two `LLM`s of one engine, one observed and one not, take turns at the same requests in pairs, the first of a pair
-being each in turn, so a slow minute of a shared machine falls on both. The cost is the median over the pairs of the
-ratio of their processor times (of the whole process, all threads: logs and spans are written while the next request
-is computed) and of their times, with an interval of 95 % by the ranks of the ratios, which assumes no distribution.
-The metrics are collected every second, as a server's exporter does; spans go to an exporter that drops them.
+One `LLM` is observed and not observed in turns, at the same requests, in pairs whose order alternates, so a slow
+minute of a shared machine falls on both (two `LLM`s of one engine differ by more than what is measured). The cost is
+the median over the pairs of the ratio of their processor times (of the whole process, all threads: logs and spans are
+written while the next request is computed) and of their times, with an interval of 95 % by the ranks of the ratios,
+which assumes no distribution. The metrics are collected every second, as a server's exporter does; spans go to an exporter that drops them.
 
 With --ab_test the observed one's requests are also part of an A/B test, of two variants of one policy, and are
 written to its database. Answers are not scored: that is done in idle time, of which there is none here.
@@ -110,19 +110,15 @@ def run(args: argparse.Namespace, scratch: Path) -> list[dict[str, object]]:
     provider = TracerProvider()
     provider.add_span_processor(BatchSpanProcessor(Dropped()))
     stopping = threading.Event()
-    with (
-        LLM(args.engine_dir, num_threads=args.num_threads) as off,
-        LLM(args.engine_dir, num_threads=args.num_threads) as on,
-    ):
-        recorder = Recorder.of(on)
+    with LLM(args.engine_dir, num_threads=args.num_threads) as llm:
+        recorder = Recorder.of(llm)
         records = RequestRecords([logger.log_inference, RequestSpans(provider, "benchmark").export])
         timed = Timed([recorder, records])
-        on.add_observer(timed)
-        ab_test = _ab_test(on, scratch / "ab.db") if args.ab_test else None
+        ab_test = _ab_test(llm, scratch / "ab.db") if args.ab_test else None
         collecting = threading.Thread(target=_collect, args=(recorder, stopping))
         collecting.start()
         try:
-            rows = [_measure(batch_size, args.pairs, off, on, timed, ab_test) for batch_size in args.batch_sizes]
+            rows = [_measure(batch_size, args.pairs, llm, timed, ab_test) for batch_size in args.batch_sizes]
         finally:
             if ab_test is not None:
                 ab_test.close()
@@ -138,7 +134,9 @@ def _ab_test(llm: LLM, path: Path) -> ABService:
     policy = llm.policies.names[-1]
     variants = [f"{name}={policy}" for name in ("control", "same")]
     ABTest.start(path, "benchmark", variants, score_share=0.0, guardrails=(Guardrail("latency", 10.0),)).close()
-    return ABService(llm, path, log_error=print)
+    service = ABService(llm, path, log_error=print)
+    llm.remove_observer(service)  # until its turn
+    return service
 
 
 def _collect(recorder: Recorder, stopping: threading.Event) -> None:
@@ -149,35 +147,40 @@ def _collect(recorder: Recorder, stopping: threading.Event) -> None:
             list(recorder.collect())
 
 
-def _measure(
-    batch_size: int, pairs: int, off: LLM, on: LLM, timed: Timed, ab_test: ABService | None
-) -> dict[str, object]:
-    vocab = off.config.pretrained_config.vocab_size
+def _measure(batch_size: int, pairs: int, llm: LLM, timed: Timed, ab_test: ABService | None) -> dict[str, object]:
+    vocab = llm.config.pretrained_config.vocab_size
     prompts = [[3 + (7 * row + 13 * column) % (vocab - 3) for column in range(PROMPT)] for row in range(batch_size)]
-    named = SamplingParams(max_tokens=ANSWER, end_id=-1, adaptive_k_policy=off.policies.names[-1])
+    named = SamplingParams(max_tokens=ANSWER, end_id=-1, adaptive_k_policy=llm.policies.names[-1])
     unnamed = replace(named, adaptive_k_policy=None)
     units = itertools.count()
 
-    def start(llm: LLM, prompt: list[int]) -> GenerationHandle:
-        if llm is off or ab_test is None:
+    observers = [timed] if ab_test is None else [timed, ab_test]
+
+    def start(observed: bool, prompt: list[int]) -> GenerationHandle:
+        if not observed or ab_test is None:
             return llm.generate_async(prompt, named)
         params, enrollment = ab_test.enroll(unnamed, str(next(units)))
         return llm.generate_async(prompt, params, enrollment=enrollment)
 
-    def once(llm: LLM) -> tuple[float, float]:
+    def once(observed: bool) -> tuple[float, float]:
+        for observer in observers if observed else []:
+            llm.add_observer(observer)
         began = time.process_time(), time.perf_counter()
-        for handle in [start(llm, prompt) for prompt in prompts]:
+        for handle in [start(observed, prompt) for prompt in prompts]:
             handle.result()
-        return time.process_time() - began[0], time.perf_counter() - began[1]
+        cost = time.process_time() - began[0], time.perf_counter() - began[1]
+        for observer in observers:
+            llm.remove_observer(observer)
+        return cost
 
-    once(off), once(on)
+    once(False), once(True)
     timed.in_observers = timed.in_steps = 0.0
     processor_ratios, time_ratios, without = [], [], []
     for pair in range(pairs):
         if pair % 2:
-            with_cost, without_cost = once(on), once(off)
+            with_cost, without_cost = once(True), once(False)
         else:
-            without_cost, with_cost = once(off), once(on)
+            without_cost, with_cost = once(False), once(True)
         processor_ratios.append(with_cost[0] / without_cost[0])
         time_ratios.append(with_cost[1] / without_cost[1])
         without.append(without_cost[1])
