@@ -7,7 +7,8 @@ One `LLM` is observed and not observed in turns, at the same requests, in pairs 
 minute of a shared machine falls on both (two `LLM`s of one engine differ by more than what is measured). The cost is
 the median over the pairs of the ratio of their processor times (of the whole process, all threads: logs and spans are
 written while the next request is computed) and of their times, with an interval of 95 % by the ranks of the ratios,
-which assumes no distribution. The metrics are collected every second, as a server's exporter does; spans go to an exporter that drops them.
+which assumes no distribution. The metrics are collected every second, as a server's exporter does; spans go to an
+exporter that drops them.
 
 With --ab_test the observed one's requests are also part of an A/B test, of two variants of one policy, and are
 written to its database. Answers are not scored: that is done in idle time, of which there is none here.
