@@ -277,17 +277,20 @@ def static_by_layer(k: Sequence[int]) -> Candidate:
 
 
 def static_path(damage: Damage, k_values: Sequence[int]) -> list[list[int]]:
-    """Each layer's k, from the full down to the lowest, one layer and one step at a time, cheapest first."""
-    whole = damage.kl.sum(axis=1)  # [L, C]
-    cost = np.concatenate([whole, np.zeros((len(whole), 1))], axis=1)
-    level = [len(k_values) - 1] * len(whole)
-    path = [[k_values[i] for i in level]]
-    while any(level):
-        _, layer = min(
-            ((cost[at, i - 1] - cost[at, i]) / (k_values[i] - k_values[i - 1]), at) for at, i in enumerate(level) if i
-        )
-        level[layer] -= 1
-        path.append([k_values[i] for i in level])
+    """Each layer's k, from the full down to the lowest, one layer and one expert at a time, cheapest first.
+
+    Every k in between is tried, not the measured ones alone: a coarser opponent would be an easier one. What it
+    costs is interpolated.
+    """
+    measured = np.concatenate([damage.kl.sum(axis=1), np.zeros((len(damage.kl), 1))], axis=1)  # [L, C + 1]
+    lowest, full_k = k_values[0], k_values[-1]
+    cost = [np.interp(range(full_k + 1), k_values, layer) for layer in measured]
+    k = [full_k] * len(cost)
+    path = [list(k)]
+    while any(value > lowest for value in k):
+        _, layer = min((cost[at][value - 1] - cost[at][value], at) for at, value in enumerate(k) if value > lowest)
+        k[layer] -= 1
+        path.append(list(k))
     return path
 
 
@@ -334,13 +337,11 @@ def solve_static_by_layer(
     while improved and left > 0:
         improved = False
         for up, down in itertools.permutations(range(len(k)), 2):
+            if k[up] == k_values[-1] or k[down] == k_values[0] or left <= 0:
+                continue
             trial = list(k)
-            above, below = k_values.index(k[up]) + 1, k_values.index(k[down]) - 1
-            if above >= len(k_values) or below < 0 or left <= 0:
-                continue
-            trial[up], trial[down] = k_values[above], k_values[below]
-            if sum(trial) != sum(k):
-                continue
+            trial[up] += 1
+            trial[down] -= 1
             left -= 1
             measured = laboratory.measure(static_by_layer(trial))
             if measured.scores.mean_kl < best.scores.mean_kl:

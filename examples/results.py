@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import json
 import shutil
 import sys
 import time
@@ -27,7 +28,11 @@ def commands(model: str, timing_rounds: int) -> list[str]:
     """The steps, relative to the repository's root."""
     checkpoint, work = f"examples/models/{model}", f"build/results/{model}"
     policies = f"examples/policies/{model}.json"
-    calibrate = f"calibrate --checkpoint_dir {checkpoint} --text {checkpoint}/heldout.txt --work_dir {work}/calibration"
+    top_k = json.loads((ROOT / checkpoint / "training.json").read_text(encoding="utf-8"))["model"]["top_k"]
+    calibrate = (
+        f"calibrate --checkpoint_dir {checkpoint} --text {checkpoint}/heldout.txt --work_dir {work}/calibration "
+        f"--k_values {' '.join(map(str, range(1, top_k + 1)))}"
+    )
     evaluate = f"eval --engine_dir {work}/engine"
     return [
         f"{calibrate} --target_saving 25 --policy_name balanced --default --output {policies} --report {work}/report",
