@@ -110,7 +110,7 @@ def test_the_command_adds_to_a_policy_file(
     engine_dir: Path, some_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text, output = tmp_path / "text.txt", tmp_path / "policy.json"
-    text.write_text(some_text[:5000], encoding="utf-8")
+    text.write_text(some_text[:3200], encoding="utf-8")
     output.write_text(json.dumps({"unit": "bits", "policies": {"mine": {"kind": "fixed", "k": 1}}}))
     options = (
         f"--window 64 --bands 2 --refine_passes 0 --curve_points 1 --timing_rounds 1 --report {tmp_path / 'report'}"

@@ -32,7 +32,7 @@ def test_a_token_is_escaped_in_text_and_note() -> None:
 @pytest.fixture(scope="module")
 def page(evaluator: Evaluator, some_text: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("report")
-    texts = {"<b>named</b>": HOSTILE * 30 + some_text[:2500]}
+    texts = {"<b>named</b>": HOSTILE * 10 + some_text[:1400]}
     fit, heldout = split(make_windows(evaluator.tokenizer, texts, 64))
     result = calibrate(
         evaluator,
