@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import shutil
 import sys
 import time
@@ -28,17 +29,23 @@ def commands(model: str, timing_rounds: int) -> list[str]:
     """The steps, relative to the repository's root."""
     checkpoint, work = f"examples/models/{model}", f"build/results/{model}"
     policies = f"examples/policies/{model}.json"
-    top_k = json.loads((ROOT / checkpoint / "training.json").read_text(encoding="utf-8"))["model"]["top_k"]
+    facts = json.loads((ROOT / checkpoint / "training.json").read_text(encoding="utf-8"))
+    top_k, layers = facts["model"]["top_k"], len(facts["routers"])
+
+    def average(share: float) -> str:
+        """About this share of the trained top-k, an average that a fixed k by layer can have as well."""
+        return f"{math.ceil(round(share * top_k * layers, 6)) / layers:.4f}"
+
     calibrate = (
         f"calibrate --checkpoint_dir {checkpoint} --text {checkpoint}/heldout.txt --work_dir {work}/calibration "
         f"--k_values {' '.join(map(str, range(1, top_k + 1)))}"
     )
     evaluate = f"eval --engine_dir {work}/engine"
     return [
-        f"{calibrate} --target_saving 25 --policy_name balanced --default --output {policies} --report {work}/report",
-        f"{calibrate} --target_saving 25 --policy_kind entropy entropy_per_layer --policy_name balanced_entropy "
+        f"{calibrate} --target_avg_k {average(3 / 4)} --policy_name balanced --default --output {policies} --report {work}/report",
+        f"{calibrate} --target_avg_k {average(3 / 4)} --policy_kind entropy entropy_per_layer --policy_name balanced_entropy "
         f"--no_opponent --output {policies}",
-        f"{calibrate} --target_saving 41.67 --policy_name fast --no_opponent --refine_passes 0 --output {policies}",
+        f"{calibrate} --target_avg_k {average(7 / 12)} --policy_name fast --no_opponent --refine_passes 0 --output {policies}",
         f"{calibrate} --max_perplexity_increase 1 --policy_name one_per_cent --refine_passes 0 "
         f"--output {work}/one_per_cent.json",
         f"build --checkpoint_dir {checkpoint} --policy {policies} --max_seq_len 512 --output_dir {work}/engine --force",
