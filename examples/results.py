@@ -40,12 +40,14 @@ def commands(model: str, timing_rounds: int) -> list[str]:
         f"calibrate --checkpoint_dir {checkpoint} --text {checkpoint}/heldout.txt --work_dir {work}/calibration "
         f"--k_values {' '.join(map(str, range(1, top_k + 1)))}"
     )
+    three_quarters = f"{calibrate} --target_avg_k {average(3 / 4)}"
     evaluate = f"eval --engine_dir {work}/engine"
     return [
-        f"{calibrate} --target_avg_k {average(3 / 4)} --policy_name balanced --default --output {policies} --report {work}/report",
-        f"{calibrate} --target_avg_k {average(3 / 4)} --policy_kind entropy entropy_per_layer --policy_name balanced_entropy "
-        f"--no_opponent --output {policies}",
-        f"{calibrate} --target_avg_k {average(7 / 12)} --policy_name fast --no_opponent --refine_passes 0 --output {policies}",
+        f"{three_quarters} --policy_name balanced --default --output {policies} --report {work}/report",
+        f"{three_quarters} --policy_kind entropy entropy_per_layer --policy_name balanced_entropy --no_opponent "
+        f"--output {policies}",
+        f"{calibrate} --target_avg_k {average(7 / 12)} --policy_name fast --no_opponent --refine_passes 0 "
+        f"--output {policies}",
         f"{calibrate} --max_perplexity_increase 1 --policy_name one_per_cent --refine_passes 0 "
         f"--output {work}/one_per_cent.json",
         f"build --checkpoint_dir {checkpoint} --policy {policies} --max_seq_len 512 --output_dir {work}/engine --force",
