@@ -525,6 +525,8 @@ class Engine:
                 raise RequestError("a text prompt needs the tokenizer, and this engine was opened without one.")
             return prompt, self.tokenizer.encode(prompt, add_special_tokens=params.add_special_tokens)
         try:
+            if isinstance(prompt, bytes):  # a text, and not the numbers of its bytes
+                raise TypeError
             return None, [operator.index(token_id) for token_id in prompt]  # type: ignore[arg-type]
         except TypeError:
             raise RequestError("a prompt is a text or a list of token ids.") from None

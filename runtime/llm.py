@@ -274,7 +274,8 @@ class LLM:
         Raises:
             RequestError, PolicyError: a conversation or its parameters are unusable; none is run.
         """
-        single = len(messages) > 0 and isinstance(messages[0], Mapping)
+        # What is no list at all is refused as a conversation.
+        single = not isinstance(messages, Sequence) or (len(messages) > 0 and isinstance(messages[0], Mapping))
         conversations: list[Any] = [messages] if single else list(messages)
         options = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
         prompts = [self.apply_chat_template(conversation, **options) for conversation in conversations]

@@ -208,8 +208,9 @@ def test_chat_answers_what_generate_answers_to_the_templates_tokens(chat_engine:
         assert llm.chat([], params) == []
         with pytest.raises(RequestError, match="2 prompts came with 1"):
             llm.chat(list(CONVERSATIONS.values()), [params])
-        with pytest.raises(RequestError, match="list of messages"):
-            llm.chat("hello", params)  # type: ignore[arg-type]
+        for wrong in ("hello", CONVERSATIONS["one turn"][0], None):
+            with pytest.raises(RequestError, match="list of messages"):
+                llm.chat(wrong, params)  # type: ignore[call-overload]
         with pytest.raises(RequestError, match="list of messages"):
             llm.generate([{"prompt": "hello"}], params)
     with LLM(chat_engine, skip_tokenizer_init=True) as llm, pytest.raises(RequestError, match="own tokenizer"):

@@ -228,8 +228,9 @@ def test_an_impossible_request_is_refused_at_once(
 
 @pytest.mark.parametrize("inputs", [None, 3, b"text", {"prompt": "text"}, [1.5], [None]])
 def test_what_is_no_prompt_is_one_sentence(llm: LLM, inputs: Any) -> None:
-    with pytest.raises(RequestError, match="a prompt is a text or a list of token ids"):
-        llm.generate(inputs)
+    for ask in (llm.generate, llm.generate_async):
+        with pytest.raises(RequestError, match="a prompt is a text or a list of token ids"):
+            ask(inputs)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("params", [{"max_tokens": 3}, 3, "full", [None], [{"max_tokens": 3}]])
