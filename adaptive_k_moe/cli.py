@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [_with_underscores(argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an answer may have characters that the terminal's encoding has not
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as arguments are: whoever takes the text refuses it
     parser = argparse.ArgumentParser(prog="adaptive-k", description="Adaptive-K mixture-of-experts inference.")
     parser.add_argument("--version", action="version", version=f"adaptive-k-moe {__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)

@@ -91,6 +91,15 @@ def test_characters_that_the_terminals_encoding_has_not_are_no_traceback(engine_
     assert printed["ascii"] == printed["utf-8"].encode("ascii", "replace").decode()
 
 
+def test_a_prompt_that_is_no_text_in_the_terminals_encoding_is_one_sentence(engine_dir: Path) -> None:
+    command = [sys.executable, "-m", "adaptive_k_moe", "generate", "--engine_dir", str(engine_dir), "--prompt", "-"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    result = subprocess.run(command, input=b"a\xff b", capture_output=True, check=False, env=environment)
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"adaptive-k: error: the tokenizer cannot encode this text")
+    assert result.stderr.count(b"\n") == 1
+
+
 def test_a_report_that_cannot_be_written_is_one_sentence(
     engine_dir: Path, checkpoint_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
