@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes everything that docs/results.md says of a bundled model: its policy file, figures, and tables.
+"""Makes everything that docs/results says of a bundled model: its policy file, figures, and tables.
 
     python examples/results.py --model mixtral-small
 
@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -21,8 +22,14 @@ from pathlib import Path
 
 from adaptive_k_moe.cli import main as adaptive_k
 
+from results_page import page
+
 ROOT = Path(__file__).resolve().parents[1]
-FIGURES = ("quality_by_k.png", "quality_by_time.png", "damage.png", "entropy_by_layer.png", "k_by_layer.png")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from _results import cpu_name  # noqa: E402
+
+FIGURES = ("quality_by_k.png", "quality_by_time.png", "damage.png")
 
 
 def commands(model: str, timing_rounds: int) -> list[str]:
@@ -81,19 +88,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a folder of examples/models")
     parser.add_argument("--timing_rounds", type=int, default=12, help="of the evaluation (default: 12)")
+    parser.add_argument("--page_only", action="store_true", help="write the page of figures that are there already")
     arguments = parser.parse_args()
     if not (ROOT / "examples" / "models" / arguments.model / "heldout.txt").is_file():
         parser.error(f"there is no bundled model {arguments.model} with a held-out text")
     work = ROOT / "build" / "results" / arguments.model
     work.mkdir(parents=True, exist_ok=True)
-    with contextlib.chdir(ROOT):
-        tables = [run(command) for command in commands(arguments.model, arguments.timing_rounds)]
-    (work / "tables.txt").write_text("\n".join(tables), encoding="utf-8")
+    steps = commands(arguments.model, arguments.timing_rounds)
+    if not arguments.page_only:
+        with contextlib.chdir(ROOT):
+            tables = [run(command) for command in steps]
+        (work / "tables.txt").write_text("\n".join(tables), encoding="utf-8")
     figures = ROOT / "docs" / "results" / arguments.model
     figures.mkdir(parents=True, exist_ok=True)
     for name in FIGURES:
         shutil.copyfile(work / "report" / name, figures / name)
-    print(f"tables: {work / 'tables.txt'}\nfigures: {figures}")
+    processor = f"{cpu_name()}, {len(os.sched_getaffinity(0))} cores"
+    (figures / "README.md").write_text(page(work, arguments.model, steps, processor), encoding="utf-8")
+    print(f"tables: {work / 'tables.txt'}\npage and figures: {figures}")
 
 
 if __name__ == "__main__":
