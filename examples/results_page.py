@@ -51,8 +51,8 @@ def page(work: Path, model: str, steps: Sequence[str], processor: str) -> str:
         "![Damage by layer and entropy](damage.png)",
         "## Each policy of the file",
         _command(steps[5]),
-        "On all of `heldout.txt`, half of which was fitted on. Time against `full`, interleaved; `full` is timed twice, "
-        "so its row shows what noise alone makes.",
+        "On all of `heldout.txt`, half of which was fitted on. Time against `full`, interleaved; `full` is timed "
+        "twice, so its row shows what noise alone makes.",
         _policies(evaluation),
         _times(evaluation),
         "![Quality against time](quality_by_time.png)",
