@@ -7,7 +7,6 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
@@ -16,7 +15,7 @@ from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
 from adaptive_k_moe.engine_builder.graph import GraphBuilder
 from adaptive_k_moe.engine_builder.graph.weight_only import plan_weight_only
 from adaptive_k_moe.engine_builder.models import architecture_of
-from adaptive_k_moe.engine_builder.output_dir import check_output, replace
+from adaptive_k_moe.engine_builder.output_dir import check_output, replace, written_beside
 from adaptive_k_moe.engine_builder.targets import lower
 from adaptive_k_moe.engine_config import (
     ENGINE_VERSION,
@@ -108,13 +107,7 @@ def build(
     policies = policy if isinstance(policy, PolicySet) else read_policy_file(policy) if policy else PolicySet()
     policies = model.fit_policies(policies)
 
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    except OSError as error:
-        raise BuildError(f"cannot write beside {output}: {error.strerror}.") from None
-    with ExitStack() as cleanup:
-        cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
+    with written_beside(output, "engine") as temporary:
         total = model.num_hidden_layers + 4  # embedding, layers, head, lowering, hashes
         done = 0
 
@@ -124,34 +117,30 @@ def build(
             if progress is not None:
                 progress(part, done, total)
 
-        try:
-            _write_graph(plan, temporary / "model.onnx", report)
-            lower(
-                temporary,
-                model,
-                build_config,
-                timing_cache=None if timing_cache is None else Path(timing_cache),
-                progress=None if progress is None else lambda phase: progress(f"TensorRT: {phase}", done, total),
-            )
-            report("lowering")
-            for name in TOKENIZER_FILES:
-                if (source / name).is_file():
-                    shutil.copyfile(source / name, temporary / name)
-            files = {path.name: file_entry(path) for path in sorted(temporary.iterdir())}
-            report("hashes")
-            config = EngineConfig(
-                version=ENGINE_VERSION,
-                pretrained_config=model,
-                build_config=build_config,
-                adaptive_k=policies,
-                files=files,
-            )
-            write_engine_config(temporary, config)
-            temporary.chmod(0o755)
-            check_output(output, source, force=force)  # again: a long build leaves time for others to write there
-            replace(output, temporary)
-        except OSError as error:
-            raise BuildError(f"cannot write the engine to {output}: {error.strerror or error}.") from error
+        _write_graph(plan, temporary / "model.onnx", report)
+        lower(
+            temporary,
+            model,
+            build_config,
+            timing_cache=None if timing_cache is None else Path(timing_cache),
+            progress=None if progress is None else lambda phase: progress(f"TensorRT: {phase}", done, total),
+        )
+        report("lowering")
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copyfile(source / name, temporary / name)
+        files = {path.name: file_entry(path) for path in sorted(temporary.iterdir())}
+        report("hashes")
+        config = EngineConfig(
+            version=ENGINE_VERSION,
+            pretrained_config=model,
+            build_config=build_config,
+            adaptive_k=policies,
+            files=files,
+        )
+        write_engine_config(temporary, config)
+        check_output(output, source, force=force)  # again: a long build leaves time for others to write there
+        replace(output, temporary)
     return config
 
 

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an engine goes: what may be there before, and how a new one takes its place."""
+"""Where an engine or a checkpoint goes: what may be there before, and how a new one takes its place."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from adaptive_k_moe.engine_config import CONFIG_NAME
@@ -25,11 +28,7 @@ def check_output(output: Path, checkpoint: Path, *, force: bool) -> Path:
     Raises:
         BuildError: something else is there, or an engine that is to stay.
     """
-    try:
-        place = output.resolve()
-        occupied = place.exists() and (not place.is_dir() or any(place.iterdir()))
-    except (OSError, RuntimeError) as error:  # a loop of links
-        raise BuildError(f"cannot look at {output}: {getattr(error, 'strerror', None) or error}.") from None
+    place, occupied = _look_at(output)
     if not occupied:
         return place
     if not _is_engine(place):
@@ -41,8 +40,45 @@ def check_output(output: Path, checkpoint: Path, *, force: bool) -> Path:
     return place
 
 
+def check_empty(output: Path) -> Path:
+    """Where a directory will lie that replaces none, with symbolic links followed.
+
+    Raises:
+        BuildError: something is there that is not an empty directory.
+    """
+    place, occupied = _look_at(output)
+    if occupied:
+        raise BuildError(f"{output} exists and is not an empty directory: give another --output_dir.")
+    return place
+
+
+@contextmanager
+def written_beside(output: Path, content: str) -> Iterator[Path]:
+    """A directory beside `output` to write into, and to `replace` it by; it is gone if it was not renamed.
+
+    Args:
+        output: the directory to make in the end.
+        content: what is written, for the error.
+
+    Raises:
+        BuildError: it cannot be made, or what is written into it meets an `OSError`.
+    """
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise BuildError(f"cannot write beside {output}: {error.strerror}.") from None
+    try:
+        yield temporary
+    except OSError as error:
+        raise BuildError(f"cannot write the {content} to {output}: {error.strerror or error}.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def replace(output: Path, new: Path) -> None:
     """Put `new` where `output` is; what was there is lost only once the new one is in its place."""
+    new.chmod(0o755)
     if not output.exists():
         new.rename(output)
         return
@@ -50,10 +86,20 @@ def replace(output: Path, new: Path) -> None:
     output.rename(old)
     try:
         new.rename(output)
-    except OSError:
-        old.rename(output)
+    except BaseException:  # a command that is told to end among them
+        if not output.exists():
+            old.rename(output)
         raise
     shutil.rmtree(old)
+
+
+def _look_at(output: Path) -> tuple[Path, bool]:
+    """Where it lies, and whether something does that is not an empty directory."""
+    try:
+        place = output.resolve()
+        return place, place.exists() and (not place.is_dir() or any(place.iterdir()))
+    except (OSError, RuntimeError) as error:  # a loop of links
+        raise BuildError(f"cannot look at {output}: {getattr(error, 'strerror', None) or error}.") from None
 
 
 def _is_engine(directory: Path) -> bool:

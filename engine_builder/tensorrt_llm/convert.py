@@ -8,8 +8,6 @@ splits attention by heads and experts by their intermediate size; pipeline paral
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from adaptive_k_moe.engine_builder.graph.graph_builder import require_float16
 from adaptive_k_moe.engine_builder.models import architecture_of
 from adaptive_k_moe.engine_builder.models.expert_tensors import ExpertTensors
 from adaptive_k_moe.engine_builder.models.mixtral import Mixtral
+from adaptive_k_moe.engine_builder.output_dir import check_empty, replace, written_beside
 from adaptive_k_moe.engine_builder.tensorrt_llm.safetensors_writer import SafetensorsWriter, TensorSpec
 from adaptive_k_moe.engine_config import Dtype, PretrainedConfig
 from adaptive_k_moe.errors import BuildError
@@ -97,38 +96,26 @@ def convert(
     content = _config(model, tp_size, pp_size, weight_only_precision)
     policies = policy if isinstance(policy, PolicySet) else read_policy_file(policy) if policy else PolicySet()
     content["adaptive_k"] = _policy(model, model.fit_policies(policies), adaptive_k_policy)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise BuildError(f"{output} exists and is not an empty directory: give another --output_dir.")
+    output = check_empty(output)
 
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    except OSError as error:
-        raise BuildError(f"cannot write beside {output}: {error.strerror}.") from None
-    with ExitStack() as cleanup:
-        cleanup.callback(shutil.rmtree, temporary, ignore_errors=True)
-        try:
-            tensors = CheckpointTensors(source)
-            stages = _stages(model, tensors, tp_size, pp_size)
-            total, done = sum(map(len, stages)), 0
-            for stage, parts in enumerate(stages):
-                with ExitStack() as files:
-                    specs = [part.spec for part in parts]
-                    names = [f"rank{stage * tp_size + rank}.safetensors" for rank in range(tp_size)]
-                    writers = [files.enter_context(SafetensorsWriter(temporary / name, specs)) for name in names]
-                    for part in parts:
-                        _write(part, writers)
-                        done += 1
-                        if progress is not None:
-                            progress(part.spec.name, done, total)
-            tensors.require_all_used(Mixtral.__name__, Mixtral.unread_tensors(model))
-            (temporary / "config.json").write_text(json.dumps(content, indent=4) + "\n")
-            temporary.chmod(0o755)
-            if output.is_dir():
-                output.rmdir()
-            temporary.rename(output)
-        except OSError as error:
-            raise BuildError(f"cannot write the checkpoint to {output}: {error.strerror or error}.") from error
+    with written_beside(output, "checkpoint") as temporary:
+        tensors = CheckpointTensors(source)
+        stages = _stages(model, tensors, tp_size, pp_size)
+        total, done = sum(map(len, stages)), 0
+        for stage, parts in enumerate(stages):
+            with ExitStack() as files:
+                specs = [part.spec for part in parts]
+                names = [f"rank{stage * tp_size + rank}.safetensors" for rank in range(tp_size)]
+                writers = [files.enter_context(SafetensorsWriter(temporary / name, specs)) for name in names]
+                for part in parts:
+                    _write(part, writers)
+                    done += 1
+                    if progress is not None:
+                        progress(part.spec.name, done, total)
+        tensors.require_all_used(Mixtral.__name__, Mixtral.unread_tensors(model))
+        (temporary / "config.json").write_text(json.dumps(content, indent=4) + "\n")
+        check_empty(output)  # again: others may have written there meanwhile
+        replace(output, temporary)
     return content
 
 

@@ -23,8 +23,13 @@ def test_force_replaces_and_leaves_nothing_beside(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "engines").iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(OSError(5, "Input/output error"), BuildError), (SystemExit(143), SystemExit)],
+    ids=["fails", "is told to end"],
+)
 def test_the_old_engine_survives_when_the_new_one_cannot_take_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, raised: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint, output = make_mixtral(tmp_path / "checkpoint"), tmp_path / "engines" / "a"
     build(checkpoint, output, target="onnx", max_seq_len=32)
@@ -32,11 +37,11 @@ def test_the_old_engine_survives_when_the_new_one_cannot_take_its_place(
 
     def refuse_the_new(path: Path, target: Path) -> Path:
         if target == output and not path.name.endswith("-old"):
-            raise OSError(5, "Input/output error")
+            raise error
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", refuse_the_new)
-    with pytest.raises(BuildError, match="cannot write the engine"):
+    with pytest.raises(raised, match=r"cannot write the engine|143"):
         build(checkpoint, output, target="onnx", max_seq_len=64, force=True)
     assert read_engine_config(output).build_config.max_seq_len == 32
     assert [path.name for path in output.parent.iterdir()] == ["a"]

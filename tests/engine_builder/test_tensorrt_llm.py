@@ -240,11 +240,15 @@ def test_the_policy_asked_for_is_written_by_layer(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "elsewhere").mkdir()
     output = tmp_path / "converted"
+    output.symlink_to(tmp_path / "elsewhere")  # stays a link, to a directory that is free to take
     command = ["convert", "--checkpoint_dir", str(MIXTRAL_SMALL), "--output_dir", str(output), "--dtype", "float16"]
     assert main([*command, "--tp_size", "2", "--use_weight_only", "--weight_only_precision", "int4"]) == 0
     assert "MixtralForCausalLM, float16, 2 ranks (tp_size 2, pp_size 1), policy full" in capsys.readouterr().out
     assert len(read(output, 2)) == 2
+    assert output.is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted", "elsewhere"]
     wide = tmp_path / "wide.json"
     wide.write_text(json.dumps({"policies": {"wide": {"kind": "fixed", "k": 4}}}))
     command[4] = str(tmp_path / "warned")
