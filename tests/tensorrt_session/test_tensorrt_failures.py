@@ -23,6 +23,7 @@ from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.outputs import RequestOutput
 from adaptive_k_moe.runtime.session import create_session
 from adaptive_k_moe.runtime.session.tensorrt import session as session_module
+from adaptive_k_moe.runtime.session.tensorrt.engine import Context
 from adaptive_k_moe.tensorrt_bindings import Binding, Limits, make_bindings
 
 from checkpoints import Shape, make_checkpoint
@@ -246,13 +247,28 @@ def test_a_failing_call_ends_the_requests_of_its_step_and_no_others(
 
 
 @pytest.mark.parametrize(
-    "call", ["create_execution_context", "cudaStreamBeginCapture", "cudaGraphInstantiate", "captured work"]
+    "call", ["create_execution_context", "bind", "cudaStreamBeginCapture", "cudaGraphInstantiate", "captured work"]
 )
 def test_where_decode_cannot_be_captured_it_runs_without_graphs(
-    steps: Steps, gpu: Gpu, expected: list[list[int]], call: str, caplog: pytest.LogCaptureFixture
+    steps: Steps,
+    gpu: Gpu,
+    expected: list[list[int]],
+    call: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if call == "captured work":
         gpu.tensorrt_refuses_capture = True
+    elif call == "bind":
+        session: Any = steps.engine._session
+        bind = Context.bind
+
+        def refuse(context: Context, *values: Any) -> None:
+            if context not in (session._prefill, session._decode._shared):
+                raise DeviceError("TensorRT refuses an address.")
+            bind(context, *values)
+
+        monkeypatch.setattr(Context, "bind", refuse)
     else:
         gpu.failures[call] = Error.cudaErrorInvalidValue
     with caplog.at_level(logging.WARNING):

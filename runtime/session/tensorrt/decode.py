@@ -71,10 +71,10 @@ class DecodeRunner:
     def _create(self, batch: int, shapes: Mapping[str, Shape], addresses: Mapping[str, int]) -> _Own | None:
         try:
             own = _Own(self._engine.create_context(DECODE, self._stream))
+            own.context.bind(shapes, addresses)
         except DeviceError as error:
-            self._give_up(error)
+            self._give_up(error)  # or every step would leave a context behind
             return None
-        own.context.bind(shapes, addresses)
         self._own[batch] = own
         return own
 
