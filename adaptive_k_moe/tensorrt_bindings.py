@@ -10,6 +10,9 @@ from math import prod
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 from adaptive_k_moe.policy import MAX_CHOICES, MAX_POLICIES
 
+ENGINE_NAME = "rank0.engine"
+"""The engine's file in its directory."""
+
 PROFILES = ("decode", "prefill")
 """The engine's optimization profiles, by index: one token for each sequence, and a chunk of one sequence."""
 

@@ -29,7 +29,7 @@ DATA_TYPES = {
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
 }
-_NUMPY_TYPES: dict[str, np.dtype[Any]] = {
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -119,9 +119,9 @@ class GraphBuilder:
         for piece in pieces:
             if dtype == "float16":
                 require_float16(name, piece)
-            self._data.write(np.ascontiguousarray(piece, dtype=_NUMPY_TYPES[dtype]).view(np.uint8).data)
+            self._data.write(np.ascontiguousarray(piece, dtype=NUMPY_TYPES[dtype]).view(np.uint8).data)
         length = self._data.tell() - offset
-        expected = int(np.prod(shape)) * _NUMPY_TYPES[dtype].itemsize // (2 if dtype == "int4" else 1)
+        expected = int(np.prod(shape)) * NUMPY_TYPES[dtype].itemsize // (2 if dtype == "int4" else 1)
         if length != expected:
             raise AssertionError(f"weight {name} streamed {length} bytes instead of {expected}")
         tensor = TensorProto(name=name, data_type=DATA_TYPES[dtype], dims=list(shape))

@@ -20,6 +20,7 @@ from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_compiler
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.tensorrt_bindings import (
+    ENGINE_NAME,
     ITEM_SIZES,
     PROFILES,
     Binding,
@@ -27,8 +28,6 @@ from adaptive_k_moe.tensorrt_bindings import (
     slots_that_cannot_be_bound,
 )
 from adaptive_k_moe.tensorrt_plugin import load_plugin
-
-ENGINE_NAME = "rank0.engine"
 
 CAPABILITIES = ("SM89", "SM120")
 """What a dry run compiles for: Ada and Blackwell."""

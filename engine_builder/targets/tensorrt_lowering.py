@@ -10,26 +10,16 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
 from adaptive_k_moe.engine_builder.graph import mamba_function, moe_function
-from adaptive_k_moe.engine_builder.graph.graph_builder import require_float16
+from adaptive_k_moe.engine_builder.graph.graph_builder import DATA_TYPES, NUMPY_TYPES, require_float16
 from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 from adaptive_k_moe.tensorrt_bindings import Binding, make_bindings
-
-TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "bfloat16": TensorProto.BFLOAT16,
-    "int32": TensorProto.INT32,
-    "int64": TensorProto.INT64,
-}
-_NUMPY_TYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 # What repeats the cache's heads for the query's; `Attention` does that itself.
 _SPREADING = ("Reshape", "Expand", "Unsqueeze")
@@ -142,7 +132,7 @@ def _use_dtype(proto: onnx.ModelProto, path: Path, dtype: str) -> None:
     """Give activations and weights the engine's dtype and leave float32 what has to be float32."""
     if dtype == "float32":
         return
-    graph, element = proto.graph, TYPES[dtype]
+    graph, element = proto.graph, DATA_TYPES[dtype]
     # Weights are used in the type that they are stored in, not widened.
     widened = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "Cast"}
     _replace_nodes(graph, [node for node in graph.node if node.op_type != "Cast"])
@@ -267,7 +257,7 @@ def _convert(tensor: TensorProto, path: Path, dtype: str) -> None:
     values = numpy_helper.to_array(tensor, str(path.parent))
     if dtype == "float16":
         require_float16(tensor.name, values)
-    tensor.CopyFrom(numpy_helper.from_array(values.astype(_NUMPY_TYPES[dtype]), tensor.name))
+    tensor.CopyFrom(numpy_helper.from_array(values.astype(NUMPY_TYPES[dtype]), tensor.name))
 
 
 def _replace_nodes(graph: onnx.GraphProto, nodes: Iterable[onnx.NodeProto]) -> None:
@@ -295,7 +285,7 @@ def _declare(graph: onnx.GraphProto, table: list[Binding]) -> None:
     for values, is_input in ((graph.input, True), (graph.output, False)):
         del values[:]
         values.extend(
-            helper.make_tensor_value_info(binding.name, TYPES[binding.dtype], binding.shape)
+            helper.make_tensor_value_info(binding.name, DATA_TYPES[binding.dtype], binding.shape)
             for binding in table
             if binding.is_input == is_input
         )

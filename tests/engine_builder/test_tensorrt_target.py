@@ -27,9 +27,10 @@ from onnx import TensorProto
 from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.build import dry_run
+from adaptive_k_moe.engine_builder.graph.graph_builder import DATA_TYPES
 from adaptive_k_moe.engine_builder.targets import tensorrt as target
 from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Tensor, require_bindings
-from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import TYPES, for_plugin
+from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_plugin
 from adaptive_k_moe.engine_config import BuildConfig, Dtype, PretrainedConfig, read_engine_config
 from adaptive_k_moe.errors import BuildError, DependencyError
 from adaptive_k_moe.tensorrt_bindings import PROFILES, Binding, make_bindings
@@ -137,7 +138,7 @@ def test_the_graph_for_the_plugin_gives_it_the_types_that_it_takes(shape: Shape,
     typed = onnx.shape_inference.infer_shapes(lowered.proto, strict_mode=True)
     types = {v.name: v.type.tensor_type.elem_type for v in [*typed.graph.value_info, *typed.graph.input]}
     types |= {initializer.name: initializer.data_type for initializer in typed.graph.initializer}
-    own, f32, i32 = TYPES[dtype], TensorProto.FLOAT, TensorProto.INT32
+    own, f32, i32 = DATA_TYPES[dtype], TensorProto.FLOAT, TensorProto.INT32
     proto = for_plugin(lowered.proto)
     assert not proto.functions
     nodes = [node for node in proto.graph.node if node.op_type == "AdaptiveKMoe"]
@@ -161,7 +162,7 @@ def test_the_graph_for_the_plugin_gives_mamba_the_types_that_it_takes(dtype: Dty
     types = {v.name: v.type.tensor_type.elem_type for v in (*typed.graph.value_info, *typed.graph.input)}
     types |= {v.name: v.type.tensor_type.elem_type for v in typed.graph.output}
     types |= {initializer.name: initializer.data_type for initializer in typed.graph.initializer}
-    own, f32, i32 = TYPES[dtype], TensorProto.FLOAT, TensorProto.INT32
+    own, f32, i32 = DATA_TYPES[dtype], TensorProto.FLOAT, TensorProto.INT32
     graph = for_plugin(lowered.proto).graph
     nodes = [node for node in graph.node if node.op_type == "Mamba2"]
     assert len(nodes) == 2

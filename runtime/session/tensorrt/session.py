@@ -27,13 +27,12 @@ from adaptive_k_moe.runtime.session.tensorrt.plan import (
 from adaptive_k_moe.runtime.session.tensorrt.slots import SlotMap
 from adaptive_k_moe.tensorrt_bindings import (
     ALIGNMENT,
+    ENGINE_NAME,
     ITEM_SIZES,
     Binding,
     make_bindings,
     slots_that_cannot_be_bound,
 )
-
-ENGINE_NAME = "rank0.engine"
 
 # Bytes for the logits of prompts; a chunk that asks for more takes several executions.
 _LOGITS_BYTES = 64 << 20
