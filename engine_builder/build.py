@@ -237,6 +237,8 @@ def _plan(
             raise BuildError("--use_weight_only is for --target tensorrt or onnx: openvino has no int8 or int4 yet.")
         quantization = plan_weight_only(model, weight_only_precision, group_size)
         model = model.model_copy(update={"quantization": quantization})
+    elif group_size is not None:
+        raise BuildError("group_size is for --use_weight_only with --weight_only_precision int4.")
     build_config = _build_config(model, target, sizes)
     return _Plan(source, architecture, model, build_config)
 

@@ -28,10 +28,11 @@ from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.build import dry_run
 from adaptive_k_moe.engine_builder.checkpoint import HfConfig
 from adaptive_k_moe.engine_builder.graph import GraphBuilder, weight_only
+from adaptive_k_moe.engine_builder.graph.graph_builder import DATA_TYPES
 from adaptive_k_moe.engine_builder.graph.weight_only import quantise
 from adaptive_k_moe.engine_builder.models import architecture_of
 from adaptive_k_moe.engine_builder.targets import tensorrt as target
-from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import TYPES, for_compiler, for_plugin
+from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_compiler, for_plugin
 from adaptive_k_moe.engine_config import Dtype, QuantizationConfig, read_engine_config
 from adaptive_k_moe.errors import BuildError
 
@@ -252,7 +253,7 @@ def test_the_plugin_gets_integers_and_scales_of_its_own_type(
         ):
             assert tensors[weight].data_type == TensorProto.INT8
             assert list(tensors[weight].dims) == [moe.num_experts, rows, row * bits // 8]
-            assert tensors[scale].data_type == TYPES[dtype]
+            assert tensors[scale].data_type == DATA_TYPES[dtype]
             assert list(tensors[scale].dims) == [moe.num_experts, rows, row // (group or row)]
     # Integers are all that is multiplied but for head, router and the shared expert's gate.
     left = Counter(
@@ -411,3 +412,10 @@ def test_a_broken_weight_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(BuildError, match=r"layers\.1\.self_attn\.o_proj\.weight has values that are not finite"):
         build(checkpoint, tmp_path / "engine", target="onnx", weight_only_precision="int8", **SIZES)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_groups_of_weights_that_are_not_quantised_are_refused(tmp_path: Path) -> None:
+    checkpoint = make_mixtral(tmp_path / "checkpoint", num_hidden_layers=1)
+    with pytest.raises(BuildError, match="group_size is for --use_weight_only"):
+        build(checkpoint, tmp_path / "engine", target="onnx", group_size=32)
+    assert not (tmp_path / "engine").exists()
