@@ -17,7 +17,14 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
 from adaptive_k_moe.calibration.laboratory import Budget, Kind, Laboratory, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces, can_collect, collect_routers
-from adaptive_k_moe.calibration.search import ADAPTIVE_KINDS, ROUTER_KINDS, Search, best_of, default_k_values
+from adaptive_k_moe.calibration.search import (
+    ADAPTIVE_KINDS,
+    ROUTER_KINDS,
+    STATIC_KINDS,
+    Search,
+    best_of,
+    default_k_values,
+)
 from adaptive_k_moe.calibration.timing import Timing, time_policies
 from adaptive_k_moe.calibration.traces import EvaluationCache, Traces, collect, engine_fingerprint
 from adaptive_k_moe.calibration.windows import Windows
@@ -26,19 +33,7 @@ from adaptive_k_moe.policy import Policy
 Report = Callable[[str, int, int | None], None]
 """Progress: what is being done, how much of it, and of how much (None: not known before)."""
 
-CURVE_KINDS: tuple[Kind, ...] = (
-    "static",
-    "static_per_layer",
-    "random",
-    "entropy",
-    "entropy_per_layer",
-    "top_p",
-    "top_p_per_layer",
-    "ratio",
-    "ratio_per_layer",
-    "contribution",
-    "contribution_per_layer",
-)
+CURVE_KINDS: tuple[Kind, ...] = (*STATIC_KINDS, "random", *ADAPTIVE_KINDS)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from adaptive_k_moe.calibration.traces import engine_fingerprint, open_arrays, r
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.engine_config import MoeConfig
 from adaptive_k_moe.policy import KIND_ENTROPY
+from adaptive_k_moe.runtime.session.expert_load import moe_operators
 from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ FORMAT = 1
 DECIMALS = 4
 """Norms are rounded before anything is measured with them, so that the policy file says what was measured."""
 
-_OPERATOR = "AdaptiveKMoe"
 _PROBED = {"hidden_states": 0, "router_logits": 1}
 _UP, _DOWN, _CORRECTION_BIAS = 6, 7, 8
 
@@ -200,7 +200,7 @@ class RouterProbe(OpenVinoSession):
         )
 
     def _prepare(self, graph: Any) -> None:
-        operators = [node for node in graph.get_ordered_ops() if node.get_type_name() == _OPERATOR]
+        operators = moe_operators(graph)
         self._weights = [_ExpertWeights(node, self._config.pretrained_config.moe) for node in operators]
         for layer, node in enumerate(operators):
             for name, index in _PROBED.items():

@@ -147,7 +147,7 @@ class Search:
             case "entropy":
                 families = entropy_families(self._entropy, self.k_values)
             case "random":
-                families = [random_family(lowest, seed) for seed in range(1)]
+                families = [random_family(lowest, seed=0)]
             case _:
                 families = [self._one_number_family(kind)]
         return best_of([solve(laboratory, family, budget) for family in families], budget)

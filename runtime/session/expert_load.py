@@ -20,6 +20,11 @@ class CountsExperts(Protocol):
         """[L, E] tokens that each expert has run for since the session was opened; from any thread."""
 
 
+def moe_operators(graph: Any) -> list[Any]:
+    """The nodes of an OpenVINO graph's MoE layers, in order."""
+    return [node for node in graph.get_ordered_ops() if node.get_type_name() == _OPERATOR]
+
+
 class ExpertLoad:
     """The counters of an OpenVINO graph's experts. Graphs need not be built for it.
 
@@ -32,7 +37,7 @@ class ExpertLoad:
         import openvino
         from openvino import opset13
 
-        operators = [node for node in graph.get_ordered_ops() if node.get_type_name() == _OPERATOR]
+        operators = moe_operators(graph)
         names = [f"expert_load.{layer}" for layer in range(len(operators))]
         parameters = []
         for node, name in zip(operators, names, strict=True):

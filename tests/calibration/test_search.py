@@ -11,12 +11,13 @@ import pytest
 
 from adaptive_k_moe.calibration.by_layer import Damage, entropy_plan, static_path
 from adaptive_k_moe.calibration.calibrate import check_budget
+from adaptive_k_moe.calibration.commands.calibrate import KINDS
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Scores
 from adaptive_k_moe.calibration.families import choices_at, shapes
 from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces
-from adaptive_k_moe.calibration.search import Search, check_k_values, default_k_values
+from adaptive_k_moe.calibration.search import ADAPTIVE_KINDS, STATIC_KINDS, Search, check_k_values, default_k_values
 from adaptive_k_moe.calibration.solve import solve
 from adaptive_k_moe.policy import EntropyPolicy, FixedPolicy, Policy, RatioPolicy
 
@@ -53,6 +54,10 @@ class FormulaLaboratory:
 
     def full(self) -> Measured:
         return self.measure(static(FULL_K))
+
+
+def test_the_command_names_every_kind_that_can_be_found() -> None:
+    assert (*ADAPTIVE_KINDS, *STATIC_KINDS) == KINDS
 
 
 @pytest.fixture
