@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adaptive_k_moe.errors import EngineError
 from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies
-from adaptive_k_moe.validation import first_error
+from adaptive_k_moe.validation import describe_first_error
 
 ENGINE_VERSION = "1"
 """Version of the engine directory's format; an engine of another version is refused."""
@@ -325,8 +325,7 @@ def read_engine_config(engine_dir: str | Path, *, verify_files: bool = True) -> 
     try:
         config = EngineConfig.model_validate(content)
     except ValidationError as error:
-        where, message = first_error(error)
-        raise EngineError(f"{directory / CONFIG_NAME}: {where}: {message}.") from None
+        raise EngineError(f"{directory / CONFIG_NAME}: {describe_first_error(error)}.") from None
     for name, entry in config.files.items():
         _check_file(directory / name, entry, verify_hash=verify_files)
     return config

@@ -31,7 +31,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adaptive_k_moe.errors import PolicyError
-from adaptive_k_moe.validation import first_error
+from adaptive_k_moe.validation import describe_first_error
 
 FULL = "full"
 """Name of the policy that runs the trained top-k for every token; it exists in every engine."""
@@ -418,8 +418,7 @@ def parse_policy_set(content: Any, source: str) -> PolicySet:
     try:
         return PolicySet.model_validate(content)
     except ValidationError as error:
-        where, message = first_error(error)
-        raise PolicyError(f"{source}: {where + ': ' if where else ''}{message}.") from None
+        raise PolicyError(f"{source}: {describe_first_error(error)}.") from None
 
 
 def read_policy_file(path: str | Path) -> PolicySet:

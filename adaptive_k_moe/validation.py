@@ -11,3 +11,8 @@ def first_error(error: ValidationError) -> tuple[str, str]:
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "it must be")
     return ".".join(str(part) for part in first["loc"]), message
+
+
+def describe_first_error(error: ValidationError) -> str:
+    """The first error with its place, if it has one, before it; without a full stop."""
+    return ": ".join(filter(None, first_error(error)))

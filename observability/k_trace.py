@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adaptive_k_moe.errors import RequestError
-from adaptive_k_moe.validation import first_error
+from adaptive_k_moe.validation import describe_first_error
 
 if TYPE_CHECKING:
     from adaptive_k_moe.runtime import LLM
@@ -115,7 +115,7 @@ class KTrace(_Model):
         except OSError as error:
             raise RequestError(f"cannot read the trace {path}: {error.strerror}.") from None
         except ValidationError as error:
-            raise RequestError(f"{path} is no trace of k: {first_error(error)}.") from None
+            raise RequestError(f"{path} is no trace of k: {describe_first_error(error)}.") from None
 
     def save(self, path: str | Path) -> None:
         """Write the trace to a file, whole or not at all.

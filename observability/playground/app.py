@@ -24,7 +24,7 @@ from adaptive_k_moe.client import AsyncClient
 from adaptive_k_moe.errors import AdaptiveKError
 from adaptive_k_moe.observability.playground.answers import Question, stream_answer
 from adaptive_k_moe.observability.playground.server_metrics import read_metrics
-from adaptive_k_moe.validation import first_error
+from adaptive_k_moe.validation import describe_first_error
 
 STATIC = Path(__file__).parent / "static"
 
@@ -82,8 +82,7 @@ class Playground:
         try:
             question = Question.model_validate_json(await _body(request))
         except ValidationError as error:
-            where, message = first_error(error)
-            return _refusal(f"{': '.join(filter(None, (where, message)))}.", 400)
+            return _refusal(f"{describe_first_error(error)}.", 400)
         except AdaptiveKError as error:
             return _refusal(str(error), 413)
         return StreamingResponse(stream_answer(self.client, question), media_type="text/event-stream")

@@ -100,8 +100,9 @@ def test_a_narrow_terminal_and_colours(
     [
         (["--engine_dir", "x"], "--engine_dir needs a --prompt"),
         (["--open", "missing.json"], "cannot read the trace missing.json"),
-        (["--open", "bad.json"], "bad.json is no trace of k"),
-        (["--open", "uneven.json"], "its tokens have different numbers of layers"),
+        (["--open", "bad.json"], "bad.json is no trace of k: Invalid JSON: "),
+        (["--open", "uneven.json"], "uneven.json is no trace of k: its tokens have different numbers of layers.\n"),
+        (["--open", "negative.json"], "negative.json is no trace of k: tokens.0.id: it must be greater than or equal"),
         (["--open", "good.json", "--token", "1"], "--token is 1, but the trace has tokens 0 to 0"),
         (["--open", "good.json", "--output", "no/where.json"], "cannot write the trace no/where.json"),
         (["--engine_dir", "x", "--prompt", "y"], "x"),
@@ -118,6 +119,7 @@ def test_bad_input_is_one_sentence(
     head = {"model": "m", "policy": "p", "num_experts": 8, "full_k": 2}
     one = {"id": 1, "text": "a", "part": "prompt", "k": [1], "entropy": [0.1]}
     Path("bad.json").write_text("{")
+    Path("negative.json").write_text(json.dumps({**head, "tokens": [{**one, "id": -1}]}))
     Path("good.json").write_text(json.dumps({**head, "tokens": [one]}))
     Path("uneven.json").write_text(json.dumps({**head, "tokens": [one, {**one, "k": [1, 2]}]}))
     assert main(["trace", *arguments]) == 1
