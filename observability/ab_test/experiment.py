@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -218,11 +217,6 @@ class Experiment:
     def is_scored(self, request_id: str) -> bool:
         """Whether a request is of those whose quality is measured."""
         return fraction(self.name, "score", request_id) < self.score_share
-
-
-def parse_variants(texts: Sequence[str]) -> tuple[Variant, ...]:
-    """Variants from "NAME=policy[:weight]" each."""
-    return tuple(Variant.parse(text) for text in texts)
 
 
 def _checked_name(kind: str, name: str) -> str:

@@ -94,11 +94,11 @@ class ScoreRecord:
 
 def record_of(output: RequestOutput, enrollment: Enrollment) -> RequestRecord:
     """The record of an enrolled request's last output."""
+    from adaptive_k_moe.observability.recorder import outcome_of
+
     metrics = output.metrics
     ended = metrics.finished_time if metrics.finished_time is not None else time.monotonic()
     first = metrics.first_token_time
-    reasons = {completion.finish_reason for completion in output.outputs}
-    outcome = next((reason for reason in ("error", "cancelled", "length") if reason in reasons), "stop")
     avg_k = output.avg_k
     return RequestRecord(
         experiment=enrollment.experiment,
@@ -106,7 +106,7 @@ def record_of(output: RequestOutput, enrollment: Enrollment) -> RequestRecord:
         unit=enrollment.unit,
         counted=enrollment.counted,
         request_id=output.request_id,
-        outcome=outcome,
+        outcome=outcome_of(output),
         finished_at=time.time(),
         latency_seconds=ended - metrics.arrival_time,
         ttft_seconds=None if first is None else first - metrics.arrival_time,
