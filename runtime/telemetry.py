@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -150,14 +151,17 @@ class Observers:
 
     def __init__(self) -> None:
         self._observers: tuple[Observer, ...] = ()
+        self._lock = threading.Lock()
 
     def add(self, observer: Observer) -> None:
         """Tell this observer too, from now on."""
-        self._observers = (*self._observers, observer)
+        with self._lock:
+            self._observers = (*self._observers, observer)
 
     def remove(self, observer: Observer) -> None:
         """Tell this observer no more; harmless if it is not told."""
-        self._observers = tuple(other for other in self._observers if other is not observer)
+        with self._lock:
+            self._observers = tuple(other for other in self._observers if other is not observer)
 
     def __bool__(self) -> bool:
         return bool(self._observers)

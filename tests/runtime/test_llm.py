@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ from adaptive_k_moe.runtime import (
 )
 from adaptive_k_moe.runtime.llm import _watchers, watch_llms
 
+from waiting import eventually
+
 FOREVER = SamplingParams(max_tokens=50, end_id=-1)
 
 
@@ -45,13 +47,6 @@ def open_llm(session: ToySession | None = None, *, policies: PolicyTables | None
 def llm() -> Iterator[LLM]:
     with open_llm() as llm:
         yield llm
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
 
 
 def engine_threads() -> list[threading.Thread]:
@@ -149,7 +144,7 @@ def test_abort_ends_a_request_early_and_frees_its_blocks() -> None:
         output = handle.result(5)
         assert output.outputs[0].finish_reason == "cancelled"
         assert len(output.outputs[0].token_ids) < 50
-        wait_until(lambda: llm.stats().kv_blocks_used == 0)
+        assert eventually(lambda: llm.stats().kv_blocks_used == 0)
         handle.abort()
         assert llm.stats().cancellations_total == 1
 
@@ -189,7 +184,7 @@ def test_a_forgotten_llm_ends_its_thread_and_not_its_requests() -> None:
     assert len(handle.result(5).outputs[0].token_ids) == 50
     del handle
     gc.collect()
-    wait_until(lambda: len(engine_threads()) == before and session.closed == 1)
+    assert eventually(lambda: len(engine_threads()) == before and session.closed == 1)
 
 
 def test_an_idle_engine_sleeps(llm: LLM) -> None:
@@ -359,7 +354,7 @@ def test_observers_and_stats_count_the_same(llm: LLM) -> None:
     watcher = _Watcher()
     llm.add_observer(watcher)
     llm.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=6, end_id=-1))
-    wait_until(lambda: len(watcher.steps) == llm.stats().steps_total)
+    assert eventually(lambda: len(watcher.steps) == llm.stats().steps_total)
     stats = llm.stats()
     assert isinstance(stats, EngineStats)
     assert stats.prompt_tokens_total == sum(step.num_prefill_tokens for step in watcher.steps) == 5
