@@ -110,9 +110,8 @@ cuda::MambaShape make_mamba_shape(const MambaParams& params, const std::vector<D
   const cpu::MambaSizes sizes = cpu::check_mamba_shapes(params, given);
   if (sizes.heads < 0 || sizes.head_dim < 0 || sizes.state_size < 0 || sizes.taps < 0)
     fail(
-        "the heads, their width, the state's size and the convolution's taps must be known when "
-        "the "
-        "engine is built");
+        "the heads, their width, the state's size and the convolution's taps must be "
+        "known when the engine is built");
   cuda::MambaShape shape;
   shape.tokens = sizes.tokens < 0 ? 0 : sizes.tokens;
   shape.sequences = narrow("number of sequences", sizes.sequences);

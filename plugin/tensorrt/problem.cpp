@@ -10,6 +10,7 @@ namespace adaptive_k::tensorrt {
 namespace {
 
 using nvinfer1::DataType;
+
 std::string text(const Dimensions& shape) {
   std::string out = "[";
   for (size_t i = 0; i < shape.size(); ++i)
