@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from adaptive_k_moe.errors import ServerError
 
@@ -58,14 +59,18 @@ class ObservationOptions:
         file_handler(self.request_log).close()
 
     def to_parameters(self) -> dict[str, str]:
-        """As parameters of a model's configuration; what is left at its default is left out."""
+        """As parameters of a model's configuration; what is left at its default is left out.
+
+        Paths are made absolute: the model's process has another working directory.
+        """
+        log = self.request_log
         given = {
-            "request_log": self.request_log or "",
+            "request_log": log if log == STANDARD_OUTPUT else _absolute(log),
             "log_prompts": "true" if self.log_prompts else "",
             "log_sample": "" if self.sample == 1.0 else repr(self.sample),
             "log_max_bytes": str(self.max_bytes or ""),
             "otlp_endpoint": self.otlp_endpoint or "",
-            "ab_db": self.ab_db or "",
+            "ab_db": _absolute(self.ab_db),
         }
         return {name: value for name, value in given.items() if value}
 
@@ -87,3 +92,7 @@ class ObservationOptions:
             )
         except ValueError as error:
             raise ServerError(f"a parameter of the model's config.pbtxt is no number: {error}.") from None
+
+
+def _absolute(path: str | None) -> str:
+    return str(Path(path).absolute()) if path else ""

@@ -74,21 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until asked to stop; 0 if that is how it ended."""
-    from adaptive_k_moe.model_repository.observation_options import STANDARD_OUTPUT, ObservationOptions
+    from adaptive_k_moe.model_repository.observation_options import ObservationOptions
     from adaptive_k_moe.model_repository.server import TritonServer
 
     stop_asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop_asked.set())
-    log = args.log_requests
     observation = ObservationOptions(
-        # The model's process may have another working directory.
-        request_log=log if log is None or log == STANDARD_OUTPUT else str(Path(log).absolute()),
+        request_log=args.log_requests,
         log_prompts=args.log_prompts,
         sample=args.log_sample,
         max_bytes=args.log_max_bytes,
         otlp_endpoint=args.otlp_endpoint,
-        ab_db=None if args.ab_db is None else str(args.ab_db.absolute()),
+        ab_db=None if args.ab_db is None else str(args.ab_db),
     )
     server = TritonServer(
         args.engine_dir,

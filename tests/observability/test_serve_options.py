@@ -110,11 +110,14 @@ def test_bad_options_are_one_sentence(
 
 def test_options_survive_the_models_configuration() -> None:
     options = ObservationOptions(
-        request_log="a log", log_prompts=True, sample=0.125, max_bytes=5, otlp_endpoint="http://[::1]:4317"
+        request_log="/a log", log_prompts=True, sample=0.125, max_bytes=5, otlp_endpoint="http://[::1]:4317"
     )
     assert ObservationOptions.from_parameters(options.to_parameters()) == options
     assert ObservationOptions.from_parameters({}) == ObservationOptions()
     assert ObservationOptions().to_parameters() == {}
+    assert ObservationOptions(request_log="-").to_parameters() == {"request_log": "-"}
+    relative = ObservationOptions(request_log="log", ab_db="ab.db")  # of this process's folder, not of the server's
+    assert relative.to_parameters() == {"request_log": str(Path.cwd() / "log"), "ab_db": str(Path.cwd() / "ab.db")}
     with pytest.raises(ServerError, match="is no number"):
         ObservationOptions.from_parameters({"log_sample": "half"})
 
