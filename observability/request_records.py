@@ -35,6 +35,7 @@ class RequestRecords(Observer):
         self._waiting: queue.Queue[RequestOutput | Refusal | None] = queue.Queue(most_waiting)
         self._num_dropped = 0
         self._drop_lock = threading.Lock()
+        self._closed = False
         self._thread = threading.Thread(target=self._run, name="adaptive-k-records", daemon=True)
         self._thread.start()
 
@@ -52,11 +53,12 @@ class RequestRecords(Observer):
         self._put(refusal)
 
     def close(self, timeout: float | None = None) -> None:
-        """Record what waits, and end the thread.
+        """Record what waits, and end the thread; requests that end later are not recorded.
 
         Args:
             timeout: seconds to wait at most; None waits until all is recorded.
         """
+        self._closed = True
         try:
             self._waiting.put(None, timeout=timeout)
         except queue.Full:
@@ -64,6 +66,8 @@ class RequestRecords(Observer):
         self._thread.join(timeout)
 
     def _put(self, event: RequestOutput | Refusal) -> None:
+        if self._closed:  # nobody would take it out again
+            return
         try:
             self._waiting.put_nowait(event)
         except queue.Full:

@@ -141,6 +141,7 @@ class ABService(Observer):
         self._closing.set()
         self._put(None)  # wakes the thread
         self._thread.join(_CLOSE_SECONDS)
+        self._llm.remove_observer(self)
 
     def _put(self, record: RequestRecord | ScoreRecord | RequestOutput | None) -> None:
         try:
