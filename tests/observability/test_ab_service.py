@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,8 @@ from adaptive_k_moe.observability.ab_test.experiment import Experiment, Variant
 from adaptive_k_moe.observability.ab_test.service import ABService
 from adaptive_k_moe.observability.ab_test.store import Store
 from adaptive_k_moe.runtime import LLM, RequestOutput, SamplingParams
+
+from waiting import eventually
 
 VARIANTS = ["control=full", "less=top1"]
 PROMPTS = ["And it came to pass", "the router", "import os", "two of eight experts", "class", "for each token"]
@@ -61,15 +62,6 @@ def run(llm: LLM) -> Iterator[Callable[..., Running]]:
             return running
 
         yield start
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def counts(path: Path) -> int:

@@ -25,6 +25,8 @@ from adaptive_k_moe.model_repository.observation_options import ObservationOptio
 from adaptive_k_moe.observability.ab_test.abtest import ABTest
 from adaptive_k_moe.observability.ab_test.store import Store
 
+from waiting import eventually
+
 WORDS = str.split("the router chose two experts of eight and it came to pass that a token went its way")
 
 
@@ -74,15 +76,6 @@ def experiment(ab_db: Path, client: Client, request: pytest.FixtureRequest) -> I
 
 def ask(client: Client, prompt: str = "the", **options: Any) -> Completion:
     return client.generate(prompt, **{"max_tokens": 1, "end_id": -1, "return_k": False, **options})
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 15.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def rows(path: Path, sql: str) -> list[Any]:
