@@ -49,9 +49,9 @@ COMMANDS = {
     "trace": _Command("adaptive_k_moe.observability.commands.trace", "show how many experts each token runs"),
     "client": _Command("adaptive_k_moe.client.commands.client", "ask a running server"),
     "playground": _Command(
-        "adaptive_k_moe.observability.commands.playground", "a page in the browser to try a running server"
+        "adaptive_k_moe.observability.commands.playground", "try a running server on a page in the browser"
     ),
-    "ab": _Command("adaptive_k_moe.observability.commands.ab", "A/B tests of policies on running servers"),
+    "ab": _Command("adaptive_k_moe.observability.commands.ab", "compare policies on running servers by A/B tests"),
 }
 
 # The extra that brings what a subpackage imports, for the sentence when it is missing.

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--url", default="localhost:8001", metavar="HOST:PORT", help="the server's gRPC address")
-    parser.add_argument("--model_name", default="ensemble", metavar="NAME", help="the served model")
+    parser.add_argument(
+        "--url", default="localhost:8001", metavar="HOST:PORT", help="the server's gRPC address (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--model_name", default="ensemble", metavar="NAME", help="the served model (default: %(default)s)"
+    )
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from; - reads standard input")
     parser.add_argument(
         "--apply_chat_template",

@@ -17,13 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their options."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     start = actions.add_parser("start", help="start a test; servers with this --ab_db take it up within seconds")
-    status = actions.add_parser("status", help="what a test has shown so far")
+    status = actions.add_parser("status", help="show what a test has shown so far")
     stop = actions.add_parser("stop", help="end a test: requests follow the default policy again")
     for action in (start, status, stop):
         action.add_argument("--db", type=Path, required=True, metavar="FILE", help="the database of A/B tests")
     for action, what in (
         (status, "the test (default: the one started last)"),
-        (stop, "the test (default: the running)"),
+        (stop, "the test (default: the running one)"),
     ):
         action.add_argument("--experiment", metavar="NAME", help=what)
     start.add_argument(
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="NAME=POLICY[:WEIGHT]",
-        help="at least two; the control is the one named control, or the first",
+        help="one arm; give two or more: the control is the one named control, or the first",
     )
     start.add_argument(
         "--guardrail",

@@ -8,11 +8,15 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--url", default="localhost:8001", metavar="HOST:PORT", help="the server's gRPC address")
+    parser.add_argument(
+        "--url", default="localhost:8001", metavar="HOST:PORT", help="the server's gRPC address (default: %(default)s)"
+    )
     parser.add_argument(
         "--metrics_url", metavar="HOST:PORT", help="the server's metrics (default: port 8002 of the same host)"
     )
-    parser.add_argument("--model_name", default="ensemble", metavar="NAME", help="the served model")
+    parser.add_argument(
+        "--model_name", default="ensemble", metavar="NAME", help="the served model (default: %(default)s)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address of the page (default: %(default)s)")
     parser.add_argument(
         "--port", type=int, default=8080, metavar="PORT", help="of the page; 0 picks a free one (default: %(default)s)"
