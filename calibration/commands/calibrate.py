@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Calibrate, write the policy file and the report, and print the table."""
     from adaptive_k_moe.calibration.calibrate import calibrate
-    from adaptive_k_moe.calibration.commands.progress import progress_bar
+    from adaptive_k_moe.engine_builder.commands.console import progress_bar
 
     if args.bands < 2:
         from adaptive_k_moe.calibration.errors import CalibrationError
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         raise CalibrationError(f"{args.bands} bands cannot rank tokens by their entropy: give --bands 2 or more.")
     work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
     known = _known_policies(args.output)
-    with progress_bar() as report:
+    with progress_bar("opening") as report:
         engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report)
         evaluator = _open(engine_dir, args.num_threads)
         with evaluator:

@@ -30,14 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print the tables."""
-    from adaptive_k_moe.calibration.commands.progress import progress_bar
     from adaptive_k_moe.calibration.evaluation import evaluate
     from adaptive_k_moe.calibration.evaluator import Evaluator
     from adaptive_k_moe.calibration.traces import write_json
     from adaptive_k_moe.calibration.windows import make_windows, read_text
+    from adaptive_k_moe.engine_builder.commands.console import progress_bar
 
     texts = {str(path): read_text(path) for path in args.text}
-    with progress_bar() as report:
+    with progress_bar("opening") as report:
         with Evaluator(args.engine_dir, num_threads=args.num_threads) as evaluator:
             build = evaluator.config.build_config
             window = args.window or min(256, build.max_seq_len, build.max_num_tokens)

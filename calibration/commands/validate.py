@@ -40,7 +40,6 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from adaptive_k_moe.calibration import validation
-    from adaptive_k_moe.calibration.commands.progress import progress_bar
     from adaptive_k_moe.calibration.engines import engine_of
     from adaptive_k_moe.calibration.entropy import BITS, EntropyRule, seed_rule
     from adaptive_k_moe.calibration.errors import CalibrationError
@@ -49,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from adaptive_k_moe.calibration.traces import write_json
     from adaptive_k_moe.calibration.windows import make_windows
     from adaptive_k_moe.engine_builder.checkpoint import HfConfig
+    from adaptive_k_moe.engine_builder.commands.console import progress_bar
     from adaptive_k_moe.engine_builder.models import architecture_of
     from adaptive_k_moe.errors import BuildError, CheckpointError
     from adaptive_k_moe.runtime.tokenizer import Tokenizer
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise CalibrationError("--thresholds and --k belong together: give both or neither.")
     tokenizer = Tokenizer.from_dir(args.checkpoint_dir)
     windows = {name: make_windows(tokenizer, {name: text}, args.window) for name, text in texts.items()}
-    with progress_bar() as report, tempfile.TemporaryDirectory() as temporary:
+    with progress_bar("opening") as report, tempfile.TemporaryDirectory() as temporary:
         report("opening the checkpoint", 0, None)
         model = HookedModel(args.checkpoint_dir)
         full_k = top_k_of(model.model.config)

@@ -10,8 +10,11 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on the error stream where that is a terminal; called with a part, the parts done and their number."""
+def progress_bar(title: str) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A bar on the error stream where that is a terminal.
+
+    Called with what is being done, how much of it is done, and of how much (None: not known).
+    """
     from rich.console import Console
     from rich.progress import Progress
 
