@@ -79,6 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Calibrate, write the policy file and the report, and print the table."""
     from adaptive_k_moe.calibration.calibrate import calibrate
+    from adaptive_k_moe.calibration.traces import write_text
     from adaptive_k_moe.engine_builder.commands.console import progress_bar
 
     if args.bands < 2:
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
         raise CalibrationError(f"{args.bands} bands cannot rank tokens by their entropy: give --bands 2 or more.")
     work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
     known = _known_policies(args.output)
     with progress_bar("opening") as report:
         engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report)
@@ -108,13 +110,12 @@ def run(args: argparse.Namespace) -> int:
                 timing_rounds=args.timing_rounds,
                 report=report,
             )
+            write_text(args.output, policy_text(_policy_file(known, result, evaluator, args)))
             if args.report:
                 from adaptive_k_moe.calibration.report import write_report
 
                 report("drawing the report", 0, None)
                 write_report(args.report, result, evaluator)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(policy_text(_policy_file(known, result, evaluator, args)), encoding="utf-8")
     print(table(result))
     names = result.chosen.name if args.no_opponent else f"{result.chosen.name} and {result.opponent.name}"
     print(f"{names} written to {args.output}")

@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from adaptive_k_moe.calibration.windows import make_windows, read_text
     from adaptive_k_moe.engine_builder.commands.console import progress_bar
 
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
     texts = {str(path): read_text(path) for path in args.text}
     with progress_bar("opening") as report:
         with Evaluator(args.engine_dir, num_threads=args.num_threads) as evaluator:

@@ -56,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     texts = _texts(args.text)
     if (args.thresholds is None) != (args.k is None):
         raise CalibrationError("--thresholds and --k belong together: give both or neither.")
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
     tokenizer = Tokenizer.from_dir(args.checkpoint_dir)
     windows = {name: make_windows(tokenizer, {name: text}, args.window) for name, text in texts.items()}
     with progress_bar("opening") as report, tempfile.TemporaryDirectory() as temporary:

@@ -16,7 +16,7 @@ from adaptive_k_moe.cli import main
 def test_all_figures_of_all_policies(
     engine_dir: Path, some_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text, output = tmp_path / "text.txt", tmp_path / "eval.json"
+    text, output = tmp_path / "text.txt", tmp_path / "new" / "eval.json"
     text.write_text(some_text[:6000], encoding="utf-8")
     command = f"eval --engine_dir {engine_dir} --text {text} --window 64 --rounds 2 --batch 1 4 --output {output}"
     options = ["--adaptive_k_policy", "top1", "balanced"]
