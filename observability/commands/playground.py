@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     from adaptive_k_moe.observability.playground.app import Playground, create_app
     from adaptive_k_moe.observability.playground.web_server import serve
 
-    metrics_url = args.metrics_url or f"{args.url.rpartition(':')[0]}:8002"
+    metrics_url = args.metrics_url or default_metrics_url(args.url)
     playground = Playground(check_url(args.url), check_url(metrics_url), args.model_name)
     serve(
         create_app(playground, args.host),
@@ -38,3 +38,9 @@ def run(args: argparse.Namespace) -> int:
         lambda page: print(f"adaptive-k: playground at {page} for the server at {args.url}", flush=True),
     )
     return 0
+
+
+def default_metrics_url(url: str) -> str:
+    """Port 8002 of a gRPC address's host; of the first one, where the address is a list."""
+    first = url.partition(",")[0].removeprefix("ipv4:").removeprefix("ipv6:")
+    return f"{first.rpartition(':')[0]}:8002"

@@ -35,12 +35,18 @@ def serve(app: Starlette, host: str, port: int, on_ready: Callable[[str], None])
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
     )
     with _listen(host, port) as listener:
-        # uvicorn stops at these signals and then raises them again, for whoever listened before.
+        server = uvicorn.Server(config)
+
+        def stop(*_: object) -> None:
+            server.should_exit = True
+
+        # Whoever is told the address may end us before uvicorn takes these signals; once it has stopped at one, it
+        # raises it again for this handler.
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, stop)
         address = f"[{host}]" if ":" in host else host
         on_ready(f"http://{address}:{listener.getsockname()[1]}/")
-        uvicorn.Server(config).run(sockets=[listener])
+        server.run(sockets=[listener])
 
 
 def _listen(host: str, port: int) -> socket.socket:

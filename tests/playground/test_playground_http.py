@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -22,9 +23,11 @@ from adaptive_k_moe import cli
 from adaptive_k_moe.client import Client
 from adaptive_k_moe.errors import ClientError
 from adaptive_k_moe.model_repository import TritonServer
+from adaptive_k_moe.observability.commands.playground import default_metrics_url
 from adaptive_k_moe.observability.playground.answers import _piece
-from adaptive_k_moe.observability.playground.app import STATIC
+from adaptive_k_moe.observability.playground.app import STATIC, Playground, create_app
 from adaptive_k_moe.observability.playground.server_metrics import chart_numbers, read_metrics
+from adaptive_k_moe.observability.playground.web_server import serve
 
 from waiting import eventually
 
@@ -229,6 +232,29 @@ def test_a_port_in_use_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> No
     assert len(lines) == 3
     assert f"the port {port} of 127.0.0.1 cannot be used (Address already in use)" in lines[0]
     assert "70000" in lines[1] and "'nowhere' is not an address" in lines[2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_right_after_the_address_ends_it(number: signal.Signals) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        app = create_app(Playground("127.0.0.1:9", "127.0.0.1:9"))
+        serve(app, "127.0.0.1", 0, lambda _: signal.raise_signal(number))
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
+@pytest.mark.parametrize(
+    ("url", "metrics_url"),
+    [
+        ("localhost:8001", "localhost:8002"),
+        ("[::1]:9", "[::1]:8002"),
+        ("ipv4:10.0.0.1:8001,10.0.0.2:8011", "10.0.0.1:8002"),
+    ],
+)
+def test_the_metrics_are_those_of_the_first_host(url: str, metrics_url: str) -> None:
+    assert default_metrics_url(url) == metrics_url
 
 
 def test_the_help_needs_no_web_stack() -> None:
