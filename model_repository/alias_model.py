@@ -55,9 +55,9 @@ class AliasModel:
         self._thread.join()
 
     def _begin(self, *request: Any) -> None:
-        if self._relays:
+        for relay in self._relays[-1:]:  # the other thread may take it out at this moment
             try:
-                return self._relays[-1].begin(*request)
+                return relay.begin(*request)
             except ServerError:  # the other model was reloaded: it is there again, at a new socket
                 pass
         relay = RelayClient()
