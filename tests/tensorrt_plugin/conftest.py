@@ -1,17 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plugin's libraries, built once for all tests of this folder.
-
-TENSORRT_INCLUDE names a folder with TensorRT's own NvInfer.h, if there is one: the plugin is then built
-with it as well, and the same tests call that library through the stand-in header's interfaces.
-"""
+"""The plugin's libraries, built once for all tests of this folder."""
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from functools import partial
-from pathlib import Path
 
 import plugin_harness as h
 import pytest
@@ -20,41 +14,20 @@ import pytest
 sys.path.insert(0, str(h.REPOSITORY / "tests" / "plugin"))
 
 
-def real_headers() -> h.Headers | str:
-    """TensorRT's own headers, or why they are not used."""
-    folder = os.environ.get("TENSORRT_INCLUDE")
-    if not folder:
-        return "TENSORRT_INCLUDE does not name a folder with TensorRT's NvInfer.h"
-    if not (Path(folder) / "NvInfer.h").exists():
-        return f"TENSORRT_INCLUDE is {folder}, which has no NvInfer.h"
-    if h.cuda_include() is None:
-        return "TensorRT's headers include CUDA's, which are not here"
-    text = (Path(folder) / "NvInferVersion.h").read_text()
-    found = re.search(r"define (?:NV_TENSORRT_MAJOR|TRT_MAJOR_ENTERPRISE) (\d+)", text)
-    assert found, f"no version in {folder}/NvInferVersion.h"
-    return h.Headers(f"real{found[1]}", Path(folder), int(found[1]), ours=False)
-
-
-REAL = real_headers()
-HEADERS = {"own11": h.own_headers(11), "own10": h.own_headers(10)}
-if isinstance(REAL, h.Headers):
-    HEADERS["real"] = REAL
-
-
 @pytest.fixture(scope="session")
 def recording_libraries() -> dict[str, h.PluginLibrary]:
     """The plugin with the recording launcher, by the headers that it was built with."""
     recorder = [h.HERE / "recording_launcher.cpp"]
-    jobs = [partial(h.build_plugin, "recording", chosen, recorder) for chosen in HEADERS.values()]
+    jobs = [partial(h.build_plugin, "recording", chosen, recorder) for chosen in h.HEADERS.values()]
     jobs += [partial(h.build_harness, major) for major in (11, 10)]
     *plugins, eleven, ten = h.build_all(jobs)
     return {
         name: h.PluginLibrary(path, eleven if chosen.major == 11 else ten)
-        for (name, chosen), path in zip(HEADERS.items(), plugins, strict=True)
+        for (name, chosen), path in zip(h.HEADERS.items(), plugins, strict=True)
     }
 
 
-@pytest.fixture(params=list(HEADERS))
+@pytest.fixture(params=list(h.HEADERS))
 def library(request: pytest.FixtureRequest, recording_libraries: dict[str, h.PluginLibrary]) -> h.PluginLibrary:
     """The plugin with the recording launcher, its log empty and the launcher agreeable."""
     library = recording_libraries[request.param]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -69,6 +70,31 @@ def cuda_include() -> Path | None:
         if (place / "include" / "cuda_runtime_api.h").exists():
             return place / "include"
     return None
+
+
+def real_headers() -> Headers | str:
+    """TensorRT's own headers, or why they are not used.
+
+    TENSORRT_INCLUDE names a folder with its NvInfer.h, if there is one: the plugin is then built with it as well, and
+    the same tests call that library through the stand-in header's interfaces.
+    """
+    folder = os.environ.get("TENSORRT_INCLUDE")
+    if not folder:
+        return "TENSORRT_INCLUDE does not name a folder with TensorRT's NvInfer.h"
+    if not (Path(folder) / "NvInfer.h").exists():
+        return f"TENSORRT_INCLUDE is {folder}, which has no NvInfer.h"
+    if cuda_include() is None:
+        return "TensorRT's headers include CUDA's, which are not here"
+    text = (Path(folder) / "NvInferVersion.h").read_text()
+    found = re.search(r"define (?:NV_TENSORRT_MAJOR|TRT_MAJOR_ENTERPRISE) (\d+)", text)
+    assert found, f"no version in {folder}/NvInferVersion.h"
+    return Headers(f"real{found[1]}", Path(folder), int(found[1]), ours=False)
+
+
+REAL_HEADERS = real_headers()
+HEADERS = {"own11": own_headers(11), "own10": own_headers(10)}
+if isinstance(REAL_HEADERS, Headers):
+    HEADERS["real"] = REAL_HEADERS
 
 
 def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared: bool = True) -> Path:

@@ -13,7 +13,6 @@ import subprocess
 import sys
 from typing import Any
 
-import conftest
 import plugin_harness as h
 import pytest
 from plugin_harness import PluginLibrary
@@ -58,7 +57,7 @@ def all_of(told: list[list[Any]], what: str) -> list[Any]:
     return [value for key, value in told if key == what]
 
 
-@pytest.fixture(params=[name for name, headers in conftest.HEADERS.items() if headers.major == 11])
+@pytest.fixture(params=[name for name, headers in h.HEADERS.items() if headers.major == 11])
 def eleven(request: pytest.FixtureRequest, recording_libraries: dict[str, PluginLibrary]) -> PluginLibrary:
     """A library with the layout of TensorRT 11, which this TensorRT for RTX has."""
     return recording_libraries[request.param]
