@@ -393,6 +393,8 @@ class LLM:
         """End running requests as cancelled, free the engine and its thread; calling it twice is harmless."""
         self._finalizer.detach()
         self._worker.stop()
+        with _watch_lock:
+            _llms.discard(self)
 
     def __enter__(self) -> LLM:
         return self
@@ -404,7 +406,7 @@ class LLM:
 
 
 def watch_llms(watcher: Callable[[LLM], None]) -> None:
-    """Call `watcher` with each `LLM` of this process: with those that are there, and with each to come.
+    """Call `watcher` with each `LLM` of this process: with those that are open, and with each to come.
 
     It is called on the thread that opens the `LLM`, perhaps twice for one that is opened in this moment. What it
     raises is logged: whoever opens an `LLM` has nothing to do with it.

@@ -122,7 +122,7 @@ class Store:
                 self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
             try:
-                self._prepare()
+                self._prepare_unlocked()
             except BaseException:
                 self._connection.close()
                 raise
@@ -266,6 +266,18 @@ class Store:
             batch.finish()
 
     # How it is done
+
+    def _prepare_unlocked(self) -> None:
+        """Prepare, however many others do so at once: SQLite does not wait for locks while it turns to WAL."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                return self._prepare()
+            except sqlite3.OperationalError as error:
+                busy = error.sqlite_errorcode & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+                if not busy or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def _prepare(self) -> None:
         sql = self._connection

@@ -401,6 +401,10 @@ def test_who_watches_for_llms_sees_each_and_cannot_keep_one_from_opening(
         assert llm in seen
         with LLM.from_session(ToySession(), toy_config(), toy_policies()) as another:
             assert seen[-1] is another
+        _watchers.remove(watch)
+        seen.clear()
+        watch_llms(watch)
+        assert llm in seen and another not in seen  # it is closed
     finally:
         _watchers.remove(watch)
     assert "could not take one" in caplog.text
