@@ -25,9 +25,8 @@ from adaptive_k_moe.errors import ClientError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.observability.commands.playground import default_metrics_url
 from adaptive_k_moe.observability.playground.answers import _piece
-from adaptive_k_moe.observability.playground.app import STATIC, Playground, create_app
+from adaptive_k_moe.observability.playground.app import STATIC
 from adaptive_k_moe.observability.playground.server_metrics import chart_numbers, read_metrics
-from adaptive_k_moe.observability.playground.web_server import serve
 
 from waiting import eventually
 
@@ -236,13 +235,16 @@ def test_a_port_in_use_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_right_after_the_address_ends_it(number: signal.Signals) -> None:
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        app = create_app(Playground("127.0.0.1:9", "127.0.0.1:9"))
-        serve(app, "127.0.0.1", 0, lambda _: signal.raise_signal(number))
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)
+    code = (
+        "import signal\n"
+        "from adaptive_k_moe.observability.playground.app import Playground, create_app\n"
+        "from adaptive_k_moe.observability.playground.web_server import serve\n"
+        "app = create_app(Playground('127.0.0.1:9', '127.0.0.1:9'))\n"
+        f"serve(app, '127.0.0.1', 0, lambda _: signal.raise_signal({number.value}))\n"
+        "print('ended')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.stdout == "ended\n", done.stderr
 
 
 @pytest.mark.parametrize(
