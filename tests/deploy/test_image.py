@@ -5,6 +5,7 @@ commands run as far as they need no GPU and none of NVIDIA's images."""
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
@@ -128,6 +129,10 @@ def test_what_the_image_imports_is_what_it_has() -> None:
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc: the CUDA toolkit is not here")
+@pytest.mark.skipif(
+    not os.environ.get("ADAPTIVE_K_REQUIRE_CUDA") and importlib.util.find_spec("cutlass_library") is None,
+    reason="no CUTLASS: `make cuda` installs it",
+)
 def test_the_plugin_configures_from_what_was_copied(tmp_path: Path) -> None:
     """CMake stops at a source or a folder that is missing; NvInfer.h is that of the tests."""
     source = tmp_path / "src"
