@@ -1,13 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "adaptive_k_plugin.h"
 
-#include <algorithm>
-#include <stdexcept>
-#include <utility>
+#include <memory>
+#include <string>
 #include <vector>
 
 #include "guard.h"
-#include "log.h"
 
 namespace adaptive_k::tensorrt {
 namespace {
@@ -16,11 +14,6 @@ using nvinfer1::DataType;
 using nvinfer1::Dims;
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
-
-template <typename Result, typename Body>
-Result guarded(Result failed, const Body& body) noexcept {
-  return tensorrt::guarded(kPluginName, failed, body);
-}
 
 void check_outputs(int32_t num_outputs) {
   if (num_outputs != kNumOutputs)
@@ -49,24 +42,6 @@ void check_kernels_run(const Attributes& attributes, const cuda::MoeShape& shape
 }
 
 }  // namespace
-
-AdaptiveKPlugin::AdaptiveKPlugin(const Attributes& attributes, const char* plugin_namespace)
-    : attributes_(attributes),
-      plugin_namespace_(plugin_namespace),
-      description_(describe(attributes)) {}
-
-nvinfer1::IPluginCapability* AdaptiveKPlugin::getCapabilityInterface(
-    nvinfer1::PluginCapabilityType type) noexcept {
-  switch (type) {
-    case nvinfer1::PluginCapabilityType::kCORE:
-      return static_cast<nvinfer1::IPluginV3OneCore*>(this);
-    case nvinfer1::PluginCapabilityType::kBUILD:
-      return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
-    case nvinfer1::PluginCapabilityType::kRUNTIME:
-      return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
-  }
-  return nullptr;
-}
 
 nvinfer1::IPluginV3* AdaptiveKPlugin::clone() noexcept {
   return guarded<nvinfer1::IPluginV3*>(nullptr, [&]() -> nvinfer1::IPluginV3* {
@@ -135,12 +110,9 @@ bool AdaptiveKPlugin::supportsFormatCombination(int32_t pos, const DynamicPlugin
   return guarded(false, [&] {
     const Inputs inputs = find_inputs(attributes_, num_inputs);
     check_outputs(num_outputs);
-    if (pos < 0 || pos >= num_inputs + num_outputs)
-      fail("was asked for the format of tensor " + std::to_string(pos) + " of " +
-           std::to_string(num_inputs + num_outputs));
     // A combination that does not fit is no error: TensorRT tries several.
+    if (!is_linear(pos, in_out, num_inputs + num_outputs)) return false;
     const PluginTensorDesc& tensor = in_out[pos].desc;
-    if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
     if (pos == kHiddenStates) return allows_hidden_states(attributes_, tensor.type);
     return tensor.type == expected_type(inputs, attributes_, pos, in_out[kHiddenStates].desc.type);
   });
@@ -206,42 +178,9 @@ int32_t AdaptiveKPlugin::enqueue(const PluginTensorDesc* input_desc, const Plugi
     a.output = outputs[kOutput];
     a.k = static_cast<int32_t*>(outputs[kK]);
     a.entropy = static_cast<float*>(outputs[kEntropy]);
-    const cudaError_t status = cuda::launch(attributes_.params, shape_, a, workspace, stream);
-    if (status != cudaSuccess)
-      fail("its kernels were not launched (CUDA error " + std::to_string(status) + ")");
+    check_launched(cuda::launch(attributes_.params, shape_, a, workspace, stream));
     return 0;
   });
-}
-
-nvinfer1::IPluginV3* AdaptiveKPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
-  return clone();
-}
-
-const nvinfer1::PluginFieldCollection* AdaptiveKPlugin::getFieldsToSerialize() noexcept {
-  return guarded<const nvinfer1::PluginFieldCollection*>(nullptr, [&] {
-    serialized_ = std::make_unique<FieldList>(attributes_);
-    return serialized_->collection();
-  });
-}
-
-nvinfer1::IPluginV3* AdaptiveKPluginCreator::createPlugin(
-    const nvinfer1::AsciiChar* name, const nvinfer1::PluginFieldCollection* fields,
-    nvinfer1::TensorRTPhase) noexcept {
-  return guarded<nvinfer1::IPluginV3*>(nullptr, [&]() -> nvinfer1::IPluginV3* {
-    try {
-      const Attributes attributes = read_fields(fields);
-      log(Severity::kVERBOSE,
-          std::string(kPluginName) + ": layer " + (name ? name : "") + ": " + describe(attributes));
-      return new AdaptiveKPlugin(attributes, plugin_namespace_);
-    } catch (const std::invalid_argument& error) {
-      if (name == nullptr || *name == '\0') throw;
-      fail(std::string("layer ") + name + ": " + error.what());
-    }
-  });
-}
-
-const nvinfer1::PluginFieldCollection* AdaptiveKPluginCreator::getFieldNames() noexcept {
-  return field_names();
 }
 
 }  // namespace adaptive_k::tensorrt

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "mamba_plugin.h"
 
+#include <memory>
 #include <vector>
 
 #include "guard.h"
-#include "log.h"
 
 namespace adaptive_k::tensorrt {
 namespace {
@@ -14,11 +14,6 @@ using nvinfer1::DataType;
 using nvinfer1::Dims;
 using nvinfer1::DynamicPluginTensorDesc;
 using nvinfer1::PluginTensorDesc;
-
-template <typename Result, typename Body>
-Result guarded(Result failed, const Body& body) noexcept {
-  return tensorrt::guarded(kMambaPluginName, failed, body);
-}
 
 template <typename Desc>
 void check_types(const Desc* in) {
@@ -58,25 +53,9 @@ cuda::MambaShape shape_of(const MambaParams& params, const PluginTensorDesc* in)
 
 }  // namespace
 
-MambaPlugin::MambaPlugin(const MambaParams& params, const char* plugin_namespace)
-    : params_(params), plugin_namespace_(plugin_namespace), description_(describe(params)) {}
-
-nvinfer1::IPluginCapability* MambaPlugin::getCapabilityInterface(
-    nvinfer1::PluginCapabilityType type) noexcept {
-  switch (type) {
-    case nvinfer1::PluginCapabilityType::kCORE:
-      return static_cast<nvinfer1::IPluginV3OneCore*>(this);
-    case nvinfer1::PluginCapabilityType::kBUILD:
-      return static_cast<nvinfer1::IPluginV3OneBuild*>(this);
-    case nvinfer1::PluginCapabilityType::kRUNTIME:
-      return static_cast<nvinfer1::IPluginV3OneRuntime*>(this);
-  }
-  return nullptr;
-}
-
 nvinfer1::IPluginV3* MambaPlugin::clone() noexcept {
   return guarded<nvinfer1::IPluginV3*>(nullptr, [&]() -> nvinfer1::IPluginV3* {
-    auto copy = std::make_unique<MambaPlugin>(params_, plugin_namespace_);
+    auto copy = std::make_unique<MambaPlugin>(attributes_, plugin_namespace_);
     copy->accepted_ = accepted_;
     return copy.release();
   });
@@ -88,7 +67,7 @@ int32_t MambaPlugin::configurePlugin(const DynamicPluginTensorDesc* in, int32_t 
   return guarded(kFailed, [&] {
     check_mamba_counts(num_inputs, num_outputs);
     check_types(in);
-    largest_shape(params_, in);
+    largest_shape(attributes_, in);
     accepted_ = true;
     return 0;
   });
@@ -115,7 +94,7 @@ int32_t MambaPlugin::getOutputShapes(const nvinfer1::DimsExprs* in, int32_t num_
     if (num_shape_inputs != 0) fail("takes no shape inputs");
     cpu::Shape shapes[cpu::kMambaInputs];
     for (int32_t i = 0; i < num_inputs; ++i) shapes[i] = dimensions(in[i]);
-    cpu::check_mamba_shapes(params_, shapes);
+    cpu::check_mamba_shapes(attributes_, shapes);
 
     const nvinfer1::IDimensionExpr* heads = in[kSsmStateInput].d[1];
     const nvinfer1::IDimensionExpr* head_dim = in[kSsmStateInput].d[3];
@@ -135,12 +114,9 @@ bool MambaPlugin::supportsFormatCombination(int32_t pos, const DynamicPluginTens
                                             int32_t num_inputs, int32_t num_outputs) noexcept {
   return guarded(false, [&] {
     check_mamba_counts(num_inputs, num_outputs);
-    if (pos < 0 || pos >= num_inputs + num_outputs)
-      fail("was asked for the format of tensor " + std::to_string(pos) + " of " +
-           std::to_string(num_inputs + num_outputs));
     // A combination that does not fit is no error: TensorRT tries several.
+    if (!is_linear(pos, in_out, num_inputs + num_outputs)) return false;
     const PluginTensorDesc& tensor = in_out[pos].desc;
-    if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
     if (pos == 0)
       return tensor.type == DataType::kFLOAT || tensor.type == DataType::kHALF ||
              tensor.type == DataType::kBF16;
@@ -153,7 +129,7 @@ size_t MambaPlugin::getWorkspaceSize(const DynamicPluginTensorDesc* in, int32_t 
                                      int32_t num_outputs) const noexcept {
   return guarded<size_t>(0, [&] {
     check_mamba_counts(num_inputs, num_outputs);
-    return cuda::workspace_size(params_, largest_shape(params_, in));
+    return cuda::workspace_size(attributes_, largest_shape(attributes_, in));
   });
 }
 
@@ -163,7 +139,7 @@ int32_t MambaPlugin::onShapeChange(const PluginTensorDesc* in, int32_t num_input
   return guarded(kFailed, [&] {
     check_mamba_counts(num_inputs, num_outputs);
     check_types(in);
-    shape_of(params_, in);
+    shape_of(attributes_, in);
     accepted_ = true;
     return 0;
   });
@@ -174,7 +150,7 @@ int32_t MambaPlugin::enqueue(const PluginTensorDesc* input_desc, const PluginTen
                              cudaStream_t stream) noexcept {
   return guarded(kFailed, [&] {
     if (!accepted_) fail("was enqueued before its inputs were described and accepted");
-    const cuda::MambaShape shape = shape_of(params_, input_desc);
+    const cuda::MambaShape shape = shape_of(attributes_, input_desc);
     const auto input = [&](MambaInput i) { return inputs[static_cast<int32_t>(i)]; };
     const auto floats = [&](MambaInput i) { return static_cast<const float*>(input(i)); };
     const auto integers = [&](MambaInput i) { return static_cast<const int32_t*>(input(i)); };
@@ -194,37 +170,8 @@ int32_t MambaPlugin::enqueue(const PluginTensorDesc* input_desc, const PluginTen
     a.y = outputs[kY];
     a.present_conv_state = outputs[kPresentConvState];
     a.present_ssm_state = static_cast<float*>(outputs[kPresentSsmState]);
-    const cudaError_t status = cuda::launch(params_, shape, a, workspace, stream);
-    if (status != cudaSuccess)
-      fail("its kernels were not launched (CUDA error " + std::to_string(status) + ")");
+    check_launched(cuda::launch(attributes_, shape, a, workspace, stream));
     return 0;
-  });
-}
-
-nvinfer1::IPluginV3* MambaPlugin::attachToContext(nvinfer1::IPluginResourceContext*) noexcept {
-  return clone();
-}
-
-const nvinfer1::PluginFieldCollection* MambaPlugin::getFieldsToSerialize() noexcept {
-  return guarded<const nvinfer1::PluginFieldCollection*>(nullptr, [&] {
-    serialized_ = std::make_unique<MambaFieldList>(params_);
-    return serialized_->collection();
-  });
-}
-
-nvinfer1::IPluginV3* MambaPluginCreator::createPlugin(const nvinfer1::AsciiChar* name,
-                                                      const nvinfer1::PluginFieldCollection* fields,
-                                                      nvinfer1::TensorRTPhase) noexcept {
-  return guarded<nvinfer1::IPluginV3*>(nullptr, [&]() -> nvinfer1::IPluginV3* {
-    try {
-      const MambaParams params = read_mamba_fields(fields);
-      log(Severity::kVERBOSE, std::string(kMambaPluginName) + ": layer " + (name ? name : "") +
-                                  ": " + describe(params));
-      return new MambaPlugin(params, plugin_namespace_);
-    } catch (const std::invalid_argument& error) {
-      if (name == nullptr || *name == '\0') throw;
-      fail(std::string("layer ") + name + ": " + error.what());
-    }
   });
 }
 

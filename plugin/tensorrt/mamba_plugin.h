@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Mamba2 as a TensorRT plugin, built as AdaptiveKMoe's (adaptive_k_plugin.h).
+// Mamba2 as a TensorRT plugin.
 //
 // The states go in and come out, and whoever runs the engine binds both to one memory: then they
 // are updated in place. Bound apart they come out whole as well. That a state's output aliases its
@@ -9,37 +9,34 @@
 
 #include <NvInfer.h>
 
-#include <memory>
+#include <cstdint>
 #include <string>
 
 #include "mamba_problem.h"
+#include "plugin_base.h"
 
 namespace adaptive_k::tensorrt {
 
-constexpr const char* kMambaPluginName = "Mamba2";
-constexpr const char* kMambaPluginVersion = "1";
+struct MambaTraits {
+  using Attributes = MambaParams;
+  using Fields = MambaFieldList;
+  static constexpr const char* kName = "Mamba2";
+  static constexpr const char* kVersion = "1";
+  static constexpr int32_t kNumOutputs = kNumMambaOutputs;
+  static Attributes read(const nvinfer1::PluginFieldCollection* fields) {
+    return read_mamba_fields(fields);
+  }
+  static const nvinfer1::PluginFieldCollection* names() { return mamba_field_names(); }
+  static std::string describe(const Attributes& attributes) {
+    return tensorrt::describe(attributes);
+  }
+};
 
-class MambaPlugin final : public nvinfer1::IPluginV3,
-                          public nvinfer1::IPluginV3OneCore,
-                          public nvinfer1::IPluginV3OneBuild,
-                          public nvinfer1::IPluginV3OneRuntime {
+class MambaPlugin final : public PluginBase<MambaTraits> {
  public:
-  // plugin_namespace must outlive the plugin; it is the creator's.
-  MambaPlugin(const MambaParams& params, const char* plugin_namespace);
+  using PluginBase::PluginBase;
 
-  // IPluginV3
-  nvinfer1::IPluginCapability* getCapabilityInterface(
-      nvinfer1::PluginCapabilityType type) noexcept override;
   nvinfer1::IPluginV3* clone() noexcept override;
-
-  // IPluginV3OneCore
-  const nvinfer1::AsciiChar* getPluginName() const noexcept override { return kMambaPluginName; }
-  const nvinfer1::AsciiChar* getPluginVersion() const noexcept override {
-    return kMambaPluginVersion;
-  }
-  const nvinfer1::AsciiChar* getPluginNamespace() const noexcept override {
-    return plugin_namespace_;
-  }
 
   // IPluginV3OneBuild
   int32_t configurePlugin(const nvinfer1::DynamicPluginTensorDesc* in, int32_t num_inputs,
@@ -54,12 +51,9 @@ class MambaPlugin final : public nvinfer1::IPluginV3,
                           nvinfer1::IExprBuilder& builder) noexcept override;
   bool supportsFormatCombination(int32_t pos, const nvinfer1::DynamicPluginTensorDesc* in_out,
                                  int32_t num_inputs, int32_t num_outputs) noexcept override;
-  int32_t getNbOutputs() const noexcept override { return kNumMambaOutputs; }
   size_t getWorkspaceSize(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t num_inputs,
                           const nvinfer1::DynamicPluginTensorDesc* outputs,
                           int32_t num_outputs) const noexcept override;
-  const char* getTimingCacheID() noexcept override { return description_.c_str(); }
-  const char* getMetadataString() noexcept override { return description_.c_str(); }
 
   // IPluginV3OneRuntime
   int32_t onShapeChange(const nvinfer1::PluginTensorDesc* in, int32_t num_inputs,
@@ -68,37 +62,11 @@ class MambaPlugin final : public nvinfer1::IPluginV3,
   int32_t enqueue(const nvinfer1::PluginTensorDesc* input_desc,
                   const nvinfer1::PluginTensorDesc* output_desc, const void* const* inputs,
                   void* const* outputs, void* workspace, cudaStream_t stream) noexcept override;
-  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext* context) noexcept override;
-  const nvinfer1::PluginFieldCollection* getFieldsToSerialize() noexcept override;
 
  private:
-  MambaParams params_;
-  const char* plugin_namespace_;
-  std::string description_;
-  std::unique_ptr<MambaFieldList> serialized_;
   bool accepted_ = false;  // whether the inputs' types and fixed sizes were looked at
 };
 
-class MambaPluginCreator final : public nvinfer1::IPluginCreatorV3One {
- public:
-  explicit MambaPluginCreator(const char* plugin_namespace) : plugin_namespace_(plugin_namespace) {}
-
-  nvinfer1::IPluginV3* createPlugin(const nvinfer1::AsciiChar* name,
-                                    const nvinfer1::PluginFieldCollection* fields,
-                                    nvinfer1::TensorRTPhase phase) noexcept override;
-  const nvinfer1::PluginFieldCollection* getFieldNames() noexcept override {
-    return mamba_field_names();
-  }
-  const nvinfer1::AsciiChar* getPluginName() const noexcept override { return kMambaPluginName; }
-  const nvinfer1::AsciiChar* getPluginVersion() const noexcept override {
-    return kMambaPluginVersion;
-  }
-  const nvinfer1::AsciiChar* getPluginNamespace() const noexcept override {
-    return plugin_namespace_;
-  }
-
- private:
-  const char* plugin_namespace_;
-};
+using MambaPluginCreator = PluginCreator<MambaPlugin, MambaTraits>;
 
 }  // namespace adaptive_k::tensorrt
