@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.policy import PolicySet, read_policy_file
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
 from checkpoints import BUNDLED_MODELS, REPOSITORY
+from reference import NUM_TOKENS, assert_is_the_references, reference_model
 
-NUM_TOKENS = 64
 PROMPTS = ["And it came to pass in those days, that the king", "The following example shows how to", "a"]
 
 
@@ -30,17 +28,6 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
 def facts_of(checkpoint: Path) -> dict[str, Any]:
     facts: dict[str, Any] = json.loads((checkpoint / "training.json").read_text())
     return facts
-
-
-def assert_equal(model: Any, output: Any) -> None:
-    """The prompt's logits, and every token of the answer as the argmax after those before it."""
-    prompt, answer = output.prompt_token_ids, output.outputs[0].token_ids
-    assert len(answer) == NUM_TOKENS
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
-    reference = logits[: len(prompt)].numpy()
-    assert np.abs(output.context_logits - reference).max() <= 1e-4 * np.abs(reference).max()
-    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 
 
 def test_logits_and_greedy_tokens_at_each_k(checkpoint: Path, tmp_path: Path) -> None:
@@ -60,11 +47,9 @@ def test_logits_and_greedy_tokens_at_each_k(checkpoint: Path, tmp_path: Path) ->
                 max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True, adaptive_k_policy=name
             )
             outputs = llm.generate(PROMPTS, sampling)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint, dtype=torch.float32, num_experts_per_tok=k
-            ).eval()
+            model = reference_model(checkpoint, num_experts_per_tok=k)
             for output in outputs:
-                assert_equal(model, output)
+                assert_is_the_references(model, output.prompt_token_ids, output)
                 assert (output.outputs[0].k == k).all()
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,28 +15,7 @@ from adaptive_k_moe.policy import PolicySet
 from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
 
 from checkpoints import PLAIN, SHAPES, Shape, make_checkpoint
-
-NUM_TOKENS = 64
-
-
-def reference_model(checkpoint: Path, **changes: Any) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **changes)
-    return model.eval()
-
-
-def assert_greedy(model: Any, prompt: list[int], answer: list[int]) -> None:
-    """Every token is the argmax of the reference's logits after the prompt and the tokens before it."""
-    assert len(answer) == NUM_TOKENS
-    with torch.no_grad():
-        logits = model(torch.tensor([prompt + answer])).logits[0]
-    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
-
-
-def assert_context_logits(output: Any, model: Any, prompt: list[int]) -> None:
-    with torch.no_grad():
-        reference = model(torch.tensor([prompt])).logits[0].numpy()
-    assert output.context_logits.shape == reference.shape
-    assert np.abs(output.context_logits - reference).max() <= 1e-4 * np.abs(reference).max()
+from reference import NUM_TOKENS, assert_is_the_references, reference_model
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -52,8 +30,7 @@ def test_logits_and_greedy_tokens_of_a_ragged_batch(shape: Shape, tmp_path: Path
     with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
         outputs = llm.generate(prompts, sampling)
     for prompt, output in zip(prompts, outputs, strict=True):
-        assert_context_logits(output, model, prompt)
-        assert_greedy(model, prompt, output.outputs[0].token_ids)
+        assert_is_the_references(model, prompt, output)
         assert (output.outputs[0].k == config.pretrained_config.num_experts_per_tok).all()
 
 
@@ -68,8 +45,7 @@ def test_a_fixed_row_below_the_trained_top_k(shape: Shape, k: int, tmp_path: Pat
     model = reference_model(checkpoint, num_experts_per_tok=k)
     with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
         output = llm.generate(prompt, sampling)
-    assert_context_logits(output, model, prompt)
-    assert_greedy(model, prompt, output.outputs[0].token_ids)
+    assert_is_the_references(model, prompt, output)
     assert (output.outputs[0].k == k).all()
     assert output.avg_k == k
 
@@ -85,8 +61,7 @@ def test_bfloat16_weights_are_computed_in_float32(shape: Shape, tmp_path: Path) 
     model = reference_model(tmp_path / "bfloat16")
     with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
         output = llm.generate(prompt, sampling)
-    assert_context_logits(output, model, prompt)
-    assert_greedy(model, prompt, output.outputs[0].token_ids)
+    assert_is_the_references(model, prompt, output)
 
 
 def test_a_mixed_batch_gives_each_request_what_it_gets_alone(engine_dir: Path) -> None:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,31 +15,14 @@ from adaptive_k_moe.policy import PolicySet
 from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
 
 from nemotron_models import NEMOTRONS, Nemotron, make_nemotron
+from reference import NUM_TOKENS, assert_is_the_references, reference_model
 
-NUM_TOKENS = 64
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True)
-
-
-def reference_model(checkpoint: Path, **changes: Any) -> Any:
-    model = transformers.NemotronHForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **changes)
-    return model.eval()
 
 
 def random_prompts(*lengths: int) -> list[list[int]]:
     rng = np.random.default_rng(0)
     return [rng.integers(3, 101, length).tolist() for length in lengths]
-
-
-def assert_is_the_references(model: Any, prompt: list[int], output: Any) -> None:
-    """The prompt's logits, and every token of the answer as the argmax after those before it."""
-    answer = output.outputs[0].token_ids
-    assert len(answer) == NUM_TOKENS
-    with torch.no_grad():
-        # At once and without a cache: with one, a step of a single token forgets the limit of the step sizes.
-        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
-    reference = logits[: len(prompt)].numpy()
-    assert np.abs(output.context_logits - reference).max() <= 1e-4 * np.abs(reference).max()
-    assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
 
 
 @pytest.mark.parametrize("shape", NEMOTRONS, ids=str)
