@@ -15,12 +15,11 @@ from adaptive_k_moe.calibration.bootstrap import Interval
 from adaptive_k_moe.calibration.by_layer import Damage
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
-from adaptive_k_moe.calibration.laboratory import Budget, Kind, Laboratory, Measured, static
+from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, STATIC_KINDS, Kind
+from adaptive_k_moe.calibration.laboratory import Budget, Laboratory, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces, can_collect, collect_routers
 from adaptive_k_moe.calibration.search import (
-    ADAPTIVE_KINDS,
     ROUTER_KINDS,
-    STATIC_KINDS,
     Search,
     best_of,
     default_k_values,

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +13,6 @@ import numpy.typing as npt
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.policy import EntropyChoices, parse_policy_set
 
-Unit = Literal["nats", "bits"]
 FloatArray = npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 BITS = 1 / math.log(2)

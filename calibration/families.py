@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from adaptive_k_moe.calibration.laboratory import DECIMALS, Candidate, Kind
+from adaptive_k_moe.calibration.kinds import Kind
+from adaptive_k_moe.calibration.laboratory import DECIMALS, Candidate
 from adaptive_k_moe.calibration.routers import RouterTraces
 from adaptive_k_moe.policy import (
     EntropyChoices,

@@ -7,29 +7,16 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.calibration.evaluator import Evaluator, Reference, Scores, random_rows
+from adaptive_k_moe.calibration.kinds import Kind
 from adaptive_k_moe.calibration.traces import EvaluationCache
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.policy import ContributionPolicy, FixedPolicy, Policy
-
-Kind = Literal[
-    "entropy",
-    "entropy_per_layer",
-    "top_p",
-    "top_p_per_layer",
-    "ratio",
-    "ratio_per_layer",
-    "contribution",
-    "contribution_per_layer",
-    "static",
-    "static_per_layer",
-    "random",
-]
 
 DECIMALS = 4
 """Thresholds are rounded before they are measured, so that the file says what was measured."""

@@ -52,21 +52,11 @@ from adaptive_k_moe.calibration.families import (
     ratio_family,
     top_p_family,
 )
-from adaptive_k_moe.calibration.laboratory import Budget, Kind, Laboratory, Measured, static
+from adaptive_k_moe.calibration.kinds import Kind
+from adaptive_k_moe.calibration.laboratory import Budget, Laboratory, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces
 from adaptive_k_moe.calibration.solve import solve
 
-ADAPTIVE_KINDS: tuple[Kind, ...] = (
-    "entropy",
-    "entropy_per_layer",
-    "top_p",
-    "top_p_per_layer",
-    "ratio",
-    "ratio_per_layer",
-    "contribution",
-    "contribution_per_layer",
-)
-STATIC_KINDS: tuple[Kind, ...] = ("static", "static_per_layer")
 ROUTER_KINDS: tuple[Kind, ...] = ("contribution", *PER_LAYER.values())
 """Kinds that are found with the routers' traces."""
 

@@ -8,24 +8,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, STATIC_KINDS
+
 if TYPE_CHECKING:
     from adaptive_k_moe.calibration.calibrate import Calibration
     from adaptive_k_moe.calibration.evaluator import Evaluator
     from adaptive_k_moe.calibration.laboratory import Budget
     from adaptive_k_moe.calibration.windows import Windows
-
-KINDS = (
-    "entropy",
-    "entropy_per_layer",
-    "top_p",
-    "top_p_per_layer",
-    "ratio",
-    "ratio_per_layer",
-    "contribution",
-    "contribution_per_layer",
-    "static",
-    "static_per_layer",
-)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policy_kind",
         nargs="+",
-        choices=KINDS,
+        choices=(*ADAPTIVE_KINDS, *STATIC_KINDS),
         help="kinds to choose among, by their damage on the fitted part (default: all adaptive ones)",
     )
     parser.add_argument(

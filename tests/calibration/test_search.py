@@ -3,21 +3,23 @@
 
 from __future__ import annotations
 
+import argparse
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 
 from adaptive_k_moe.calibration.by_layer import Damage, entropy_plan, static_path
 from adaptive_k_moe.calibration.calibrate import check_budget
-from adaptive_k_moe.calibration.commands.calibrate import KINDS
+from adaptive_k_moe.calibration.commands.calibrate import add_arguments
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Scores
 from adaptive_k_moe.calibration.families import choices_at, shapes
+from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, STATIC_KINDS, Kind
 from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces
-from adaptive_k_moe.calibration.search import ADAPTIVE_KINDS, STATIC_KINDS, Search, check_k_values, default_k_values
+from adaptive_k_moe.calibration.search import Search, check_k_values, default_k_values
 from adaptive_k_moe.calibration.solve import solve
 from adaptive_k_moe.policy import EntropyPolicy, FixedPolicy, Policy, RatioPolicy
 
@@ -57,7 +59,12 @@ class FormulaLaboratory:
 
 
 def test_the_command_names_every_kind_that_can_be_found() -> None:
-    assert (*ADAPTIVE_KINDS, *STATIC_KINDS) == KINDS
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    required = ["--engine_dir", "e", "--text", "t", "--target_avg_k", "1", "--output", "o"]
+    named = parser.parse_args([*required, "--policy_kind", *ADAPTIVE_KINDS, *STATIC_KINDS]).policy_kind
+    assert (*ADAPTIVE_KINDS, *STATIC_KINDS) == tuple(named)
+    assert {*named, "random"} == {kind for part in get_args(Kind) for kind in get_args(part)}
 
 
 @pytest.fixture
