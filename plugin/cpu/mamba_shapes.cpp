@@ -12,13 +12,6 @@ namespace {
   throw std::invalid_argument("Mamba2: " + sentence);
 }
 
-std::string text(const std::vector<int64_t>& shape) {
-  std::string out = "[";
-  for (size_t i = 0; i < shape.size(); ++i)
-    out += (i ? ", " : "") + (shape[i] < 0 ? std::string("?") : std::to_string(shape[i]));
-  return out + "]";
-}
-
 }  // namespace
 
 const char* mamba_input_name(int index) {
@@ -73,7 +66,7 @@ MambaSizes check_mamba_shapes(const MambaParams& params, const Shape (&shapes)[k
     for (const Dimension& d : pattern)
       expected += (expected.empty() ? "" : ", ") + std::string(d.name) +
                   (*d.size < 0 ? "" : " = " + std::to_string(*d.size + d.offset));
-    fail("input " + std::string(mamba_input_name(i)) + " has shape " + text(*shapes[i]) +
+    fail("input " + std::string(mamba_input_name(i)) + " has shape " + shape_text(*shapes[i]) +
          " but must be [" + expected + "]");
   }
   sizes.taps = kept < 0 ? -1 : kept + 1;

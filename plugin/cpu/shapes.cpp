@@ -13,13 +13,6 @@ namespace {
   throw std::invalid_argument("AdaptiveKMoe: " + sentence);
 }
 
-std::string text(const std::vector<int64_t>& shape) {
-  std::string out = "[";
-  for (size_t i = 0; i < shape.size(); ++i)
-    out += (i ? ", " : "") + (shape[i] < 0 ? std::string("?") : std::to_string(shape[i]));
-  return out + "]";
-}
-
 // A dimension that must be factor * symbol + offset.
 struct Dimension {
   char symbol;
@@ -40,8 +33,8 @@ class Binder {
     if (!shape) return;
     std::string pattern;
     for (const Dimension& d : expected) pattern += (pattern.empty() ? "" : ", ") + d.text();
-    const std::string must = "input " + name + " has shape " + adaptive_k::cpu::text(*shape) +
-                             " but must be [" + pattern + "]";
+    const std::string must =
+        "input " + name + " has shape " + shape_text(*shape) + " but must be [" + pattern + "]";
     if (shape->size() != expected.size()) fail(must);
     size_t axis = 0;
     for (const Dimension& d : expected) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "adaptive_k/params.h"
@@ -12,6 +13,14 @@ namespace adaptive_k::cpu {
 
 // One input's shape; -1 is a dimension not yet known, no value is a shape of unknown rank.
 using Shape = std::optional<std::vector<int64_t>>;
+
+// A shape as the sentences have it, e.g. "[?, 64]".
+inline std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string out = "[";
+  for (size_t i = 0; i < shape.size(); ++i)
+    out += (i ? ", " : "") + (shape[i] < 0 ? std::string("?") : std::to_string(shape[i]));
+  return out + "]";
+}
 
 struct InputShapes {
   Shape hidden_states, router_logits, policy_index, policy_kind, thresholds, k_values;

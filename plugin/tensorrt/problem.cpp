@@ -11,13 +11,6 @@ namespace {
 
 using nvinfer1::DataType;
 
-std::string text(const Dimensions& shape) {
-  std::string out = "[";
-  for (size_t i = 0; i < shape.size(); ++i)
-    out += (i ? ", " : "") + (shape[i] < 0 ? std::string("?") : std::to_string(shape[i]));
-  return out + "]";
-}
-
 cuda::WeightStorage storage(WeightFields weights) {
   switch (weights) {
     case WeightFields::kInt8:
@@ -40,9 +33,9 @@ cpu::Shape unpacked(const Attributes& attributes, Dimensions shape) {
 // while the sizes are not known.
 int64_t group_size_of(const char* name, const Dimensions& scales, const char* weights_name,
                       const Dimensions& weights) {
-  const std::string must = std::string("input ") + name + " has shape " + text(scales) +
+  const std::string must = std::string("input ") + name + " has shape " + cpu::shape_text(scales) +
                            " but must be [E, N, groups] beside " + weights_name +
-                           " [E, N, K] = " + text(weights);
+                           " [E, N, K] = " + cpu::shape_text(weights);
   if (scales.size() != 3 || weights.size() != 3) fail(must);
   for (size_t i = 0; i < 2; ++i)
     if (scales[i] >= 0 && weights[i] >= 0 && scales[i] != weights[i]) fail(must);
