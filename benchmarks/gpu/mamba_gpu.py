@@ -16,13 +16,13 @@ benchmarks/results/mamba_gpu.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 from moe_gpu import REPEATS, ROOT, copy_bandwidth, milliseconds, numbers
 
+from _results import write_results  # isort: skip
 from gpu_device import Gpu, missing  # isort: skip
 from gpu_mamba import DeviceMamba  # isort: skip
 from cuda_mamba import layer_of, make  # isort: skip
@@ -137,10 +137,10 @@ def main() -> None:
             f"{sequences:9} {tokens:7} {1e3 * time:9.1f} {1e3 * time / sequences / tokens:9.2f} {rate:7.0f} "
             f"{rate / bandwidth:8.1%}  {shown}"
         )
-    target = ROOT / "benchmarks" / "results" / "mamba_gpu.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps({"device": gpu.driver.name, "copy_gb_s": bandwidth, "rows": rows}, indent=1) + "\n")
-    print(f"\nwritten to {target.relative_to(ROOT)}")
+    write_results(
+        ROOT / "benchmarks" / "results" / "mamba_gpu.json",
+        {"device": gpu.driver.name, "copy_gb_s": bandwidth, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ benchmarks/results/moe_gpu.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,11 +27,12 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+sys.path[:0] = [str(ROOT / "tests" / "gpu"), str(ROOT / "benchmarks")]
 
 from gpu_device import DeviceLayer, Gpu, missing  # noqa: E402
 
 from cuda_launcher import Layer  # noqa: E402 # isort: skip
+from _results import write_results  # noqa: E402 # isort: skip
 
 LAYERS: dict[str, dict[str, Any]] = {
     "mixtral": dict(hidden=4096, intermediate=14336, experts=8, max_k=2, activation="swiglu"),
@@ -256,10 +256,10 @@ def main() -> None:
                     rows.append({"layer": name, "tokens": tokens, "peer": peer, "ms": value})
                     shown = f"{value:9.3f}" if isinstance(value, float) else value
                     print(f"{name:9} {peer:8} {tokens:9} {layer.max_k:>9} {'':9} {shown}")
-    target = ROOT / "benchmarks" / "results" / "moe_gpu.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps({"device": gpu.driver.name, "copy_gb_s": bandwidth, "rows": rows}, indent=1) + "\n")
-    print(f"\nwritten to {target.relative_to(ROOT)}")
+    write_results(
+        ROOT / "benchmarks" / "results" / "moe_gpu.json",
+        {"device": gpu.driver.name, "copy_gb_s": bandwidth, "rows": rows},
+    )
 
 
 if __name__ == "__main__":
