@@ -22,7 +22,7 @@ from pathlib import Path
 
 from adaptive_k_moe.cli import main as adaptive_k
 
-from results_page import page
+from results_page import SETS, page
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -32,8 +32,8 @@ from _results import cpu_name  # noqa: E402
 FIGURES = ("quality_by_k.png", "quality_by_time.png", "damage.png")
 
 
-def commands(model: str, timing_rounds: int) -> list[str]:
-    """The steps, relative to the repository's root."""
+def commands(model: str, timing_rounds: int) -> dict[str, str]:
+    """The steps by what they are for, in order, relative to the repository's root."""
     checkpoint, work = f"examples/models/{model}", f"build/results/{model}"
     policies = f"examples/policies/{model}.json"
     facts = json.loads((ROOT / checkpoint / "training.json").read_text(encoding="utf-8"))
@@ -49,22 +49,23 @@ def commands(model: str, timing_rounds: int) -> list[str]:
     )
     three_quarters = f"{calibrate} --target_avg_k {average(3 / 4)}"
     evaluate = f"eval --engine_dir {work}/engine"
-    return [
-        f"{three_quarters} --policy_name balanced --default --output {policies} --report {work}/report",
-        f"{three_quarters} --policy_kind entropy entropy_per_layer --policy_name balanced_entropy --no_opponent "
+    return {
+        "balanced": f"{three_quarters} --policy_name balanced --default --output {policies} --report {work}/report",
+        "balanced_entropy": f"{three_quarters} --policy_kind entropy entropy_per_layer --policy_name balanced_entropy "
+        f"--no_opponent --output {policies}",
+        "fast": f"{calibrate} --target_avg_k {average(7 / 12)} --policy_name fast --no_opponent --refine_passes 0 "
         f"--output {policies}",
-        f"{calibrate} --target_avg_k {average(7 / 12)} --policy_name fast --no_opponent --refine_passes 0 "
-        f"--output {policies}",
-        f"{calibrate} --max_perplexity_increase 1 --policy_name one_per_cent --refine_passes 0 "
+        "one_per_cent": f"{calibrate} --max_perplexity_increase 1 --policy_name one_per_cent --refine_passes 0 "
         f"--output {work}/one_per_cent.json",
-        f"build --checkpoint_dir {checkpoint} --policy {policies} --max_seq_len 512 --output_dir {work}/engine --force",
-        f"{evaluate} --text {checkpoint}/heldout.txt --rounds {timing_rounds} --output {work}/eval.json",
-        *(
-            f"{evaluate} --text calibration/texts/{name}.txt --window 64 --rounds 0 --output {work}/{name}.json"
-            for name in ("easy", "code", "hard")
-        ),
-        f"validate --checkpoint_dir {checkpoint} --output {work}/validation.json",
-    ]
+        "build": f"build --checkpoint_dir {checkpoint} --policy {policies} --max_seq_len 512 "
+        f"--output_dir {work}/engine --force",
+        "eval": f"{evaluate} --text {checkpoint}/heldout.txt --rounds {timing_rounds} --output {work}/eval.json",
+        **{
+            name: f"{evaluate} --text calibration/texts/{name}.txt --window 64 --rounds 0 --output {work}/{name}.json"
+            for name in SETS
+        },
+        "validate": f"validate --checkpoint_dir {checkpoint} --output {work}/validation.json",
+    }
 
 
 def run(command: str) -> str:
@@ -97,7 +98,7 @@ def main() -> None:
     steps = commands(arguments.model, arguments.timing_rounds)
     if not arguments.page_only:
         with contextlib.chdir(ROOT):
-            tables = [run(command) for command in steps]
+            tables = [run(command) for command in steps.values()]
         (work / "tables.txt").write_text("\n".join(tables), encoding="utf-8")
     figures = ROOT / "docs" / "results" / arguments.model
     figures.mkdir(parents=True, exist_ok=True)

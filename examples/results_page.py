@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ KINDS = {
 SETS = ("easy", "code", "hard")
 
 
-def page(work: Path, model: str, steps: Sequence[str], processor: str) -> str:
+def page(work: Path, model: str, steps: Mapping[str, str], processor: str) -> str:
     """The page of a model.
 
     Args:
         work: the folder with the steps' JSON files.
         model: its name.
-        steps: the commands that made them.
+        steps: the commands that made them, by name.
         processor: of the machine.
     """
     calibration = _read(work / "report" / "results.json")
@@ -39,7 +39,7 @@ def page(work: Path, model: str, steps: Sequence[str], processor: str) -> str:
         f"Made by `python examples/results.py --model {model}` on {processor}. What the columns mean is in "
         "[calibration.md](../../calibration.md), what it says in [results.md](../../results.md). Intervals are 95 %.",
         "## Quality at the same average k",
-        _command(steps[0]),
+        _command(steps["balanced"]),
         f"{calibration['fit_windows']} windows of {calibration['window']} tokens were fitted on; the figures are those "
         f"of the other {calibration['heldout_windows']}, where the full model's perplexity is "
         f"{calibration['full_heldout_perplexity']:.3f}. **{KINDS[calibration['chosen']['kind']]}** did the least "
@@ -50,7 +50,7 @@ def page(work: Path, model: str, steps: Sequence[str], processor: str) -> str:
         "![Quality against average k](quality_by_k.png)",
         "![Damage by layer and entropy](damage.png)",
         "## Each policy of the file",
-        _command(steps[5]),
+        _command(steps["eval"]),
         "On all of `heldout.txt`, half of which was fitted on. Time against `full`, interleaved; `full` is timed "
         "twice, so its row shows what noise alone makes.",
         _policies(evaluation),
@@ -59,11 +59,11 @@ def page(work: Path, model: str, steps: Sequence[str], processor: str) -> str:
         "Different experts of a layer in one step of decode, and against `full`:",
         _distinct(evaluation),
         "## On which text",
-        _command(steps[6]),
+        _command(steps[SETS[0]]),
         "and so on, with few windows: k, and KL to `full` in nats.",
         _by_text(work),
         "## Entropy and the published rule",
-        _command(steps[9]),
+        _command(steps["validate"]),
         _validation(_read(work / "validation.json")),
     ]
     return "\n\n".join(parts) + "\n"

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from adaptive_k_moe import plugin
 
-from mamba_oracle import Array, Case, copied
+from mamba_oracle import Array, Case, copied, cut
 
 GOOD = MambaLayer(4, 2, 3, 4, 64, 128, n_groups=2)
 
@@ -51,15 +51,7 @@ def test_results_do_not_depend_on_the_schedule(interpreter: Interpreter, element
 
 def part_of(inputs: dict[str, Array], pieces: list[tuple[int, int]], pasts: list[int]) -> dict[str, Array]:
     """The same layer and states for other rows, as sequences in the first slots that `inputs` names."""
-    rows = np.concatenate([np.arange(*piece) for piece in pieces])
-    return {
-        **copied(inputs),
-        "conv_input": inputs["conv_input"][rows],
-        "dt": inputs["dt"][rows],
-        "subsequence_begins": np.cumsum([0, *(end - begin for begin, end in pieces)]).astype(np.int32),
-        "past_lens": np.array(pasts, np.int32),
-        "state_slots": inputs["state_slots"][: len(pieces)],
-    }
+    return cut(copied(inputs), pieces, pasts, inputs["state_slots"][: len(pieces)].tolist())
 
 
 @pytest.mark.parametrize("element", list(ELEMENTS))

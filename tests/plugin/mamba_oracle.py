@@ -120,3 +120,18 @@ def assert_close(found: Array, expected: Array, tolerance: float = 3e-6) -> None
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
     largest = np.nanmax(np.abs(expected), initial=1e-30)
     assert np.nanmax(np.abs(found - expected), initial=0.0) <= tolerance * largest
+
+
+def cut(
+    inputs: dict[str, Array], pieces: list[tuple[int, int]], pasts: list[int], slots: list[int]
+) -> dict[str, Array]:
+    """The same layer and states for other rows: each piece (begin, end) is a sequence of the new step."""
+    rows = np.concatenate([np.arange(*piece) for piece in pieces])
+    return {
+        **inputs,
+        "conv_input": inputs["conv_input"][rows],
+        "dt": inputs["dt"][rows],
+        "subsequence_begins": np.cumsum([0, *(end - begin for begin, end in pieces)]).astype(np.int32),
+        "past_lens": np.array(pasts, np.int32),
+        "state_slots": np.array(slots, np.int32),
+    }

@@ -15,7 +15,7 @@ import pytest
 
 from adaptive_k_moe import plugin
 
-from mamba_oracle import CASES, Array, Case, assert_close, copied, make_inputs, oracle
+from mamba_oracle import CASES, Array, Case, assert_close, copied, cut, make_inputs, oracle
 
 
 def run(case: Case, inputs: dict[str, Array], **options: Any) -> Array:
@@ -30,21 +30,6 @@ def test_output_and_states_are_the_oracles(case: Case) -> None:
     assert_close(run(case, inputs), y)
     assert_close(inputs["conv_state"], conv_state)
     assert_close(inputs["ssm_state"], ssm_state)
-
-
-def cut(
-    inputs: dict[str, Array], pieces: list[tuple[int, int]], pasts: list[int], slots: list[int]
-) -> dict[str, Array]:
-    """The same layer and states for other rows: each piece (begin, end) is a sequence of the new step."""
-    rows = np.concatenate([np.arange(*piece) for piece in pieces])
-    return {
-        **inputs,
-        "conv_input": inputs["conv_input"][rows],
-        "dt": inputs["dt"][rows],
-        "subsequence_begins": np.cumsum([0, *(end - begin for begin, end in pieces)]).astype(np.int32),
-        "past_lens": np.array(pasts, np.int32),
-        "state_slots": np.array(slots, np.int32),
-    }
 
 
 @pytest.mark.parametrize("threads", [1, 2])
