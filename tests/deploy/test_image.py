@@ -104,7 +104,9 @@ def test_pins_are_complete_and_no_more() -> None:
                 continue
             pin = pins.get(canonicalize_name(requirement.name))
             assert pin is not None, f"{name} needs {requirement}"
-            assert requirement.specifier.contains(pin), f"{name} needs {requirement}"
+            # What another release than the pinned one asks for says nothing about the pinned one.
+            if importlib.metadata.version(name) == pins[name]:
+                assert requirement.specifier.contains(pin), f"{name} needs {requirement}"
             if canonicalize_name(requirement.name) not in needed:
                 todo.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
     assert needed == set(pins)
@@ -161,7 +163,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
     directory = tmp_path_factory.mktemp("image")
     copy_context(directory / "src", *copied_before("pip wheel"))
     line, _, _ = run_line("pip wheel").partition(" && ")
-    python_only = "-C cmake.define.ADAPTIVE_K_OPENVINO=OFF -C cmake.define.ADAPTIVE_K_PYTHON=OFF"
+    # Debian's pip does not know the short form -C.
+    python_only = "--config-settings=cmake.define.ADAPTIVE_K_OPENVINO=OFF"
+    python_only += " --config-settings=cmake.define.ADAPTIVE_K_PYTHON=OFF"
     line = _here(line, directory).replace("pip wheel", f"pip wheel --quiet {python_only}")
     subprocess.run(["bash", "-euc", line], cwd=directory / "src", check=True, capture_output=True, text=True)
     (path,) = (directory / "build" / "wheel").glob("*.whl")
