@@ -239,6 +239,8 @@ class PolicySet(_Model):
 
     @model_validator(mode="after")
     def _norms_are_some(self) -> PolicySet:
+        if self.expert_norms == []:
+            raise ValueError("expert_norms has no layer: leave it out, or give a row for each MoE layer")
         for layer, norms in enumerate(self.expert_norms or []):
             if not any(norms):
                 raise ValueError(f"the expert_norms of layer {layer} are all 0 or none at all")
@@ -401,6 +403,7 @@ def _norms(policies: PolicySet, num_moe_layers: int, num_experts: int) -> npt.ND
     if policies.expert_norms is None:
         return np.ones((num_moe_layers, num_experts), np.float32)
     norms = np.array(policies.expert_norms)
+    norms = norms / norms.max(axis=1, keepdims=True)  # the sum of the largest floats would be none
     relative: npt.NDArray[np.float32] = (norms / norms.mean(axis=1, keepdims=True)).astype(np.float32)
     return relative
 

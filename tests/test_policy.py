@@ -107,6 +107,8 @@ def test_norms_are_relative_to_their_layers_mean_and_one_where_nobody_has_measur
     found = tables({"expert_norms": norms}, experts=4, layers=2).expert_norms
     assert found.dtype == np.float32
     assert found.tolist() == [[0.5, 1, 1.5, 1], [0, 0, 0, 4]]
+    largest = [[1e307 * norm for norm in row] for row in norms]
+    np.testing.assert_allclose(tables({"expert_norms": largest}, experts=4, layers=2).expert_norms, found, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +119,7 @@ def test_norms_are_relative_to_their_layers_mean_and_one_where_nobody_has_measur
         ([[1.0] * 8, [1.0] * 8, [1.0] * 7], "3 layers of 7 or 8 experts"),
         ([[1.0] * 8, [0.0] * 8, [1.0] * 8], "the expert_norms of layer 1 are all 0"),
         ([[1.0] * 8, [], [1.0] * 8], "the expert_norms of layer 1 are all 0 or none at all"),
+        ([], "expert_norms has no layer"),
         ([[-1.0] * 8] * 3, "greater than or equal to 0"),
         ([[float("inf")] * 8] * 3, "finite number"),
         ("many", "valid list"),
