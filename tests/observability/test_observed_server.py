@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import subprocess
 import threading
@@ -174,7 +175,7 @@ def run(
     with server:
         scraper = _Prometheus(request, server.metrics_url, directory)
         try:
-            asked = _ask_all(server)
+            asked = _ask_all(server, scraper)
             expected = sum(len(one.prompts) for one in asked)
 
             def lines() -> int:
@@ -221,13 +222,18 @@ class _Prometheus:
             ]
         )
 
+    def wait_for(self, count: int) -> None:
+        """Wait until it has seen so many requests."""
+        if self._process is not None:
+            assert eventually(lambda: query(self.url, "sum(adaptive_k_requests_total)") >= count)
+
     def close(self) -> None:
         if self._process is not None:
             self._process.terminate()
             self._process.wait(10)
 
 
-def _ask_all(server: TritonServer) -> list[Asked]:
+def _ask_all(server: TritonServer, scraper: _Prometheus) -> list[Asked]:
     rng = random.Random(20261124)
     kinds = rng.choices(list(KINDS), [10, 6, 2, 3, 1], k=NUM_REQUESTS)
     asked = [
@@ -249,16 +255,24 @@ def _ask_all(server: TritonServer) -> list[Asked]:
         Client(server.grpc_url, timeout=60, model_name=BLS, headers=headers(ALIAS)) as alias,
         ThreadPoolExecutor(16) as pool,
     ):
-        list(pool.map(lambda one: ask(one, [direct, alias], server.grpc_url), asked))
+        half = asked[: NUM_REQUESTS // 2]
+        list(pool.map(lambda one: ask(one, [direct, alias], server.grpc_url), half))
+        scraper.wait_for(sum(len(one.prompts) for one in half))  # it computes rates from what comes then
+        list(pool.map(lambda one: ask(one, [direct, alias], server.grpc_url), asked[len(half) :]))
     return asked
+
+
+def ask_prometheus(url: str, path: str, **parameters: str) -> Any:
+    """Data of an answer of Prometheus' API."""
+    address = f"{url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
+    with urllib.request.urlopen(address, timeout=10) as answer:
+        return json.load(answer)["data"]
 
 
 def query(url: str, expression: str) -> float:
     """Value of an expression in Prometheus; 0 where it has no value yet."""
-    address = f"{url}/api/v1/query?query={urllib.parse.quote(expression)}"
     try:
-        with urllib.request.urlopen(address, timeout=10) as answer:
-            result = json.load(answer)["data"]["result"]
+        result = ask_prometheus(url, "query", query=expression)["result"]
     except OSError:  # it is starting
         return 0.0
     return float(result[0]["value"][1]) if result else 0.0
@@ -380,6 +394,39 @@ def test_a_real_prometheus_has_what_the_clients_counted(run: Run, prometheus: st
     p99 = value("histogram_quantile(0.99, sum by (le) (adaptive_k_latency_seconds_bucket))")
     assert p99 > 0
     assert eventually(lambda: value("count(model:adaptive_k_kv_blocks_used_ratio)") == 1)  # the rules run
+
+
+def test_every_panel_of_the_dashboard_shows_something(run: Run, repository: Path, prometheus: str) -> None:
+    """Queries as Grafana sends them: each has values that fit its unit, and a name for each of its lines."""
+    expected = sum(len(asked.prompts) for asked in run.asked)
+    assert eventually(lambda: query(run.prometheus_url, "sum(adaptive_k_requests_total)") >= expected)
+    dashboard = json.loads((repository / "observability" / "grafana" / "adaptive_k.json").read_text())
+    values = {"__rate_interval": "5m"}
+    for variable in dashboard["templating"]["list"]:
+        if variable["type"] == "query":
+            series, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", variable["query"]["query"]).groups()
+            choices = ask_prometheus(run.prometheus_url, f"label/{label}/values", **{"match[]": series})
+            assert choices, variable["name"]
+            values[variable["name"]] = "|".join(map(re.escape, choices))
+    assert set(values["policy"].split("|")) >= set(POLICIES)
+    for panel in dashboard["panels"]:
+        names = []
+        for target in panel.get("targets", []):
+            expression = re.sub(r"\$(\w+)", lambda found: values[found[1]].replace("\\", "\\\\"), target["expr"])
+            result = ask_prometheus(run.prometheus_url, "query", query=expression)["result"]
+            numbers = [float(one["value"][1]) for one in result]
+            assert numbers and all(number >= 0 for number in numbers), (panel["title"], result)
+            if panel["fieldConfig"]["defaults"].get("unit") == "percentunit":
+                assert max(numbers) <= 1, panel["title"]
+            # Over a time, other series can be among the first of each moment.
+            assert target.get("instant", False) == expression.startswith("topk("), panel["title"]
+            legend = target["legendFormat"]
+            # Every label that tells lines apart is in their names, as the lines of several servers must be.
+            assert {*re.findall(r"{{(\w+)}}", legend)} == {label for one in result for label in one["metric"]}, (
+                expression
+            )
+            names += [re.sub(r"{{(\w+)}}", lambda found, one=one: one["metric"][found[1]], legend) for one in result]
+        assert len(names) == len(set(names)), panel["title"]
 
 
 def test_spans_agree_with_the_log(run: Run) -> None:
