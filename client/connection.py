@@ -6,12 +6,14 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
+from adaptive_k_moe.arguments import check_arguments
 from adaptive_k_moe.client.options import GenerateOptions, Prompt
 from adaptive_k_moe.client.protocol import METADATA, encode_engine_question, encode_request, explain
 from adaptive_k_moe.errors import ClientError
@@ -63,6 +65,10 @@ class Connection:
         certificate_chain: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        check_arguments(ClientError, str, url=url, model_name=model_name)
+        check_arguments(ClientError, float | None, timeout=timeout)
+        check_arguments(ClientError, bool, ssl=ssl)
+        check_arguments(ClientError, Mapping[str, str] | None, headers=headers)
         self._url = check_url(url)
         self._model_name = model_name
         self._timeout = timeout
@@ -83,7 +89,8 @@ class Connection:
     def _ask(self, prompt: Prompt, options: GenerateOptions, *, stream: bool) -> tuple[Any, float | None]:
         """The call that brings an answer, and its timeout."""
         request = encode_request(self._model_name, prompt, options, stream=stream)
-        timeout = options.get("timeout", self._timeout)
+        timeout = options.get("timeout")
+        timeout = self._timeout if timeout is None else timeout
         return self._infer(request, timeout, with_trace_context(self._metadata)), timeout
 
     def _ask_about_engine(self) -> tuple[Any, float]:
@@ -150,6 +157,7 @@ def credentials(
         "private_key": private_key,
         "certificate_chain": certificate_chain,
     }
+    check_arguments(ClientError, str | PathLike | None, **files)
     if not ssl:
         for name, path in files.items():
             if path is not None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2
 from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor, triton_to_np_dtype
 
+from adaptive_k_moe.arguments import check_arguments, kinds_of
 from adaptive_k_moe.client.options import GenerateOptions, Prompt
 from adaptive_k_moe.client.results import Chunk, Completion, EngineDescription
 from adaptive_k_moe.errors import ClientError
@@ -42,40 +43,41 @@ def encode_request(model_name: str, prompt: Prompt, options: GenerateOptions, *,
     Raises:
         ClientError: an option is unknown or its value cannot be sent.
     """
-    unknown = options.keys() - GenerateOptions.__annotations__.keys()
-    if unknown:
-        raise ClientError(f"generate() has no option {min(unknown)!r}.")
+    kinds = kinds_of(GenerateOptions)
+    given: Any = {name: value for name, value in options.items() if value is not None}
+    for name, value in options.items():
+        if name not in kinds:
+            raise ClientError(f"generate() has no option {name!r}.")
+        if name in given and name not in _NUMBERS:  # those say which numbers they can hold
+            check_arguments(ClientError, kinds[name], **{name: value})
     text, messages = (prompt, None) if isinstance(prompt, str) else ("", _messages(prompt))
     tensors: dict[str, npt.NDArray[Any]] = {
         "text_input": _strings(text),
         "stream": _flag(stream),
         "exclude_input_in_output": _flag(True),
-        "return_adaptive_k": _flag(options.get("return_k", True)),
-        "return_log_probs": _flag(options.get("return_log_probs", False)),
+        "return_adaptive_k": _flag(given.get("return_k", True)),
+        "return_log_probs": _flag(given.get("return_log_probs", False)),
         "return_num_input_tokens": _flag(True),
         "return_num_output_tokens": _flag(True),
     }
-    numbers: dict[str, Any] = {"max_tokens": 32, **options}
-    if numbers.get("temperature") and numbers.get("top_k") is None and numbers.get("top_p") is None:
+    numbers: dict[str, Any] = {"max_tokens": 32, **given}
+    if numbers.get("temperature") and not {"top_k", "top_p"} & numbers.keys():
         # The server follows TensorRT-LLM, where a temperature alone is still greedy.
         numbers["top_p"] = 1.0
     for name, dtype in _NUMBERS.items():
-        if (value := numbers.get(name)) is not None:
-            tensors[name] = _number(name, value, dtype)
-    for name, strings in (("stop_words", options.get("stop")), ("bad_words", options.get("bad"))):
+        if name in numbers:
+            tensors[name] = _number(name, numbers[name], dtype)
+    for name, strings in (("stop_words", given.get("stop")), ("bad_words", given.get("bad"))):
         if strings:
             tensors[name] = _strings(*([strings] if isinstance(strings, str) else strings))
     for name, string in (
         ("messages", messages),
-        ("adaptive_k_policy", options.get("adaptive_k_policy")),
-        ("adaptive_k_user", options.get("user")),
+        ("adaptive_k_policy", given.get("adaptive_k_policy")),
+        ("adaptive_k_user", given.get("user")),
     ):
         if string is not None:
             tensors[name] = _strings(string)
-    request_id = options.get("request_id") or ""
-    if not isinstance(request_id, str):
-        raise ClientError(f"request_id is {request_id!r}: give a string.")
-    return _request(model_name, tensors, request_id)
+    return _request(model_name, tensors, given.get("request_id", ""))
 
 
 def encode_engine_question(model_name: str) -> Any:

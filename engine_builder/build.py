@@ -8,9 +8,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
+from adaptive_k_moe.arguments import check_arguments
 from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
 from adaptive_k_moe.engine_builder.graph import GraphBuilder
 from adaptive_k_moe.engine_builder.graph.weight_only import plan_weight_only
@@ -95,6 +97,11 @@ def build(
         BuildError: it cannot be built as asked.
         PolicyError: the policies do not fit the model.
     """
+    check_arguments(BuildError, str | PathLike, checkpoint_dir=checkpoint_dir, output_dir=output_dir)
+    check_arguments(BuildError, str | PathLike | PolicySet | None, policy=policy)
+    check_arguments(BuildError, str | PathLike | None, timing_cache=timing_cache)
+    check_arguments(BuildError, Callable | None, progress=progress)
+    check_arguments(BuildError, bool, force=force)
     source, output = Path(checkpoint_dir), Path(output_dir)
     output = check_output(output, source, force=force)
     sizes = Sizes(max_batch_size, max_input_len, max_seq_len, max_num_tokens)
@@ -180,6 +187,8 @@ def dry_run(
     """
     from adaptive_k_moe.engine_builder.targets.tensorrt import dry_run as dry_run_for_tensorrt
 
+    check_arguments(BuildError, str | PathLike, checkpoint_dir=checkpoint_dir)
+    check_arguments(BuildError, Callable | None, progress=progress)
     sizes = Sizes(max_batch_size, max_input_len, max_seq_len, max_num_tokens)
     plan = _plan(Path(checkpoint_dir), "tensorrt", dtype, weight_only_precision, group_size, sizes)
     total, done = plan.model.num_hidden_layers + 3, 0
@@ -226,8 +235,11 @@ def _plan(
     group_size: int | None,
     sizes: Sizes,
 ) -> _Plan:
-    if target not in get_args(Target):
-        raise BuildError(f"target {target!r} is unknown: it is one of {', '.join(get_args(Target))}.")
+    check_arguments(BuildError, Target, target=target)
+    check_arguments(BuildError, Dtype | None, dtype=dtype)
+    check_arguments(BuildError, WeightOnlyPrecision | None, weight_only_precision=weight_only_precision)
+    check_arguments(BuildError, int, max_batch_size=sizes.max_batch_size)
+    check_arguments(BuildError, int | None, group_size=group_size, **sizes._asdict())
     hf_config = HfConfig.read(source)
     hf_config.require("quantization_config", None)
     architecture = architecture_of(hf_config)

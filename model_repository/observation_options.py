@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from adaptive_k_moe.arguments import check_fields
 from adaptive_k_moe.errors import ServerError
 
 STANDARD_OUTPUT = "-"
@@ -26,7 +27,7 @@ class ObservationOptions:
         ab_db: database of A/B tests, whose running experiment requests take part in; None is none.
 
     Raises:
-        ServerError: a value is out of range.
+        ServerError: a value is of a wrong type or out of range.
     """
 
     request_log: str | None = None
@@ -37,6 +38,7 @@ class ObservationOptions:
     ab_db: str | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, ServerError)
         if not 0 <= self.sample <= 1:
             raise ServerError(f"the share of requests to log is {self.sample:g}: it must be from 0 to 1.")
         if self.max_bytes < 0:

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from adaptive_k_moe.arguments import check_arguments
 from adaptive_k_moe.engine_config import read_engine_config
 from adaptive_k_moe.errors import ServerError
 from adaptive_k_moe.model_repository.contract import BLS, ENSEMBLE
@@ -87,6 +88,16 @@ class TritonServer:
         ready_timeout: float = 600.0,
         end_with_thread: bool = False,
     ) -> None:
+        check_arguments(ServerError, str | os.PathLike, engine_dir=engine_dir)
+        check_arguments(ServerError, int, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
+        check_arguments(ServerError, str, host=host)
+        paths = {"model_repository": model_repository, "tritonserver": tritonserver, "log_file": log_file}
+        check_arguments(ServerError, str | os.PathLike | None, **paths)
+        check_arguments(ServerError, int, log_verbose=log_verbose)
+        check_arguments(ServerError, int | None, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens)
+        check_arguments(ServerError, ObservationOptions | None, observation=observation)
+        check_arguments(ServerError, float, ready_timeout=ready_timeout)
+        check_arguments(ServerError, bool, end_with_thread=end_with_thread)
         self.engine_dir = Path(engine_dir)
         self.host = host
         self._asked_ports = (http_port, grpc_port, metrics_port)

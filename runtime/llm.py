@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral
+from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
+from adaptive_k_moe.arguments import check_arguments, check_fields
 from adaptive_k_moe.errors import AdaptiveKError, EngineError, PolicyError, RequestError
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.chat_template import Message
@@ -48,6 +51,7 @@ class KvCacheConfig:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self, EngineError)
         if self.max_tokens is not None and self.max_tokens < 1:
             raise EngineError(f"the KV cache's max_tokens is {self.max_tokens}: it must be at least 1.")
 
@@ -86,10 +90,15 @@ class LLM:
         from adaptive_k_moe.engine_config import read_engine_config, read_policy_tables
         from adaptive_k_moe.runtime.session import create_session
 
+        check_arguments(EngineError, str | PathLike, engine_dir=engine_dir)
+        check_arguments(EngineError, int | None, num_threads=num_threads)
+        check_arguments(EngineError, KvCacheConfig | None, kv_cache_config=kv_cache_config)
+        check_arguments(EngineError, TokenizerLike | str | PathLike | None, tokenizer=tokenizer)
+        check_arguments(EngineError, bool, skip_tokenizer_init=skip_tokenizer_init)
         config = read_engine_config(engine_dir)
         limits = _limits(config, max_batch_size, max_num_tokens)
         loaded: TokenizerLike | None = None
-        if isinstance(tokenizer, str | Path):
+        if isinstance(tokenizer, str | PathLike):
             loaded = Tokenizer.from_dir(tokenizer)
         elif tokenizer is not None:
             loaded = tokenizer
@@ -210,13 +219,9 @@ class LLM:
         Raises:
             RequestError, PolicyError: a prompt or its parameters are unusable; none is run.
         """
-        if isinstance(inputs, bytes | Mapping) or not isinstance(inputs, Iterable):
-            raise RequestError("a prompt is a text or a list of token ids.")
-        prompts: list[Any] = [inputs] if isinstance(inputs, str) else list(inputs)
-        single = isinstance(inputs, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral | Mapping))
-        if single:
-            prompts = [inputs]
-        params = _params_for(len(prompts), sampling_params)
+        with self._telling_of_a_refusal():
+            single, prompts = _prompts_in(inputs)
+            params = _params_for(len(prompts), sampling_params)
         requests = []
         for prompt, param in zip(prompts, params, strict=True):
             request_id = _new_id()
@@ -224,7 +229,9 @@ class LLM:
                 requests.append(self._engine.prepare(prompt, param, request_id))
         handles: list[GenerationHandle] = []
         try:
-            handles.extend(self._worker.submit(request, None, self) for request in requests)
+            for request in requests:
+                with self._telling_of_a_refusal(request.request_id, request.params):
+                    handles.append(self._worker.submit(request, None, self))
             outputs = [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:
@@ -277,9 +284,14 @@ class LLM:
         # What is no list at all is refused as a conversation.
         single = not isinstance(messages, Sequence) or (len(messages) > 0 and isinstance(messages[0], Mapping))
         conversations: list[Any] = [messages] if single else list(messages)
-        options = {"add_generation_prompt": add_generation_prompt, **(chat_template_kwargs or {})}
-        prompts = [self.apply_chat_template(conversation, **options) for conversation in conversations]
-        params = [replace(each, add_special_tokens=False) for each in _params_for(len(prompts), sampling_params)]
+        with self._telling_of_a_refusal():
+            params = _params_for(len(conversations), sampling_params)
+            options = {"add_generation_prompt": add_generation_prompt, **_template_variables(chat_template_kwargs)}
+        prompts = []
+        for place, conversation in enumerate(conversations):
+            with self._telling_of_a_refusal(params=params[place]):
+                prompt, params[place] = self._render(conversation, params[place], options)
+                prompts.append(prompt)
         outputs = self.generate(prompts, params)
         return outputs[0] if single else outputs
 
@@ -303,6 +315,7 @@ class LLM:
         enrollment: Enrollment | None = None,
         context: RequestContext = NO_CONTEXT,
         background: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> GenerationHandle:
         """Start to answer a prompt.
 
@@ -318,6 +331,7 @@ class LLM:
             background: compute it in steps in which no other request is there, or in one of 200 where there
                 always is one; a small part in each, and no other request waits for more than one such step.
                 No total counts it and no observer is told.
+            chat_template_kwargs: as for `chat`, if the prompt is a conversation.
 
         Returns:
             A handle to iterate over, await, or abort.
@@ -325,9 +339,18 @@ class LLM:
         Raises:
             RequestError, PolicyError: the prompt or its parameters are unusable.
         """
-        params, request_id = _params_for(1, sampling_params)[0], request_id or _new_id()
-        told = self._telling_of_a_refusal(request_id, params, enrollment, context)
-        with contextlib.nullcontext() if background else told:
+        told = functools.partial(self._telling_of_a_refusal, enrollment=enrollment, context=context, silent=background)
+        with told():
+            check_arguments(RequestError, str | None, request_id=request_id)
+            check_arguments(RequestError, bool, streaming=streaming, background=background)
+            check_arguments(RequestError, Callable | None, on_output=on_output)
+            check_arguments(RequestError, Enrollment | None, enrollment=enrollment)
+            check_arguments(RequestError, RequestContext, context=context)
+            request_id = request_id or _new_id()
+            params = _params_for(1, sampling_params)[0]
+        with told(request_id, params):
+            if variables := _template_variables(chat_template_kwargs):
+                inputs, params = self._render(inputs, params, variables)
             request = self._engine.prepare(
                 inputs,
                 params,
@@ -365,19 +388,28 @@ class LLM:
     @contextlib.contextmanager
     def _telling_of_a_refusal(
         self,
-        request_id: str,
-        params: SamplingParams,
+        request_id: str = "",
+        params: SamplingParams | None = None,
+        *,
         enrollment: Enrollment | None = None,
         context: RequestContext = NO_CONTEXT,
+        silent: bool = False,
     ) -> Iterator[None]:
         try:
             yield
         except AdaptiveKError as error:
-            refusal = Refusal(
-                request_id, params.adaptive_k_policy, str(error), error_kind_of(error), enrollment, context
-            )
-            self._engine.observers.request_refused(refusal)
+            if not silent:
+                policy = None if params is None else params.adaptive_k_policy
+                refusal = Refusal(request_id, policy, str(error), error_kind_of(error), enrollment, context)
+                self._engine.observers.request_refused(refusal)
             raise
+
+    def _render(
+        self, messages: Any, params: SamplingParams, variables: Mapping[str, Any]
+    ) -> tuple[str, SamplingParams]:
+        """A conversation as a text with its special tokens, and the parameters that add none."""
+        text = self._engine.apply_chat_template(messages, **variables)
+        return text, replace(params, add_special_tokens=False)
 
     def reload_policies(self) -> None:
         """Read the engine directory's policies again; running requests keep following theirs by name.
@@ -438,6 +470,7 @@ def _limits(config: EngineConfig, max_batch_size: int | None, max_num_tokens: in
         ("max_batch_size", max_batch_size, build.max_batch_size),
         ("max_num_tokens", max_num_tokens, build.max_num_tokens),
     ):
+        check_arguments(EngineError, int | None, **{name: value})
         if value is not None and not 1 <= value <= built:
             raise EngineError(f"{name} is {value}, but this engine was built for 1 to {built}.")
     return EngineLimits(
@@ -446,6 +479,25 @@ def _limits(config: EngineConfig, max_batch_size: int | None, max_num_tokens: in
         max_seq_len=build.max_seq_len,
         max_input_len=build.max_input_len,
     )
+
+
+def _prompts_in(inputs: Any) -> tuple[bool, list[Any]]:
+    """Whether what `generate` was given is a single prompt, and the prompts."""
+    if isinstance(inputs, bytes | Mapping) or not isinstance(inputs, Iterable):
+        raise RequestError("a prompt is a text or a list of token ids.")
+    prompts = [inputs] if isinstance(inputs, str) else list(inputs)
+    single = isinstance(inputs, str) or (len(prompts) > 0 and isinstance(prompts[0], Integral | Mapping))
+    return single, [inputs] if single else prompts
+
+
+def _template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a chat template is given besides the conversation."""
+    check_arguments(RequestError, Mapping[str, Any] | None, chat_template_kwargs=given)
+    variables = dict(given or {})
+    for name in ("messages", "self"):  # "self" is Jinja's own
+        if name in variables:
+            raise RequestError(f"chat_template_kwargs cannot hold {name!r}: leave it out.")
+    return variables
 
 
 def _params_for(count: int, given: SamplingParams | Sequence[SamplingParams] | None) -> list[SamplingParams]:

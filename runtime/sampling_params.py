@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
-from numbers import Integral, Real
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from adaptive_k_moe.arguments import check_fields
 from adaptive_k_moe.errors import RequestError
 
 MAX_N = 256
@@ -52,7 +50,7 @@ class SamplingParams:
             engine's default.
 
     Raises:
-        RequestError: a value is outside its range.
+        RequestError: a value is of a wrong type or outside its range.
     """
 
     max_tokens: int = 32
@@ -82,8 +80,8 @@ class SamplingParams:
     adaptive_k_policy: str | None = None
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            self._check_type(field.name, str(field.type))
+        # A value of a wrong type must be refused here: later it would end others' requests, too.
+        check_fields(self, RequestError)
         self._check("max_tokens", self.max_tokens >= 1, "at least 1")
         self._check("temperature", self.temperature >= 0, "0 (greedy) or more")
         self._check("top_k", self.top_k >= 0, "0 (all tokens) or more")
@@ -97,27 +95,6 @@ class SamplingParams:
         self._check("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")
         self._check("stop", "" not in self.stop_strings, "strings that are not empty")
         self._check("bad", "" not in self.bad_strings, "strings that are not empty")
-
-    def _check_type(self, name: str, annotation: str) -> None:
-        """A value of a wrong type must be refused here: later it would end others' requests, too."""
-        value = getattr(self, name)
-        if value is None and annotation.endswith("None"):
-            return
-        kind = annotation.split(" | ")[0]
-        if kind == "int":
-            self._check(name, isinstance(value, Integral) and not isinstance(value, bool), "an integer")
-            object.__setattr__(self, name, int(value))
-        elif kind == "float":
-            self._check(name, isinstance(value, Real) and not isinstance(value, bool), "a number")
-            self._check(name, math.isfinite(value), "a finite number")
-            object.__setattr__(self, name, float(value))
-        elif kind == "bool":
-            self._check(name, isinstance(value, bool), "True or False")
-        elif kind == "Sequence[int]":
-            self._check(name, _all_are(value, Integral), "a list of token ids")
-            object.__setattr__(self, name, tuple(int(token_id) for token_id in value))
-        elif kind == "str" and not isinstance(value, str):
-            self._check(name, "Sequence" in annotation and _all_are(value, str), "text")
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
@@ -137,10 +114,6 @@ class SamplingParams:
     def bad_strings(self) -> tuple[str, ...]:
         """`bad` as a tuple."""
         return _as_tuple(self.bad)
-
-
-def _all_are(values: Any, kind: type) -> bool:
-    return not isinstance(values, str) and isinstance(values, Iterable) and all(isinstance(v, kind) for v in values)
 
 
 def _as_tuple(strings: str | Sequence[str] | None) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from adaptive_k_moe.errors import EngineError, RequestError
 from adaptive_k_moe.runtime.chat_template import ChatTemplate, Message, read_chat_template, token_text
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 
+@runtime_checkable
 class TokenizerLike(Protocol):
     """What the runtime needs of a tokenizer."""
 

@@ -21,6 +21,7 @@ from tritonclient.utils import serialize_byte_tensor
 
 from adaptive_k_moe import cli
 from adaptive_k_moe.client import AsyncClient, Client
+from adaptive_k_moe.client.options import GenerateOptions
 from adaptive_k_moe.client.protocol import encode_request
 from adaptive_k_moe.errors import ClientError
 
@@ -252,6 +253,10 @@ def test_tls(tmp_path: Path, service: Any) -> None:
         (dict(url="localhost:port"), "is not an address"),
         (dict(url="a:1", root_certificates="/x"), "without ssl=True"),
         (dict(url="a:1", ssl=True, root_certificates="/no/such.pem"), "cannot read root_certificates /no/such.pem"),
+        (dict(url=8001), "url is 8001: it must be text"),
+        (dict(url="a:1", timeout="soon"), "timeout is 'soon': it must be a finite number"),
+        (dict(url="a:1", headers={"a": 1}), "headers is {'a': 1}: it must be a dictionary of texts"),
+        (dict(url="a:1", ssl=1), "ssl is 1: it must be True or False"),
     ],
 )
 def test_what_cannot_be_connected_to(arguments: dict[str, Any], sentence: str) -> None:
@@ -268,11 +273,33 @@ def test_what_cannot_be_connected_to(arguments: dict[str, Any], sentence: str) -
         (dict(seed=-1), "seed is -1"),
         (dict(top_k="many"), "top_k is 'many'"),
         (dict(temprature=1.0), "no option 'temprature'"),
+        (dict(adaptive_k_policy=5), "adaptive_k_policy is 5: it must be text"),
+        (dict(user=b"me"), "user is b'me': it must be text"),
+        (dict(stop=5), "stop is 5: it must be text or a list of texts"),
+        (dict(bad=["a", 5]), "bad is .'a', 5.: it must be text or a list of texts"),
+        (dict(return_k="no"), "return_k is 'no': it must be True or False"),
+        (dict(request_id=7), "request_id is 7: it must be text"),
+        (dict(timeout="soon"), "timeout is 'soon': it must be a finite number"),
     ],
 )
 def test_what_cannot_be_sent(options: Any, sentence: str) -> None:
     with pytest.raises(ClientError, match=sentence):
         encode_request("ensemble", "p", options, stream=False)
+
+
+def test_an_option_that_is_none_is_left_to_the_server_and_the_client(service: Any) -> None:
+    nothing: Any = dict.fromkeys(GenerateOptions.__annotations__)
+    assert encode_request("m", "p", nothing, stream=False) == encode_request("m", "p", {}, stream=False)
+    fake, url, _ = service
+
+    def stall(context: Any) -> Iterator[Any]:
+        while context.is_active():
+            time.sleep(0.01)
+        yield from ()
+
+    fake.behave = stall
+    with Client(url, timeout=0.3) as client, pytest.raises(ClientError, match=r"within 0\.3 s"):
+        client.generate("p", timeout=None)
 
 
 @pytest.mark.parametrize(

@@ -235,6 +235,25 @@ def test_what_is_no_sampling_params_is_one_sentence(llm: LLM, params: Any) -> No
             ask([1], params)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"request_id": 1},
+        {"streaming": 1},
+        {"on_output": "print"},
+        {"enrollment": "spring"},
+        {"context": {"client_id": "me"}},
+        {"chat_template_kwargs": "tools"},
+        {"chat_template_kwargs": {1: 2}},
+    ],
+)
+def test_an_argument_of_a_wrong_type_is_one_sentence(llm: LLM, arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises(RequestError, match=f"^{name} is .*: it must be .*[^.][.]$"):
+        llm.generate_async([1], **arguments)
+    assert llm.generate([1]).finished
+
+
 def test_prompts_may_come_from_a_generator(llm: LLM) -> None:
     outputs = llm.generate(prompt for prompt in ([1], [2, 3]))  # type: ignore[call-overload]
     assert [output.prompt_token_ids for output in outputs] == [[1], [2, 3]]
@@ -296,6 +315,30 @@ def test_nothing_runs_when_one_prompt_of_many_is_bad(llm: LLM) -> None:
     with pytest.raises(RequestError, match="2 prompts came with 1"):
         llm.generate([[1], [2]], [SamplingParams()])
     assert llm.stats().requests_total == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"engine_dir": 5},
+        {"max_batch_size": "many"},
+        {"max_num_tokens": 2.5},
+        {"num_threads": True},
+        {"kv_cache_config": {"max_tokens": 64}},
+        {"tokenizer": len},
+        {"skip_tokenizer_init": None},
+    ],
+)
+def test_an_llms_argument_of_a_wrong_type_is_one_sentence(engine_dir: Path, arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises(EngineError, match=f"^{name} is .*: it must be .*[^.][.]$"):
+        LLM(**{"engine_dir": engine_dir, **arguments})
+
+
+@pytest.mark.parametrize("value", ["a", 1.5, True, [3], 0, -1])
+def test_an_unusable_size_of_the_kv_cache_is_one_sentence(value: Any) -> None:
+    with pytest.raises(EngineError, match=r"max_tokens is .*: it must be "):
+        KvCacheConfig(max_tokens=value)
 
 
 def test_sizes_beyond_the_build_are_refused() -> None:
@@ -380,10 +423,29 @@ def test_observers_are_told_of_refusals(llm: LLM) -> None:
         llm.generate_async([], request_id="one", context=context)
     with pytest.raises(PolicyError):
         llm.generate([[1], [2]], SamplingParams(adaptive_k_policy="none such"))
-    first, second = watcher.refusals
+    with pytest.raises(RequestError, match="sampling_params"):
+        llm.generate_async([1], {"max_tokens": 3})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="2 prompts came with 1"):
+        llm.generate([[1], [2]], [SamplingParams()])
+    with pytest.raises(RequestError, match="a prompt is a text"):
+        llm.generate(3)  # type: ignore[call-overload]
+    with pytest.raises(RequestError, match="own tokenizer"):
+        llm.chat([{"role": "user", "content": "Who?"}], SamplingParams(adaptive_k_policy="one"))
+    with pytest.raises(RequestError, match="chat_template_kwargs"):
+        llm.chat([{"role": "user", "content": "Who?"}], chat_template_kwargs="tools")  # type: ignore[call-overload]
+    with pytest.raises(RequestError, match="the prompt is empty"):
+        llm.generate_async([], background=True)  # nobody's request
+    llm.shutdown()
+    with pytest.raises(EngineError, match="shut down"):
+        llm.generate([[1], [2]], SamplingParams(adaptive_k_policy="one"))
+    first, second, *others, last = watcher.refusals
     assert (first.request_id, first.error_kind, first.context) == ("one", "request", context)
     assert "the prompt is empty" in first.error
     assert (second.policy, second.error_kind) == ("none such", "policy")
+    assert [(refusal.policy, refusal.error_kind) for refusal in others] == [
+        *[(None, "request")] * 3, ("one", "request"), (None, "request"),
+    ]  # fmt: skip
+    assert (last.policy, last.error_kind) == ("one", "engine")
     assert not watcher.ends
 
 
