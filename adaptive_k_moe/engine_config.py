@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adaptive_k_moe.errors import EngineError
+from adaptive_k_moe.files import write_json
 from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies
 from adaptive_k_moe.validation import describe_first_error
 
@@ -343,17 +342,7 @@ def read_policy_tables(engine_dir: str | Path) -> PolicyTables:
 
 def write_engine_config(engine_dir: str | Path, config: EngineConfig) -> None:
     """Write ``config.json`` so that a reader sees the old one or the new one, never half of it."""
-    directory = Path(engine_dir)
-    descriptor, temporary = tempfile.mkstemp(dir=directory, prefix=".config-", suffix=".json")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            json.dump(config.to_json(), stream, indent=2)
-            stream.write("\n")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, directory / CONFIG_NAME)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_json(Path(engine_dir) / CONFIG_NAME, config.to_json())
 
 
 def file_entry(path: Path) -> FileEntry:

@@ -19,9 +19,9 @@ import numpy as np
 from adaptive_k_moe.calibration.calibrate import CURVE_KINDS, Calibration, Point
 from adaptive_k_moe.calibration.evaluator import Evaluator
 from adaptive_k_moe.calibration.timing import Phase, Timing
-from adaptive_k_moe.calibration.traces import write_json
 from adaptive_k_moe.calibration.windows import token_texts
 from adaptive_k_moe.errors import DependencyError
+from adaptive_k_moe.files import write_json
 from adaptive_k_moe.policy import EntropyPolicy
 
 COLOURS = {

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import TOP_TOKENS, Evaluator, Progress, Reference, Scores, take
 from adaptive_k_moe.calibration.windows import Windows
+from adaptive_k_moe.files import write_json
 
 FORMAT = 1
 """Changes whenever old files could not be read any more."""
@@ -124,18 +125,6 @@ def engine_fingerprint(evaluator: Evaluator) -> str:
     """SHA-256 over the hashes of the engine's files: its weights, not its policies."""
     files = sorted((name, entry.sha256) for name, entry in evaluator.config.files.items())
     return hashlib.sha256(json.dumps(files).encode()).hexdigest()
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file as `write_text` does."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def top_tokens(log_probs: npt.NDArray[np.float32], count: int) -> Reference:

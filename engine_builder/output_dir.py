@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,11 @@ def written_beside(output: Path, content: str) -> Iterator[Path]:
 
 
 def replace(output: Path, new: Path) -> None:
-    """Put `new` where `output` is; what was there is lost only once the new one is in its place."""
+    """Put `new` where `output` is; what was there is lost only once the new one is in its place.
+
+    Warns:
+        UserWarning: what was there could not be removed; the sentence says where it is left.
+    """
     new.chmod(0o755)
     if not output.exists():
         new.rename(output)
@@ -90,7 +95,14 @@ def replace(output: Path, new: Path) -> None:
         if not output.exists():
             old.rename(output)
         raise
-    shutil.rmtree(old)
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        warnings.warn(
+            f"{output} is the new one, whole, but what it replaced could not be removed ({error.strerror or error}): "
+            f"delete {old}.",
+            stacklevel=3,
+        )
 
 
 def _look_at(output: Path) -> tuple[Path, bool]:

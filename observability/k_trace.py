@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adaptive_k_moe.errors import RequestError
+from adaptive_k_moe.files import write_text
 from adaptive_k_moe.validation import describe_first_error
 
 if TYPE_CHECKING:
@@ -123,13 +123,9 @@ class KTrace(_Model):
         Raises:
             RequestError: the file cannot be written.
         """
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            temporary.write_text(json.dumps(self.model_dump(), indent=None) + "\n", encoding="utf-8")
-            temporary.replace(path)
+            write_text(path, json.dumps(self.model_dump(), indent=None) + "\n")
         except OSError as error:
-            temporary.unlink(missing_ok=True)
             raise RequestError(f"cannot write the trace {path}: {error.strerror}.") from None
 
     @property

@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Calibrate, write the policy file and the report, and print the table."""
     from adaptive_k_moe.calibration.calibrate import calibrate
-    from adaptive_k_moe.calibration.traces import write_text
     from adaptive_k_moe.engine_builder.commands.console import progress_bar
+    from adaptive_k_moe.files import write_text
 
     if args.bands < 2:
         from adaptive_k_moe.calibration.errors import CalibrationError

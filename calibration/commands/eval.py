@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print the tables."""
     from adaptive_k_moe.calibration.evaluation import evaluate
     from adaptive_k_moe.calibration.evaluator import Evaluator
-    from adaptive_k_moe.calibration.traces import write_json
     from adaptive_k_moe.calibration.windows import make_windows, read_text
     from adaptive_k_moe.engine_builder.commands.console import progress_bar
+    from adaptive_k_moe.files import write_json
 
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured

@@ -45,12 +45,12 @@ def run(args: argparse.Namespace) -> int:
     from adaptive_k_moe.calibration.errors import CalibrationError
     from adaptive_k_moe.calibration.evaluator import Evaluator
     from adaptive_k_moe.calibration.hooks import HookedModel
-    from adaptive_k_moe.calibration.traces import write_json
     from adaptive_k_moe.calibration.windows import make_windows
     from adaptive_k_moe.engine_builder.checkpoint import HfConfig
     from adaptive_k_moe.engine_builder.commands.console import progress_bar
     from adaptive_k_moe.engine_builder.models import architecture_of
     from adaptive_k_moe.errors import BuildError, CheckpointError
+    from adaptive_k_moe.files import write_json
     from adaptive_k_moe.runtime.tokenizer import Tokenizer
 
     texts = _texts(args.text)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure the policies one after another, `full` first, and print the table."""
     from adaptive_k_moe.errors import RequestError
+    from adaptive_k_moe.files import write_json
     from adaptive_k_moe.policy import FULL
     from adaptive_k_moe.runtime import LLM
     from adaptive_k_moe.runtime.perplexity import measure_policies
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         results = measure_policies(llm, token_ids, policies, window, rounds=args.rounds)
     print(table(results))
     if args.output:
-        Path(args.output).write_text(json.dumps(report(results, args.text), indent=2) + "\n", encoding="utf-8")
+        write_json(args.output, report(results, args.text))
     return 0
 
 

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_config import read_engine_config
 from adaptive_k_moe.errors import BuildError
@@ -45,6 +48,30 @@ def test_the_old_engine_survives_when_the_new_one_cannot_take_its_place(
         build(checkpoint, output, target="onnx", max_seq_len=64, force=True)
     assert read_engine_config(output).build_config.max_seq_len == 32
     assert [path.name for path in output.parent.iterdir()] == ["a"]
+
+
+def test_an_old_engine_that_cannot_be_removed_is_named_and_the_new_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, output = make_mixtral(tmp_path / "checkpoint"), tmp_path / "engines" / "a"
+    build(checkpoint, output, target="onnx", max_seq_len=32)
+    remove = shutil.rmtree
+
+    def refuse_the_old(path: Path, **options: Any) -> None:
+        if path.name.endswith("-old"):
+            raise PermissionError(13, "Permission denied")
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse_the_old)
+    arguments = ["build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(output), "--target", "onnx"]
+    assert main([*arguments, "--max_seq_len", "64", "--force"]) == 0
+    (old,) = (path for path in output.parent.iterdir() if path != output)
+    assert (
+        f"adaptive-k: warning: {output} is the new one, whole, but what it replaced could not be removed "
+        f"(Permission denied): delete {old}.\n"
+    ) in capsys.readouterr().err
+    assert read_engine_config(output).build_config.max_seq_len == 64
+    assert read_engine_config(old).build_config.max_seq_len == 32
 
 
 def files_of(directory: Path) -> dict[str, bytes]:
