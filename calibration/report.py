@@ -38,8 +38,8 @@ COLOURS = {
     "contribution_per_layer": "#c5b0d5",
 }
 LABELS = {
-    "static": "static k",
-    "static_per_layer": "static k by layer",
+    "static": "fixed k",
+    "static_per_layer": "fixed k by layer",
     "random": "random tokens (control)",
     "entropy": "entropy, one rule",
     "entropy_per_layer": "entropy by layer",

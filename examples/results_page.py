@@ -8,18 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-KINDS = {
-    "static": "fixed k",
-    "static_per_layer": "fixed k by layer",
-    "entropy": "entropy, one rule",
-    "entropy_per_layer": "entropy by layer",
-    "top_p": "top-p",
-    "top_p_per_layer": "top-p by layer",
-    "ratio": "ratio",
-    "ratio_per_layer": "ratio by layer",
-    "contribution": "contribution",
-    "contribution_per_layer": "contribution by layer",
-}
+from adaptive_k_moe.calibration.report import LABELS
+
 SETS = ("easy", "code", "hard")
 
 
@@ -42,7 +32,7 @@ def page(work: Path, model: str, steps: Mapping[str, str], processor: str) -> st
         _command(steps["balanced"]),
         f"{calibration['fit_windows']} windows of {calibration['window']} tokens were fitted on; the figures are those "
         f"of the other {calibration['heldout_windows']}, where the full model's perplexity is "
-        f"{calibration['full_heldout_perplexity']:.3f}. **{KINDS[calibration['chosen']['kind']]}** did the least "
+        f"{calibration['full_heldout_perplexity']:.3f}. **{LABELS[calibration['chosen']['kind']]}** did the least "
         "damage on the fitted part and became `balanced`; the best fixed k by layer became `balanced_static`.",
         _quality(calibration),
         "Differences, paired by window: below 0 the first is better; 0.01 of log-perplexity is 1 %.",
@@ -106,7 +96,7 @@ def _quality(calibration: dict[str, Any]) -> str:
         held = each["heldout"]
         rows.append(
             [
-                KINDS[each["kind"]] + (" (`balanced`)" if each["kind"] == calibration["chosen"]["kind"] else ""),
+                LABELS[each["kind"]] + (" (`balanced`)" if each["kind"] == calibration["chosen"]["kind"] else ""),
                 f"{held['avg_k']['value']:.3f}",
                 _percent(held["perplexity_change"]),
                 _number(held["kl"], 5),
@@ -119,7 +109,7 @@ def _quality(calibration: dict[str, Any]) -> str:
 def _differences(calibration: dict[str, Any]) -> str:
     rows = []
     for each in calibration["paired_differences"]:
-        names = [KINDS.get(each[side], f"`{each[side]}`") for side in ("policy", "minus")]
+        names = [LABELS.get(each[side], f"`{each[side]}`") for side in ("policy", "minus")]
         rows.append([" - ".join(names), _number(each["kl"], 5, "+"), _number(each["log_perplexity"], 4, "+")])
     return _table(["", "KL, nats", "log-perplexity"], rows)
 
