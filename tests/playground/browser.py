@@ -64,7 +64,7 @@ class Browser:
             stderr=subprocess.DEVNULL,
         )
         try:
-            self._socket = connect(_address(profile), max_size=None, proxy=None)
+            self._socket = connect(_address(profile), max_size=None, proxy=None, open_timeout=60)
             self._numbers = itertools.count(1)
             self._session: str | None = None
             self.events: deque[dict[str, Any]] = deque()

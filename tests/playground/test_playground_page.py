@@ -264,3 +264,83 @@ def test_a_narrow_page_needs_no_sideways_scrolling(browser: Browser) -> None:
         assert browser.evaluate("document.documentElement.scrollWidth") <= 380
     finally:
         browser.call("Emulation.setDeviceMetricsOverride", width=1280, height=900, deviceScaleFactor=1, mobile=False)
+
+
+def test_the_answer_to_a_long_prompt_is_in_view_until_its_reader_scrolls_away(browser: Browser) -> None:
+    below = "document.querySelector('.answer').scrollHeight - document.querySelector('.answer').clientHeight"
+    bottom = f"{below} - document.querySelector('.answer').scrollTop"
+    _run(browser, "And it came to pass, \n" * 40, tokens=100)
+    assert browser.evaluate(
+        "document.querySelector('.asked').offsetHeight > document.querySelector('.answer').offsetHeight"
+    )
+    assert browser.evaluate(bottom) < 2
+    browser.fill("#max-tokens", "700")
+    browser.click("#run")
+    browser.until("document.querySelectorAll('.piece').length > 3")
+    browser.evaluate("document.querySelector('.answer').scrollTop = 0")
+    pieces = browser.evaluate("document.querySelectorAll('.piece').length")
+    browser.until(f"document.querySelectorAll('.piece').length > {pieces}")
+    browser.until(IDLE)
+    assert browser.evaluate("document.querySelector('.answer').scrollTop") == 0
+
+
+def test_pieces_that_come_at_once_are_laid_out_once(browser: Browser) -> None:
+    """However many tokens are on the page, and however fast they come."""
+
+    def layouts() -> float:
+        metrics = browser.call("Performance.getMetrics")["metrics"]
+        return next(float(metric["value"]) for metric in metrics if metric["name"] == "LayoutCount")
+
+    browser.call("Performance.enable")
+    _side(browser, ["full"])
+    before = layouts()
+    browser.evaluate(
+        "(() => { for (let index = 0; index < 2000; index += 1) window.side.add({text: ' word', tokens: 1,"
+        " seconds: index, k: [[1, 2]], entropy: [[0.5, 0.6]], variant: null}); })()"
+    )
+    browser.until("document.querySelector('.avg-k').innerText.startsWith('1.50')")
+    assert layouts() - before < 100
+    assert (
+        browser.evaluate(
+            "window.side.answer.scrollHeight - window.side.answer.scrollTop - window.side.answer.clientHeight"
+        )
+        < 2
+    )
+
+
+def test_any_name_of_a_policy_can_be_chosen_and_read(browser: Browser) -> None:
+    names = ["full", " ", 'a"b\\c\nd', "<b>&\u202e"]
+    _side(browser, names)
+    options = browser.evaluate("Array.from(window.side.policy.options, (option) => [option.value, option.textContent])")
+    assert options == [
+        ["full", "full (default)"],
+        [" ", " "],
+        ['a"b\\c\nd', 'a"b\\c\u21b5d'],
+        ["<b>&\u202e", "<b>&U+202E"],
+        ["", "the server\u2019s choice"],
+    ]
+
+
+def test_a_browser_that_goes_back_shows_what_the_form_says(browser: Browser, page: str) -> None:
+    browser.click("#compare")
+    browser.call("Page.navigate", url=f"{page}static/text.js")
+    browser.until("location.pathname === '/static/text.js'")
+    history = browser.call("Page.getNavigationHistory")
+    back = history["entries"][history["currentIndex"] - 1]["id"]
+    browser.call("Page.navigateToHistoryEntry", entryId=back)
+    browser.until("location.pathname === '/' && document.readyState === 'complete'")
+    browser.until(IDLE)
+    count = "document.querySelectorAll('.side').length - document.querySelector('#compare').checked"
+    browser.until(f"document.querySelector('#compare').checked && {count} === 1")
+    browser.click("#compare")
+
+
+def _side(browser: Browser, policies: list[str]) -> None:
+    """Put a side of its own onto the page, as `window.side`, of a server with these policies."""
+    engine = {"policies": policies, "default_policy": "full", "num_experts": 8, "num_experts_per_tok": 2}
+    browser.evaluate(
+        "import('/static/side.js').then(({Side}) => {"
+        " window.side = new Side('Own', document.querySelector('#side-template'));"
+        f" window.side.setEngine({json.dumps(engine)});"
+        " document.querySelector('#sides').replaceChildren(window.side.root); })"
+    )

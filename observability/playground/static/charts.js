@@ -3,6 +3,7 @@
 
 import { getJson } from "./events.js";
 import { svg } from "./layers.js";
+import { spoken } from "./text.js";
 
 const SECONDS = 120;
 const EVERY = 1000;
@@ -39,7 +40,7 @@ class Chart {
     const values = [...lines.values()].flat().map((point) => point.value);
     const top = Math.max(least, ...values) * 1.08;
     this.value.textContent = text;
-    const newest = [...lines].map(([name, points]) => `${name} ${points.length ? round(points.at(-1).value) : "none"}`).join(", ");
+    const newest = [...lines].map(([name, points]) => `${spoken(name)} ${points.length ? round(points.at(-1).value) : "none"}`).join(", ");
     this.drawing.setAttribute("aria-label", `${this.title}, two minutes up to now: ${newest}`);
     const x = (at) => (WIDTH * (1 - (now - at) / SECONDS)).toFixed(1);
     const y = (value) => (HEIGHT - (value / top) * HEIGHT).toFixed(1);
@@ -55,7 +56,7 @@ class Chart {
     const keys = [...lines].map(([name, points], index) => {
       const key = document.createElement("span");
       key.className = `line-${index % 4}`;
-      key.textContent = `${name} ${points.length ? round(points.at(-1).value) : "–"}`;
+      key.textContent = `${spoken(name)} ${points.length ? round(points.at(-1).value) : "–"}`;
       return key;
     });
     this.keys.replaceChildren(...(lines.size > 1 ? keys : []));
@@ -121,6 +122,6 @@ export class Charts {
       policies.map((policy) => [policy, lineOf((each) => each.avg_k[policy] ?? NaN).filter(({ value }) => Number.isFinite(value))]),
     );
     const [first] = policies;
-    this.charts["Average k since the start"].draw(lines, now, 1, policies.length === 1 ? `${first} ${round(newest.avg_k[first])}` : "");
+    this.charts["Average k since the start"].draw(lines, now, 1, policies.length === 1 ? `${spoken(first)} ${round(newest.avg_k[first])}` : "");
   }
 }

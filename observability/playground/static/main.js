@@ -102,6 +102,8 @@ element("question").addEventListener("submit", (event) => {
 });
 element("stop").addEventListener("click", stop);
 element("compare").addEventListener("change", showSides);
+// A browser that goes back puts into the form what was there, and tells nobody.
+addEventListener("pageshow", showSides);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && element("question").reportValidity()) run();

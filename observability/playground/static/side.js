@@ -5,8 +5,8 @@ import { postEvents } from "./events.js";
 import { appendText, spoken } from "./text.js";
 import { drawLayers, nats, rounded } from "./layers.js";
 
-// No policy's name: those have no spaces.
-const SERVERS_CHOICE = " ";
+// No policy's name: those have a character at least.
+const SERVERS_CHOICE = "";
 
 export class Side {
   /**
@@ -32,7 +32,8 @@ export class Side {
     );
     this.legend = { from: find(".legend .from"), to: find(".legend .to") };
     this.engine = null;
-    this.coming = null;
+    this.coming = null; // the picture that is asked for
+    this.end = null; // where the end of the answer was, if it is to show the end
     this.followPointerAndKeys();
     this.clear();
   }
@@ -42,7 +43,7 @@ export class Side {
     const chosen = this.engine === null ? this.preferred : this.policy.value;
     this.engine = engine;
     this.policy.replaceChildren(
-      ...engine.policies.map((name) => new Option(name === engine.default_policy ? `${name} (default)` : name, name)),
+      ...engine.policies.map((name) => new Option(spoken(name) + (name === engine.default_policy ? " (default)" : ""), name)),
       // A request that names none takes part in the server's A/B test, where one is running.
       new Option("the server’s choice", SERVERS_CHOICE),
     );
@@ -75,6 +76,7 @@ export class Side {
     asked.setAttribute("role", "presentation");
     appendText(asked, question.prompt);
     this.answer.append(asked);
+    this.answer.scrollTop = this.answer.scrollHeight;
     this.answer.classList.add("running");
     this.answer.setAttribute("aria-busy", "true");
     try {
@@ -90,7 +92,7 @@ export class Side {
     } finally {
       this.answer.classList.remove("running");
       this.answer.setAttribute("aria-busy", "false");
-      this.showFigures();
+      this.draw();
     }
   }
 
@@ -118,8 +120,8 @@ export class Side {
     this.first ??= { seconds: chunk.seconds, tokens: chunk.tokens };
     if (chunk.variant) this.title.textContent = `${this.name}: variant ${chunk.variant}`;
     chunk.k.forEach((row, token) => this.count(row, chunk.entropy[token]));
+    this.drawSoon();
     if (chunk.text) this.show(chunk.text);
-    this.showFiguresSoon();
   }
 
   /** Add a token's layers to the sums of all. */
@@ -133,7 +135,6 @@ export class Side {
   }
 
   show(text) {
-    const atEnd = this.answer.scrollHeight - this.answer.scrollTop - this.answer.clientHeight < 40;
     const { k, entropy } = this.held;
     this.held = { k: [], entropy: [] };
     const element = document.createElement("span");
@@ -148,7 +149,6 @@ export class Side {
     appendText(element, text);
     this.pieces.push(piece);
     this.answer.append(element);
-    if (atEnd) this.answer.scrollTop = this.answer.scrollHeight;
   }
 
   /** How far a k is from 1 towards the trained top-k: 0 to 1. */
@@ -174,15 +174,27 @@ export class Side {
     return this.first ? (this.tokens - this.first.tokens) / (this.seconds - this.first.seconds) : NaN;
   }
 
-  /** With the next picture that the browser draws: tokens may come faster. */
-  showFiguresSoon() {
-    this.coming ??= requestAnimationFrame(() => this.showFigures());
+  /**
+   * Draw with the next picture of the browser: tokens may come faster. Whoever has scrolled to the end stays there; to
+   * ask where that is costs a layout of all the text, so it is asked once a picture.
+   */
+  drawSoon() {
+    if (this.coming !== null) return;
+    const { scrollHeight, scrollTop, clientHeight } = this.answer;
+    this.end = scrollHeight - scrollTop - clientHeight < 40 ? scrollTop : null;
+    this.coming = requestAnimationFrame(() => this.draw());
+  }
+
+  draw() {
+    cancelAnimationFrame(this.coming);
+    this.coming = null;
+    if (this.first === null) return;
+    if (this.answer.scrollTop === this.end) this.answer.scrollTop = this.answer.scrollHeight; // or its reader scrolled
+    this.end = null;
+    this.showFigures();
   }
 
   showFigures() {
-    if (this.coming) cancelAnimationFrame(this.coming);
-    this.coming = null;
-    if (this.first === null) return;
     const most = this.engine.num_experts_per_tok;
     const full = this.choices * most;
     write(this.figures["avg-k"], format(this.averageK), `of ${most}`);
