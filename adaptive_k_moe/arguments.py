@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Values of a wrong type, refused in one sentence where they are given and not deep inside."""
+"""Values of a wrong type: refused in one sentence where they are given and not deep inside."""
 
 from __future__ import annotations
 
+import argparse
 import functools
+import json
 import math
 import os
 import types
@@ -64,6 +66,17 @@ def check_fields(instance: Any, error: type[AdaptiveKError]) -> None:
         value, kind = getattr(instance, field.name), kinds[field.name]
         check_arguments(error, kind, **{field.name: value})
         object.__setattr__(instance, field.name, _plain(value, kind))
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The type of a command's option that is a JSON object."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"it must be a JSON object: {error}") from None
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError("it must be a JSON object")
+    return content
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from adaptive_k_moe.arguments import check_arguments
 from adaptive_k_moe.client.options import GenerateOptions, Prompt
-from adaptive_k_moe.client.protocol import METADATA, encode_engine_question, encode_request, explain
+from adaptive_k_moe.client.protocol import encode_engine_question, encode_request, explain
 from adaptive_k_moe.errors import ClientError
 
 QUESTION_SECONDS = 5.0
@@ -167,8 +167,12 @@ def credentials(
 
 
 def metadata(headers: Mapping[str, str] | None) -> tuple[tuple[str, str], ...]:
-    """Headers that go with each request."""
-    return (*METADATA, *((name.lower(), value) for name, value in (headers or {}).items()))
+    """Headers that go with each request.
+
+    Triton's `triton_grpc_error`, which would bring a refusal as the call's status, is not among them: server 2.51
+    may end with a segmentation fault where a stream ends so on a busy machine.
+    """
+    return tuple((name.lower(), value) for name, value in (headers or {}).items())
 
 
 def with_trace_context(headers: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:

@@ -30,6 +30,8 @@ class GenerateOptions(TypedDict, total=False):
         frequency_penalty: subtracted once for each time that a token is in the answer.
         return_k: return k and entropy of each token and layer (default True).
         return_log_probs: return the tokens' log-probabilities.
+        chat_template_kwargs: what else the model's chat template knows, such as `tools` or `enable_thinking`; for
+            a conversation.
         request_id: names the request in the server's logs and spans; it need not be unique.
         timeout: seconds that the whole answer may take; None is the client's.
     """
@@ -50,5 +52,6 @@ class GenerateOptions(TypedDict, total=False):
     frequency_penalty: float | None
     return_k: bool
     return_log_probs: bool
+    chat_template_kwargs: Mapping[str, Any] | None
     request_id: str | None
     timeout: float | None

@@ -19,9 +19,6 @@ from adaptive_k_moe.client.options import GenerateOptions, Prompt
 from adaptive_k_moe.client.results import Chunk, Completion, EngineDescription
 from adaptive_k_moe.errors import ClientError
 
-# Makes Triton end a stream with the error's own status code.
-METADATA = (("triton_grpc_error", "true"),)
-
 # Types of the inputs that are one number, by name.
 _NUMBERS: dict[str, npt.DTypeLike] = {
     "max_tokens": np.int32,
@@ -70,8 +67,10 @@ def encode_request(model_name: str, prompt: Prompt, options: GenerateOptions, *,
     for name, strings in (("stop_words", given.get("stop")), ("bad_words", given.get("bad"))):
         if strings:
             tensors[name] = _strings(*([strings] if isinstance(strings, str) else strings))
+    template = given.get("chat_template_kwargs")
     for name, string in (
         ("messages", messages),
+        ("chat_template_kwargs", _json("chat_template_kwargs", dict(template)) if template else None),
         ("adaptive_k_policy", given.get("adaptive_k_policy")),
         ("adaptive_k_user", given.get("user")),
     ):
@@ -190,11 +189,15 @@ def _tensors(response: Any) -> dict[str, npt.NDArray[Any]]:
 def _messages(prompt: Any) -> str:
     """A conversation as JSON; whether its messages are good for the model is the server's to say."""
     if isinstance(prompt, Sequence) and prompt and all(isinstance(message, Mapping) for message in prompt):
-        try:
-            return json.dumps(list(prompt))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ClientError(f"the messages are not plain data, as JSON has it: {error}.") from None
+        return _json("messages", list(prompt))
     raise ClientError(f"the prompt is {type(prompt).__name__}: give a string, or a list of messages.")
+
+
+def _json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ClientError(f"{name} must be plain data, as JSON has it: {error}.") from None
 
 
 def _number(name: str, value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -82,6 +82,7 @@ class Call:
                 on_output=functools.partial(self._on_output, ResponseBuilder(prompt)),
                 context=self.context(prompt.batch_index),
                 enrollment=prompt.enrollment,
+                chat_template_kwargs=prompt.chat_template_kwargs,
             )
             with self._lock:
                 self._handles.append(handle)

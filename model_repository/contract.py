@@ -51,8 +51,8 @@ OPTIONAL_INPUTS = [
     *_scalars("TYPE_BOOL", "return_perf_metrics", "return_num_input_tokens", "return_num_output_tokens"),
     *_scalars("TYPE_BOOL", "exclude_input_in_output", "stream"),
     *_scalars("TYPE_INT32", "beam_width", "num_return_sequences"),
-    # A conversation as JSON, in the place of `text_input`.
-    *_scalars("TYPE_STRING", "messages"),
+    # A conversation as JSON, in the place of `text_input`, and what else the chat template is to know.
+    *_scalars("TYPE_STRING", "messages", "chat_template_kwargs"),
     # Ends the running request that has the same request id; from TensorRT-LLM's `tensorrt_llm` model.
     *_scalars("TYPE_BOOL", "stop"),
     *_scalars("TYPE_STRING", "adaptive_k_policy", "adaptive_k_user"),

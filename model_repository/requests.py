@@ -34,6 +34,7 @@ class GenerationRequest:
 
     Attributes:
         prompt: the text, or the messages of a conversation.
+        chat_template_kwargs: what else the model's chat template is given for the messages.
         batch_index: its place among the request's prompts.
         sampling_params: how its tokens are chosen and which policy they follow.
         streaming: whether an answer goes out after each step, or once at the end.
@@ -47,6 +48,7 @@ class GenerationRequest:
     """
 
     prompt: str | list[Message]
+    chat_template_kwargs: dict[str, Any] | None = None
     batch_index: int
     sampling_params: SamplingParams
     streaming: bool = False
@@ -126,10 +128,16 @@ def _parse_prompt(inputs: Inputs, row: int) -> GenerationRequest:
     if "messages" in inputs and (messages := text("messages")):
         if prompt:
             raise RequestError("text_input and messages were both given: leave text_input empty for a conversation.")
-        prompt = _conversation(messages)
+        prompt = list(check_messages(_from_json("messages", messages)))
+    chat_template_kwargs = None
+    if "chat_template_kwargs" in inputs and (given := text("chat_template_kwargs")):
+        if isinstance(prompt, str):
+            raise RequestError("chat_template_kwargs is for a conversation: give messages, too, or leave it out.")
+        chat_template_kwargs = _from_json("chat_template_kwargs", given)
     streaming = flag("stream")
     return GenerationRequest(
         prompt=prompt,
+        chat_template_kwargs=chat_template_kwargs,
         batch_index=row,
         sampling_params=SamplingParams(
             max_tokens=value("max_tokens"),
@@ -165,12 +173,11 @@ def _is_on(name: str, inputs: Inputs) -> bool:
     return name in inputs and bool(inputs[name].any())
 
 
-def _conversation(text: str) -> list[Message]:
+def _from_json(name: str, text: str) -> Any:
     try:
-        messages = json.loads(text)
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"messages is not JSON: {error}.") from None
-    return list(check_messages(messages))
+        raise RequestError(f"{name} is not JSON: {error}.") from None
 
 
 def _is_off(name: str, tensor: npt.NDArray[Any]) -> bool:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from adaptive_k_moe.arguments import json_object
+
 if TYPE_CHECKING:
     from adaptive_k_moe.client.options import Prompt
 
@@ -28,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the prompt is a user's message: the server puts it into the model's chat template",
     )
     parser.add_argument("--system_prompt", metavar="TEXT", help="the system's message before it")
+    parser.add_argument(
+        "--chat_template_kwargs", type=json_object, metavar="JSON", help="what else the template knows, as an object"
+    )
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument("--show_k", action="store_true", help="print the experts that ran, layer by layer, by token")
     parser.add_argument("--adaptive_k_policy", metavar="NAME", help="policy that decides k (default: the engine's)")
@@ -53,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
     if args.apply_chat_template:
         turns = [("system", args.system_prompt), ("user", prompt)]
         prompt = [{"role": role, "content": text} for role, text in turns if text is not None]
-    elif args.system_prompt is not None:
-        raise ClientError("--system_prompt is for a chat: give --apply_chat_template, too.")
+    elif args.system_prompt is not None or args.chat_template_kwargs is not None:
+        raise ClientError("--system_prompt and --chat_template_kwargs are for a chat: give --apply_chat_template, too.")
     client = Client(
         args.url,
         model_name=args.model_name,
@@ -64,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
         private_key=args.private_key,
         certificate_chain=args.certificate_chain,
     )
-    sampling = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "adaptive_k_policy", "user")
-    options: Any = {name: getattr(args, name) for name in sampling}
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "adaptive_k_policy", "user")
+    options: Any = {name: getattr(args, name) for name in (*names, "chat_template_kwargs")}
     started = time.perf_counter()
     tokens, last = 0, None
     with client:

@@ -7,6 +7,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
+from adaptive_k_moe.arguments import json_object
+
 if TYPE_CHECKING:
     from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestOutput
 
@@ -21,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the prompt is a user's message: put it into the model's chat template",
     )
     parser.add_argument("--system_prompt", metavar="TEXT", help="the system's message before it")
+    parser.add_argument(
+        "--chat_template_kwargs", type=json_object, metavar="JSON", help="what else the template knows, as an object"
+    )
     parser.add_argument("--max_tokens", type=int, default=128, help="most tokens to generate (default: 128)")
     parser.add_argument("--adaptive_k_policy", metavar="NAME", help="policy to follow (default: the engine's)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
@@ -44,8 +49,10 @@ def run(args: argparse.Namespace) -> int:
     from adaptive_k_moe.errors import EngineError, RequestError
     from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
 
-    if args.system_prompt is not None and not args.apply_chat_template:
-        raise RequestError("--system_prompt is for a chat: give --apply_chat_template, too.")
+    if not args.apply_chat_template and (args.system_prompt is not None or args.chat_template_kwargs is not None):
+        raise RequestError(
+            "--system_prompt and --chat_template_kwargs are for a chat: give --apply_chat_template, too."
+        )
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
     params = SamplingParams(
         max_tokens=args.max_tokens,
@@ -64,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
             turns = [("system", args.system_prompt), ("user", prompt)]
             prompt = [{"role": role, "content": text} for role, text in turns if text is not None]
         output: RequestOutput | None = None
-        for output in llm.generate_async(prompt, params, streaming=True):
+        for output in llm.generate_async(
+            prompt, params, streaming=True, chat_template_kwargs=args.chat_template_kwargs
+        ):
             answer = output.outputs[0]
             if args.show_k:
                 sys.stdout.write(_with_k(answer))

@@ -232,3 +232,41 @@ def test_the_generate_command_takes_a_users_message(
     assert "Turns must alternate" in capsys.readouterr().err
     assert main([*arguments[:-1], "--prompt", "Who?", "--system_prompt", "Sing."]) == 1
     assert "--apply_chat_template" in capsys.readouterr().err
+
+
+def test_what_else_the_template_knows_comes_by_every_way(
+    tmp_path: Path, checkpoint_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(with_template(checkpoint_dir, tmp_path / "model", MARKED), tmp_path / "engine", max_seq_len=256)
+    messages, params, variables = CONVERSATIONS["one turn"], SamplingParams(max_tokens=6), {"enable_thinking": False}
+    text, token_ids = expected(tmp_path / "model", messages, add_generation_prompt=True, **variables)
+    with LLM(tmp_path / "engine") as llm:
+        outputs = [
+            llm.chat(messages, params, chat_template_kwargs=variables),
+            *llm.chat([messages], params, chat_template_kwargs=variables),
+            llm.generate_async(messages, params, chat_template_kwargs=variables).result(),
+        ]
+        assert [(output.prompt, output.prompt_token_ids) for output in outputs] == [(text, token_ids)] * 3
+        plain = llm.chat(messages, params, chat_template_kwargs={})
+        assert plain.prompt != text
+        for wrong, sentence in (
+            ("tools", "must be a dictionary with names as keys"),
+            ({1: 2}, "must be a dictionary with names as keys"),
+            ({"messages": []}, "cannot hold 'messages'"),
+            ({"self": 1}, "cannot hold 'self'"),
+            ({"tools": object()}, "plain data"),
+        ):
+            for ask in (llm.chat, llm.generate_async):
+                with pytest.raises(RequestError, match=sentence):
+                    ask(messages, params, chat_template_kwargs=wrong)  # type: ignore[operator]
+        with pytest.raises(RequestError, match="list of messages"):
+            llm.generate_async("Who?", params, chat_template_kwargs=variables)
+    arguments = ["generate", "--engine_dir", str(tmp_path / "engine"), "--max_tokens", "6", "--prompt", "Who was Noah?"]
+    assert main([*arguments, "--apply_chat_template", "--chat_template_kwargs", json.dumps(variables)]) == 0
+    assert capsys.readouterr().out == outputs[0].outputs[0].text + "\n"
+    assert main([*arguments, "--chat_template_kwargs", "{}"]) == 1
+    assert "give --apply_chat_template" in capsys.readouterr().err
+    for wrong in ("{", "[1]"):
+        with pytest.raises(SystemExit, match="2"):
+            main([*arguments, "--apply_chat_template", "--chat_template_kwargs", wrong])
+        assert "argument --chat_template_kwargs: it must be a JSON object" in capsys.readouterr().err

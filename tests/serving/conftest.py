@@ -23,6 +23,7 @@ def served_engine_dir(engine_dir: Path, tmp_path_factory: pytest.TempPathFactory
     shutil.copytree(engine_dir, directory)
     (directory / "chat_template.jinja").write_text(
         "{{ bos_token }}{% for message in messages %}[{{ message.role }}] {{ message.content }}\n{% endfor %}"
+        "{% if enable_thinking %}[think]{% endif %}"
     )
     config = json.loads((directory / "config.json").read_text())
     config["build_config"]["max_input_len"] = MAX_INPUT_LEN

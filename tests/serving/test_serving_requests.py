@@ -137,6 +137,18 @@ def test_a_conversation_takes_the_place_of_the_text() -> None:
         _parsed(messages=json.dumps(messages))
 
 
+def test_what_else_a_chat_template_is_given() -> None:
+    messages = json.dumps([{"role": "user", "content": "who?"}])
+    (request,) = parse_request(tensors([""], max_tokens=4, messages=messages, chat_template_kwargs='{"tools": [1]}'))
+    assert request.chat_template_kwargs == {"tools": [1]}
+    (request,) = parse_request(tensors([""], max_tokens=4, messages=messages, chat_template_kwargs=""))
+    assert request.chat_template_kwargs is None
+    with pytest.raises(RequestError, match="chat_template_kwargs is not JSON"):
+        parse_request(tensors([""], max_tokens=4, messages=messages, chat_template_kwargs="{tools}"))
+    with pytest.raises(RequestError, match="chat_template_kwargs is for a conversation: give messages"):
+        _parsed(chat_template_kwargs="{}")
+
+
 @pytest.mark.parametrize(
     "inputs",
     [

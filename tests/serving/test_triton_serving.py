@@ -272,6 +272,8 @@ def test_a_conversation_is_answered_by_the_chat_template(
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "import “os”"}]
     with LLM(served_engine_dir) as llm:
         expected = llm.chat(messages, SamplingParams(max_tokens=6))
+        thoughtful = llm.chat(messages, SamplingParams(max_tokens=6), chat_template_kwargs={"enable_thinking": True})
+    assert thoughtful.outputs[0].text != expected.outputs[0].text
     text, length = expected.outputs[0].text, len(expected.prompt_token_ids)
     with Client(server.grpc_url, model_name=model) as client:
         answer = client.generate(messages, max_tokens=6)
@@ -280,6 +282,13 @@ def test_a_conversation_is_answered_by_the_chat_template(
         assert "".join(piece.text for piece in pieces) == text
         with pytest.raises(ClientError, match="a conversation is a list of messages"):
             client.generate([{"content": "who?"}])
+        answer = client.generate(messages, max_tokens=6, chat_template_kwargs={"enable_thinking": True})
+        assert (answer.text, answer.num_input_tokens) == (
+            thoughtful.outputs[0].text,
+            len(thoughtful.prompt_token_ids),
+        )
+        with pytest.raises(ClientError, match="refused the request: chat_template_kwargs cannot hold 'messages'"):
+            client.generate(messages, chat_template_kwargs={"messages": []})
     body = {"text_input": "", "messages": json.dumps(messages), "max_tokens": 6}
     status, content = _post(server, f"{model}/generate", body)
     assert (status, json.loads(content)["text_output"]) == (200, text)
@@ -294,8 +303,11 @@ def test_a_conversation_is_answered_by_the_chat_template(
         "--max_tokens",
         "6",
     ]
-    assert cli.main([*command, "--apply_chat_template", "--system_prompt", "Be brief."]) == 0
+    chat = [*command, "--apply_chat_template", "--system_prompt", "Be brief."]
+    assert cli.main(chat) == 0
     assert capsys.readouterr().out == text + "\n"
+    assert cli.main([*chat, "--chat_template_kwargs", '{"enable_thinking": true}']) == 0
+    assert capsys.readouterr().out == thoughtful.outputs[0].text + "\n"
     assert cli.main([*command, "--system_prompt", "Be brief."]) == 1
 
 
