@@ -11,6 +11,7 @@ Example::
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
@@ -21,6 +22,11 @@ from adaptive_k_moe.errors import RequestError
 
 BAR_WIDTH = 8
 """Blocks of a bar."""
+
+BLOCKS = "█░"
+"""A filled block and an empty one."""
+
+_ASCII_BLOCKS = "#."
 
 # The rule that Adaptive-K was published with, in nats.
 _THRESHOLDS = (0.6, 1.2)
@@ -55,10 +61,12 @@ def trace_k_selection(
     chosen = select_k(rows, thresholds, k_values) if k is None else np.atleast_2d(np.asarray(k))
     if chosen.shape != rows.shape:
         raise RequestError(f"k is of {list(chosen.shape)} tokens and layers, but the entropies of {list(rows.shape)}.")
+    stream = sys.stdout if file is None else file
+    blocks = BLOCKS if can_be_written(BLOCKS, getattr(stream, "encoding", None)) else _ASCII_BLOCKS
     for token, (entropy_row, k_row) in enumerate(zip(rows, chosen, strict=True)):
         if len(rows) > 1:
             print(f"Token {token}", file=file)
-        for line in lines(entropy_row, k_row, full_bar):
+        for line in lines(entropy_row, k_row, full_bar, blocks):
             print(line, file=file)
 
 
@@ -76,15 +84,27 @@ def select_k(
     return np.asarray(k_values, np.int64)[np.searchsorted(np.asarray(thresholds), entropies, side="right")]
 
 
-def lines(entropies: npt.NDArray[np.float64], k: npt.NDArray[np.int64], full_bar: float) -> Iterator[str]:
+def lines(
+    entropies: npt.NDArray[np.float64], k: npt.NDArray[np.int64], full_bar: float, blocks: str = BLOCKS
+) -> Iterator[str]:
     """The lines of one token, [L] each."""
     width = len(str(len(entropies) - 1))
     for layer, (entropy, chosen) in enumerate(zip(entropies.tolist(), k.tolist(), strict=True)):
-        yield f"Layer {layer:>{width}} | H={entropy:.2f} {bar(entropy, full_bar)} | K={chosen}"
+        yield f"Layer {layer:>{width}} | H={entropy:.2f} {bar(entropy, full_bar, blocks)} | K={chosen}"
 
 
-def bar(entropy: float, full_bar: float) -> str:
+def bar(entropy: float, full_bar: float, blocks: str = BLOCKS) -> str:
     """A bar of `BAR_WIDTH` blocks; one that has begun counts."""
     share = entropy / full_bar
     filled = BAR_WIDTH if math.isnan(share) else math.ceil(min(max(share, 0.0), 1.0) * BAR_WIDTH)
-    return "█" * filled + "░" * (BAR_WIDTH - filled)
+    filled_block, empty_block = blocks
+    return filled_block * filled + empty_block * (BAR_WIDTH - filled)
+
+
+def can_be_written(text: str, encoding: str | None) -> bool:
+    """Whether an encoding has all characters of a text; None, of a stream that takes any text, has."""
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

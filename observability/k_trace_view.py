@@ -5,13 +5,16 @@ from __future__ import annotations
 
 import math
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 
+from adaptive_k_moe.observability.debugger import can_be_written
 from adaptive_k_moe.observability.k_trace import KTrace, TokenTrace
 
 _HEIGHTS = "▁▂▃▄▅▆▇█"
-_TEXT_WIDTH = 18
+_ASCII_HEIGHTS = ".:-=+*#@"
+_TEXT_WIDTH, _LEAST_TEXT_WIDTH = 18, 3
 # From few experts to all of them.
 _COLOURS = ("green", "cyan", "yellow", "red")
 
@@ -26,29 +29,35 @@ def show(trace: KTrace, console: Console) -> None:
     title = f"{trace.model}, policy {trace.policy}: a bar's height is the entropy (full at {trace.largest_entropy:.2f} "
     console.print(Text(f"{title}nats), the number beside it k (trained top-{trace.full_k})"))
     cell = 1 + max((len(str(k)) for token in trace.tokens for k in token.k), default=1)
-    at_once = max(1, (console.width - _TEXT_WIDTH - len(" prompt  mean ")) // (cell + 1))
+    room = console.width - len(" prompt  mean ")
+    width = min(_TEXT_WIDTH, max(_LEAST_TEXT_WIDTH, room - (cell + 1)))
+    at_once = max(1, (room - width) // (cell + 1))
+    heights = _HEIGHTS if can_be_written(_HEIGHTS, console.encoding) else _ASCII_HEIGHTS
     for first in range(0, max(trace.num_layers, 1), at_once):
         last = min(first + at_once, trace.num_layers)
         if first or last < trace.num_layers:
             console.print(Text(f"layers {first} to {last - 1}", style="bold"))
         header = "".join(f" {str(layer)[-cell:]:<{cell}}" for layer in range(first, last))
-        console.print(Text(f"{'token':<{_TEXT_WIDTH}} {'part':<6}  mean{header}", style="dim"), no_wrap=True)
+        title = set_cell_size("token", width)
+        console.print(Text(f"{title} {'part':<6}  mean{header}", style="dim"), no_wrap=True)
         for token in trace.tokens:
-            console.print(_row(trace, token, first, last, cell), no_wrap=True, crop=True)
+            row = _row(token, width)
+            for layer in range(first, last):
+                height = _height(token.entropy[layer] / trace.largest_entropy, heights)
+                row.append(f" {height}{token.k[layer]:<{cell - 1}}", style=_colour(token.k[layer], trace.full_k))
+            console.print(row, no_wrap=True, crop=True)
     if trace.tokens:
         console.print(_summary(trace))
 
 
-def _row(trace: KTrace, token: TokenTrace, first: int, last: int, cell: int) -> Text:
+def _row(token: TokenTrace, width: int) -> Text:
+    """A token's row up to its layers; wide characters take two of the `width` columns of its text."""
     mean = sum(token.k) / len(token.k) if token.k else float("nan")
     # Control characters would act on the terminal.
     shown = repr(token.text)[1:-1]
-    shown = shown if len(shown) <= _TEXT_WIDTH else f"{shown[: _TEXT_WIDTH - 1]}…"
-    row = Text(f"{shown:<{_TEXT_WIDTH}} {token.part:<6} {mean:5.2f}")
-    for layer in range(first, last):
-        height = _height(token.entropy[layer] / trace.largest_entropy)
-        row.append(f" {height}{token.k[layer]:<{cell - 1}}", style=_colour(token.k[layer], trace.full_k))
-    return row
+    if cell_len(shown) > width:
+        shown = f"{set_cell_size(shown, width - 1)}…"
+    return Text(f"{set_cell_size(shown, width)} {token.part:<6} {mean:5.2f}")
 
 
 def _summary(trace: KTrace) -> Text:
@@ -62,10 +71,10 @@ def _summary(trace: KTrace) -> Text:
     )
 
 
-def _height(share: float) -> str:
+def _height(share: float, heights: str) -> str:
     if math.isnan(share):
         return "?"
-    return _HEIGHTS[min(max(int(share * len(_HEIGHTS)), 0), len(_HEIGHTS) - 1)]
+    return heights[min(max(int(share * len(heights)), 0), len(heights) - 1)]
 
 
 def _colour(k: int, full_k: int) -> str:

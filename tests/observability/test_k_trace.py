@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from adaptive_k_moe.cli import main
 from adaptive_k_moe.errors import RequestError
@@ -93,6 +98,55 @@ def test_a_narrow_terminal_and_colours(
     assert trace("--open", path) == 0
     coloured = capsys.readouterr().out
     assert "\x1b[32m" in coloured and r"\x1b[31m<b>[red]\n" in coloured
+
+
+def test_wide_characters_take_two_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["a", "漢字", "漢字仮名交じり文の長い例", "e\u0301", "\U0001f600", "\u202eabc"]
+    monkeypatch.setenv("COLUMNS", "80")
+    assert trace("--open", _saved(tmp_path, texts)) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if " prompt " in line]
+    assert len(rows) == len(texts) and {cell_len(row.partition(" prompt ")[0]) for row in rows} == {18}
+    assert "\u202e" not in "".join(rows)
+
+
+@pytest.mark.parametrize("width", [20, 24, 33, 79])
+def test_a_layer_at_least_is_shown_however_narrow_a_terminal(
+    width: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert trace("--open", _saved(tmp_path, ["a long token's text"])) == 0
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if " prompt " in line]
+    assert "".join(row.partition("1.50")[2] for row in rows).split() == ["▁1", "█2", "▅1", "▃2"]
+    assert all(len(line) <= width for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_blocks_has_heights_too(encoding: str, tmp_path: Path) -> None:
+    path = _saved(tmp_path, ["a"])
+
+    def shown(*command: str) -> str:
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, check=True, timeout=60)
+        return done.stdout.decode(encoding)
+
+    command = ["-m", "adaptive_k_moe", "trace", "--open", str(path)]
+    heights, full, empty = ("▁█▅▃", "█", "░") if encoding == "utf-8" else (".@+-", "#", ".")
+    assert shown(*command).splitlines()[-3].split()[-4:] == [f"{h}{k}" for h, k in zip(heights, "1212", strict=True)]
+    assert shown(*command, "--token", "0").splitlines()[2] == f"Layer 1 | H=2.08 {full * 8} | K=2"
+    code = "from adaptive_k_moe.observability import debugger; debugger.trace_k_selection([0.42])"
+    assert shown("-c", code).strip() == f"Layer 0 | H=0.42 {full * 4}{empty * 4} | K=1"
+
+
+def _saved(directory: Path, texts: list[str]) -> Path:
+    """A saved trace of tokens with these texts: four layers, entropies from 0 to the most, k 1 and 2 in turns."""
+    token = {"id": 1, "part": "prompt", "k": [1, 2, 1, 2], "entropy": [0.0, math.log(8), 1.1, 0.6]}
+    content = {"model": "m", "policy": "p", "num_experts": 8, "full_k": 2}
+    path = directory / "trace.json"
+    path.write_text(json.dumps({**content, "tokens": [{**token, "text": text} for text in texts]}))
+    return path
 
 
 @pytest.mark.parametrize(
