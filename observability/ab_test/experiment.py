@@ -89,7 +89,7 @@ class Variant:
             ExperimentError: it is not of that form.
         """
         name, _, rest = text.partition("=")
-        policy, colon, weight = rest.partition(":")
+        policy, colon, weight = rest.rpartition(":") if ":" in rest else (rest, "", "")
         try:
             return cls(_checked_name("variant", name), policy, float(weight) if colon else 1.0)
         except ValueError:

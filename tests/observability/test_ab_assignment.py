@@ -84,6 +84,12 @@ def test_bad_variants_are_refused_in_a_sentence(text: str, sentence: str) -> Non
         Variant.parse(text)
 
 
+def test_the_name_of_a_policy_may_hold_anything() -> None:
+    for policy in ("a:b", "k=1", 'quoted "name"', "\u00fc \U0001f600", " "):
+        assert Variant.parse(f"less={policy}:0.5") == Variant("less", policy, 0.5)
+    assert Variant.parse("less=k=1") == Variant("less", "k=1")
+
+
 def test_bad_experiments_are_refused_in_a_sentence() -> None:
     control, less = Variant("control", "full"), Variant("less", "top1")
     for arguments, sentence in (
