@@ -23,7 +23,8 @@ class Question(BaseModel):
         policy: name of the policy; None leaves it to the server.
         max_tokens: most tokens.
         temperature: 0 is greedy.
-        seed: of the request's random generator.
+        seed: of the request's random generator; what a browser's numbers hold exactly.
+        chat: whether the prompt is a user's message, for the model's chat template.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -33,6 +34,7 @@ class Question(BaseModel):
     max_tokens: int = Field(default=128, ge=1, le=1 << 20)
     temperature: float = Field(default=0.0, ge=0, le=100)
     seed: int = Field(default=0, ge=0, lt=1 << 53)
+    chat: bool = False
 
 
 async def stream_answer(client: AsyncClient, question: Question) -> AsyncIterator[str]:
@@ -42,7 +44,7 @@ async def stream_answer(client: AsyncClient, question: Question) -> AsyncIterato
     """
     started = time.perf_counter()
     stream = client.generate(
-        question.prompt,
+        [{"role": "user", "content": question.prompt}] if question.chat else question.prompt,
         stream=True,
         adaptive_k_policy=question.policy,
         max_tokens=question.max_tokens,

@@ -32,6 +32,7 @@ def hostile_engine_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFa
     swap = {"type": "Replace", "pattern": {"String": "\u0120the"}, "content": HOSTILE}
     tokenizer["decoder"] = {"type": "Sequence", "decoders": [swap, tokenizer["decoder"]]}
     (checkpoint / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (checkpoint / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }} And")
     engine = directory / "engine"
     build(checkpoint, engine, policy=PolicySet.model_validate(POLICIES), max_batch_size=8, max_seq_len=1024)
     return engine

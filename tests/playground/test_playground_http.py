@@ -94,6 +94,15 @@ def test_pieces_are_what_the_client_gets(page: str, server: TritonServer, policy
     assert end[0] == "end"
 
 
+def test_a_chat_message_goes_through_the_models_template(page: str, server: TritonServer) -> None:
+    *pieces, _ = ask(page, prompt=PROMPT, chat=True, max_tokens=8)
+    with Client(server.grpc_url, timeout=60) as client:
+        answer = client.generate([{"role": "user", "content": PROMPT}], max_tokens=8)
+        assert answer.text != client.generate(PROMPT, max_tokens=8).text
+    assert "".join(piece["text"] for _, piece in pieces) == answer.text
+    assert pieces[-1][1]["prompt_tokens"] == answer.num_input_tokens
+
+
 def test_sampling_follows_the_seed(page: str) -> None:
     def text(seed: int) -> str:
         return "".join(
@@ -111,6 +120,8 @@ def test_sampling_follows_the_seed(page: str) -> None:
         ({"prompt": "p", "max_tokens": 0}, "max_tokens: it must be greater than or equal to 1."),
         ({"prompt": "p", "temperature": -1}, "temperature: it must be greater than or equal to 0."),
         ({"prompt": "p", "seed": None}, "seed: it must be a valid integer."),
+        ({"prompt": "p", "seed": 2**53}, "seed: it must be less than 9007199254740992."),
+        ({"prompt": "p", "chat": "maybe"}, "chat: it must be a valid boolean, unable to interpret input."),
         ({"prompt": "p", "beam": 2}, "beam: Extra inputs are not permitted."),
     ],
 )

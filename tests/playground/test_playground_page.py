@@ -118,6 +118,22 @@ def test_a_pointer_shows_the_layers_of_a_token(browser: Browser, server: TritonS
     np.testing.assert_allclose(heights, np.maximum(1, answer.entropy[3] / np.log(8) * 54), rtol=1e-3)
 
 
+def test_a_seed_that_no_server_would_take_is_refused_in_the_page(browser: Browser) -> None:
+    for seed, fine in (("9007199254740991", True), ("9007199254740992", False), ("-1", False), ("", False)):
+        browser.fill("#seed", seed)
+        assert browser.evaluate("document.querySelector('#question').checkValidity()") is fine
+
+
+def test_a_prompt_can_be_a_chat_message(browser: Browser, server: TritonServer) -> None:
+    with Client(server.grpc_url, timeout=60) as client:
+        answer = client.generate([{"role": "user", "content": PROMPT}], max_tokens=24)
+        assert answer.avg_k != client.generate(PROMPT, max_tokens=24).avg_k
+    browser.click("#chat")
+    _run(browser)
+    average = answer.k.mean(axis=1)
+    np.testing.assert_allclose([piece["share"] for piece in _pieces(browser)], average - 1, atol=1e-6)
+
+
 def test_the_keyboard_does_all(browser: Browser, server: TritonServer) -> None:
     browser.evaluate("document.querySelector('#prompt').focus()")
     browser.fill("#max-tokens", "24")
@@ -129,8 +145,8 @@ def test_the_keyboard_does_all(browser: Browser, server: TritonServer) -> None:
         browser.press("Tab")
         names.append(browser.evaluate("document.activeElement.id || document.activeElement.className"))
     # The page's last stop is the answer, which is one stop for all of its tokens; Tab goes out of it again.
-    assert names[:6] == ["max-tokens", "temperature", "seed", "compare", "run", "policy"]
-    assert names[6] == "answer"
+    assert names[:6] == ["max-tokens", "temperature", "seed", "chat", "compare", "run"]
+    assert names[6:8] == ["policy", "answer"]
     browser.evaluate("document.querySelector('.answer').focus()")
     for key, index in (
         ("ArrowRight", 1),

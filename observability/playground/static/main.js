@@ -35,6 +35,7 @@ async function run() {
     max_tokens: element("max-tokens").valueAsNumber,
     temperature: element("temperature").valueAsNumber,
     seed: element("seed").valueAsNumber,
+    chat: element("chat").checked,
   };
   running = new AbortController();
   setBusy();
