@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -29,6 +28,7 @@ from adaptive_k_moe.model_repository.contract import BLS, ENSEMBLE
 from adaptive_k_moe.model_repository.installation import find_tritonserver
 from adaptive_k_moe.model_repository.observation_options import ObservationOptions
 from adaptive_k_moe.model_repository.repository import write_model_repository
+from adaptive_k_moe.model_repository.server_directory import ServerDirectory, server_directory
 from adaptive_k_moe.model_repository.socket_directory import socket_directory
 
 _POLL_SECONDS = 0.1
@@ -154,8 +154,8 @@ class TritonServer:
         installation = find_tritonserver(self._tritonserver)
         self._ports = _reserve_ports(self.host, self._asked_ports)
         try:
-            directory = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="adaptive_k_serve_")))
-            repository = (self._model_repository or directory / "models").absolute()
+            self._directory = directory = self._resources.enter_context(server_directory())
+            repository = (self._model_repository or directory.path / "models").absolute()
             write_model_repository(
                 repository,
                 self.engine_dir,
@@ -163,8 +163,9 @@ class TritonServer:
                 kv_cache_max_tokens=self._kv_cache_max_tokens,
                 parameters=self._observation.to_parameters(),
             )
-            options, environment = installation.prepare(directory)
-            command = [str(installation.program.absolute()), *self._options(repository), *options]
+            options, environment = installation.prepare(directory.path)
+            environment["TMPDIR"] = str(directory.path)  # the models' sockets lie there, too
+            command = [str(installation.program.absolute()), *self._options(repository, directory), *options]
             self._launch(command, {**os.environ, **environment}, directory)
             return self._wait_ready(stop_asked)
         except BaseException:
@@ -185,10 +186,8 @@ class TritonServer:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            # A server that was killed also leaves its shared memory and its sockets.
-            shutil.rmtree(socket_directory(process.pid), ignore_errors=True)
-            for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
-                region.unlink(missing_ok=True)
+            # A server that was killed leaves its sockets, which lie elsewhere where the path would be too long.
+            shutil.rmtree(socket_directory(process.pid, self._directory.path), ignore_errors=True)
         self._resources.close()
 
     def wait(self, stop_asked: threading.Event) -> None:
@@ -214,11 +213,7 @@ class TritonServer:
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"[{address}]" if ":" in address else address
 
-    @property
-    def _shm_prefix(self) -> str:
-        return f"adaptive_k_{os.getpid()}_{self._ports[1]}_"
-
-    def _options(self, repository: Path) -> list[str]:
+    def _options(self, repository: Path, directory: ServerDirectory) -> list[str]:
         return [
             f"--model-repository={repository}",
             "--disable-auto-complete-config",  # they are complete; spares starting each model twice
@@ -228,10 +223,10 @@ class TritonServer:
             f"--exit-timeout-secs={_DRAIN_SECONDS}",
             f"--log-verbose={self._log_verbose}",
             "--pinned-memory-pool-byte-size=0",  # nothing of ours travels through it
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={directory.shared_memory_prefix}",
         ]
 
-    def _launch(self, command: list[str], environment: dict[str, str], directory: Path) -> None:
+    def _launch(self, command: list[str], environment: dict[str, str], directory: ServerDirectory) -> None:
         sink: IO[bytes] = sys.stderr.buffer
         if self._log_file is not None:
             try:
@@ -243,10 +238,11 @@ class TritonServer:
             self._process = subprocess.Popen(
                 command,
                 env=environment,
-                cwd=directory,  # the backend's Python imports what lies there first, whatever it is
+                cwd=directory.path,  # the backend's Python imports what lies there first, whatever it is
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
+                pass_fds=(directory.lock,),
                 start_new_session=True,  # its own group: Ctrl-C reaches us only, and we can end all of it
                 preexec_fn=_end_with_parent if self._end_with_thread and sys.platform == "linux" else None,
             )

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from adaptive_k_moe.client import Client, CompletionStream
 from adaptive_k_moe.errors import ClientError, DependencyError, EngineError, ServerError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.model_repository.installation import find_tritonserver
+from adaptive_k_moe.model_repository.server_directory import server_directory
 from adaptive_k_moe.model_repository.socket_directory import socket_directory
 
 from waiting import eventually
@@ -42,8 +44,14 @@ def _living(group: int) -> list[str]:
     return found
 
 
-def _leftovers(pid: int) -> list[Path]:
-    return [*Path("/dev/shm").glob(f"adaptive_k_{pid}_*"), *filter(Path.exists, [socket_directory(pid)])]
+def _directory(server: int) -> Path:
+    """The folder for all files of a server."""
+    return Path(f"/proc/{server}/cwd").resolve()
+
+
+def _leftovers(server: int, directory: Path) -> list[Path]:
+    places = [directory, socket_directory(server, directory)]
+    return [*Path("/dev/shm").glob(f"{directory.name}_*"), *filter(Path.exists, places)]
 
 
 @contextlib.contextmanager
@@ -141,7 +149,9 @@ def test_sigterm_leaves_nothing_behind(engine_dir: Path, tmp_path: Path) -> None
         line = process.stdout.readline()
         url = line.partition("grpc ")[2].partition(",")[0]
         server = _child(process)
+        directory = _directory(server)
         assert _living(server)
+        assert len(_leftovers(server, directory)) >= 3
         with Client(url) as client:
             stream = client.generate("import os", stream=True, max_tokens=400, end_id=-1)
             next(stream)
@@ -151,8 +161,7 @@ def test_sigterm_leaves_nothing_behind(engine_dir: Path, tmp_path: Path) -> None
         assert process.wait(30) == 0
         assert process.stderr.read() == ""
     assert eventually(lambda: not _living(server), 2)
-    assert not _leftovers(process.pid)
-    assert not _leftovers(server)
+    assert not _leftovers(server, directory)
 
 
 def test_sigint_while_it_starts(engine_dir: Path, tmp_path: Path) -> None:
@@ -174,10 +183,51 @@ def test_a_serve_command_that_is_killed_takes_its_server_with_it(engine_dir: Pat
     assert eventually(lambda: not _living(server), 20)
 
 
+def test_what_killed_servers_leave_the_next_one_removes_and_nothing_of_the_living(
+    engine_dir: Path, tmp_path: Path
+) -> None:
+    with (
+        _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as killed,
+        TritonServer(engine_dir, log_file=tmp_path / "other.log", **ANY_PORTS) as living,
+    ):
+        killed.stdout.readline()
+        server = _child(killed)
+        directory = _directory(server)
+        with server_directory():
+            assert len(_leftovers(server, directory)) >= 3
+        killed.send_signal(signal.SIGSTOP)  # so that it cannot clean up after the server
+        os.killpg(server, signal.SIGKILL)
+        killed.kill()
+        killed.wait(30)
+        assert eventually(lambda: not _living(server), 20)
+        assert len(_leftovers(server, directory)) >= 3
+        with server_directory() as new:
+            assert not _leftovers(server, directory)
+            assert new.path.is_dir()
+        assert not new.path.exists()
+        assert len(_leftovers(living.pid, _directory(living.pid))) >= 3
+        assert Client(living.grpc_url).generate("Once", max_tokens=1).num_output_tokens == 1
+
+
+def test_what_bears_the_name_of_a_servers_folder_and_is_none_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "adaptive_k_server_link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "adaptive_k_server_file").write_text("mine")
+    (tmp_path / "adaptive_k_server_left").mkdir()
+    with server_directory() as directory:
+        assert directory.path.parent == tmp_path
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["adaptive_k_server_file", "adaptive_k_server_link", "elsewhere"]
+
+
 def test_a_server_that_dies_is_reported_to_both_sides(engine_dir: Path, tmp_path: Path) -> None:
     with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
         url = process.stdout.readline().partition("grpc ")[2].partition(",")[0]
         server = _child(process)
+        directory = _directory(server)
         with Client(url) as client:
             streams = [client.generate("import os", stream=True, max_tokens=400, end_id=-1) for _ in range(32)]
             next(streams[0])
@@ -189,8 +239,7 @@ def test_a_server_that_dies_is_reported_to_both_sides(engine_dir: Path, tmp_path
         error = process.stderr.read()
         assert error == ("adaptive-k: error: the Triton server stopped on its own: signal 9 (Killed) ended it.\n")
     assert eventually(lambda: not _living(server), 2)
-    assert not _leftovers(process.pid)
-    assert not _leftovers(server)
+    assert not _leftovers(server, directory)
 
 
 def test_the_repository_as_it_ships_serves_and_reloads_in_any_triton(engine_dir: Path, tmp_path: Path) -> None:
@@ -237,7 +286,7 @@ def test_the_repository_as_it_ships_serves_and_reloads_in_any_triton(engine_dir:
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    assert not _leftovers(process.pid)
+    assert not socket_directory(process.pid).exists()
 
 
 def _reloading_config(repository: Path) -> bytes:
