@@ -7,21 +7,24 @@ Steps 1, 2 and 4 of the method in ``search.py``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.calibration.errors import CalibrationError
-from adaptive_k_moe.calibration.families import Family, OneNumberRules, Quantiles, choices_at
-from adaptive_k_moe.calibration.laboratory import DECIMALS, Budget, Candidate, Laboratory, Measured
-from adaptive_k_moe.calibration.solve import solve
+from adaptive_k_moe.calibration.families import EntropyRules, Family, OneNumberRules, Rule, Rules
+from adaptive_k_moe.calibration.laboratory import DECIMALS, Budget, Candidate, Laboratory, Measured, static
+from adaptive_k_moe.calibration.solve import SAME_AVG_K, best_of, keeps, solve
 from adaptive_k_moe.policy import EntropyChoices, EntropyPolicy
 
-LEVELS = (0.25, 0.5, 0.75, 1.0)
+LEVELS = (0.25, 0.5, 0.75)
 """Shares of a layer's droppable expert runs at which a kind with one number is measured."""
+
+FIRST_STEP, LAST_STEP = 0.24, 0.03
+"""Of refining, as shares of a layer's tokens or of its droppable expert runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,106 +76,80 @@ def measure_damage(
 
 class _Segment(NamedTuple):
     slope: float
-    layer: int
-    start: Quantiles
-    end: Quantiles
+    place: int
+    start: Rule
+    end: Rule
     saved: float
-    damage: float
 
 
-Option = tuple[float, float, Quantiles]
-"""Average k saved, damage, and the layer's thresholds."""
+Option = tuple[float, float, Rule]
+"""Average k saved, damage, and the rule."""
 
 
-class LayerPlan:
-    """Step 2: the order in which layers give experts up.
+class FillingOrder:
+    """Step 2: the order in which places, each layer or all of them as one, give experts up.
 
     Args:
-        options: of each layer, without that of saving nothing.
-        make: turns the thresholds of all layers into a policy.
+        rules: what a place's rule is.
+        options: of each place, without that of saving nothing.
     """
 
-    def __init__(self, options: Sequence[Sequence[Option]], make: Callable[[Sequence[Quantiles]], Candidate]) -> None:
-        self.num_layers = len(options)
-        self._make = make
-        self._nothing: Quantiles = (0.0,) * len(options[0][0][2])
+    def __init__(self, rules: Rules, options: Sequence[Sequence[Option]]) -> None:
+        self._rules = rules
+        self._nothing = rules.fixed(rules.full_k)
         self.segments = sorted(
-            (segment for layer in range(self.num_layers) for segment in _hull_segments(options[layer], layer)),
-            key=lambda segment: (segment.slope, segment.layer),
+            (part for place, found in enumerate(options) for part in _hull_segments(found, place, self._nothing)),
+            key=lambda segment: (segment.slope, segment.place),
         )
         self._total = sum(segment.saved for segment in self.segments)
-        self._made: dict[str, list[Quantiles]] = {}
 
-    def quantiles(self, x: float) -> list[Quantiles]:
-        """Each layer's thresholds when a share x of all that can be saved is taken."""
-        at: list[Quantiles] = [self._nothing] * self.num_layers
+    def rules_at(self, x: float) -> list[Rule]:
+        """Each place's rule when a share x of all that can be saved is taken."""
+        at = [self._nothing] * self._rules.count
         left = x * self._total
         for segment in self.segments:
             if left <= 0:
                 break
-            part = min(1.0, left / segment.saved)
-            at[segment.layer] = tuple(a + part * (b - a) for a, b in zip(segment.start, segment.end, strict=True))
+            at[segment.place] = self._rules.between(segment.start, segment.end, min(1.0, left / segment.saved))
             left -= segment.saved
         return at
 
-    def candidate(self, quantiles: Sequence[Quantiles]) -> Candidate:
-        """The policy with these thresholds."""
-        made = self._make(quantiles)
-        self._made[made.key()] = list(quantiles)
-        return made
-
-    def quantiles_of(self, candidate: Candidate) -> list[Quantiles]:
-        """The thresholds of a policy that this plan made; of any other, those of saving nothing."""
-        return self._made.get(candidate.key(), [self._nothing] * self.num_layers)
-
     def family(self) -> Family:
-        """Along the filling order."""
-        return lambda x: self.candidate(self.quantiles(x))
-
-    def shifted(self, quantiles: Sequence[Quantiles]) -> Family:
-        """From nothing saved through the given thresholds (at one half) to everything saved."""
-
-        def at(x: float) -> Candidate:
-            part = 2 * x if x <= 0.5 else 2 * x - 1
-            return self.candidate(
-                [tuple(q * part if x <= 0.5 else q + (1 - q) * part for q in layer) for layer in quantiles]
-            )
-
-        return at
+        """Along the order."""
+        return lambda x: self._rules.candidate(self.rules_at(x))
 
 
-def entropy_plan(damage: Damage, entropy: npt.NDArray[np.float32], k_values: Sequence[int]) -> LayerPlan:
-    """Thresholds of entropy.
-
-    Args:
-        damage: of step 1.
-        entropy: [W, n, L] the full model's, nats.
-        k_values: rising, the trained top-k last.
-    """
-    in_order = [np.sort(np.asarray(entropy[..., layer]), axis=None) for layer in range(entropy.shape[-1])]
-
-    def make(quantiles: Sequence[Quantiles]) -> Candidate:
-        layers = {layer: choices_at(in_order[layer], at, k_values) for layer, at in enumerate(quantiles)}
-        return Candidate("entropy_per_layer", EntropyPolicy(kind="entropy", layers=layers))
-
-    return LayerPlan([_entropy_options(damage, layer) for layer in range(len(in_order))], make)
+def entropy_order(damage: Damage, rules: EntropyRules) -> FillingOrder:
+    """For thresholds of entropy by layer."""
+    return FillingOrder(rules, [_entropy_options(damage, rules, layer) for layer in range(rules.count)])
 
 
-def one_number_plan(laboratory: Laboratory, rules: OneNumberRules) -> LayerPlan:
-    """Step 1 and 2 for a kind with one number: one pass for each layer and level, the other layers in full."""
-    full_k = rules.full_k
-    options: list[list[Option]] = []
-    for layer in range(rules.num_layers):
-        found: list[Option] = []
-        for level in LEVELS:
-            shares = [level if at == layer else 0.0 for at in range(rules.num_layers)]
-            scores = laboratory.measure(rules.by_layer(shares)).scores
-            found.append((full_k - scores.avg_k, scores.mean_kl, (level,)))
-        options.append(found)
-    return LayerPlan(options, lambda quantiles: rules.by_layer([share for (share,) in quantiles]))
+def one_number_order(
+    laboratory: Laboratory, damage: Damage, rules: OneNumberRules, k_values: Sequence[int]
+) -> FillingOrder:
+    """For a kind with one number: every fixed k, and one pass for each place and level, the other places in full."""
+    full_k, nothing = rules.full_k, [rules.fixed(rules.full_k)] * rules.count
+    options = _fixed_options(laboratory, damage, rules, k_values[:-1])
+    for place, level in itertools.product(range(rules.count), LEVELS):
+        rule = rules.saving(level)
+        scores = laboratory.measure(rules.candidate(_replaced(nothing, {place: rule}))).scores
+        options[place].append((full_k - scores.avg_k, scores.mean_kl, rule))
+    return FillingOrder(rules, options)
 
 
-def _entropy_options(damage: Damage, layer: int) -> list[Option]:
+def _fixed_options(laboratory: Laboratory, damage: Damage, rules: Rules, lower: Sequence[int]) -> list[list[Option]]:
+    """Every place's at a fixed k: of all layers at once by measurement, of single layers the sum of their bands."""
+    if rules.count == 1:
+        measured = [laboratory.measure(static(k)).scores for k in lower]
+        return [[(rules.full_k - s.avg_k, s.mean_kl, rules.fixed(k)) for s, k in zip(measured, lower, strict=True)]]
+    saved, kl = damage.saved.sum(axis=1), damage.kl.sum(axis=1)
+    return [
+        [(float(saved[layer, c]), float(kl[layer, c]), rules.fixed(k)) for c, k in enumerate(lower)]
+        for layer in range(rules.count)
+    ]
+
+
+def _entropy_options(damage: Damage, rules: EntropyRules, layer: int) -> list[Option]:
     """Every choice of band edges, its damage the sum of its bands'."""
     kl, saved = damage.kl[layer], damage.saved[layer]
     num_bands, num_lower = kl.shape
@@ -183,91 +160,115 @@ def _entropy_options(damage: Damage, layer: int) -> list[Option]:
             (
                 float(sum(saved[bands, c].sum() for bands, c in cells)),
                 float(sum(kl[bands, c].sum() for bands, c in cells)),
-                tuple(edge / num_bands for edge in edges),
+                rules.at([edge / num_bands for edge in edges]),
             )
         )
     return options
 
 
-def _hull_segments(options: Sequence[Option], layer: int) -> list[_Segment]:
-    """The lower convex hull of a layer's options, from nothing saved on."""
-    hull: list[Option] = [(0.0, 0.0, (0.0,) * len(options[0][2]))]
+def _hull_segments(options: Sequence[Option], place: int, nothing: Rule) -> list[_Segment]:
+    """The lower convex hull of a place's options, from nothing saved on."""
+    hull: list[Option] = [(0.0, 0.0, nothing)]
     for option in sorted(options):
         if option[0] <= hull[-1][0]:
             continue
         while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-2], option):
             hull.pop()
         hull.append(option)
-    return [_Segment(_slope(a, b), layer, a[2], b[2], b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(hull)]
+    return [_Segment(_slope(a, b), place, a[2], b[2], b[0] - a[0]) for a, b in itertools.pairwise(hull)]
 
 
-def _slope(a: tuple[float, float, Any], b: tuple[float, float, Any]) -> float:
+def _slope(a: Option, b: Option) -> float:
     return (b[1] - a[1]) / (b[0] - a[0])
 
 
-def refine(laboratory: Laboratory, plan: LayerPlan, found: Measured, budget: Budget, passes: int) -> Measured:
-    """Step 4: move single layers' thresholds by what the real model says.
+def _replaced(rules: Sequence[Rule], by: Mapping[int, Rule]) -> list[Rule]:
+    return [by.get(place, rule) for place, rule in enumerate(rules)]
 
-    The score is damage plus a price for each expert run, the price being what the last savings cost, so that
-    moves which save different amounts can be compared; the budget is met again at the end.
+
+class _Move(NamedTuple):
+    place: int
+    rule: Rule
+    damage: float
+    """Change of it."""
+    avg_k: float
+    """Change of it."""
+
+
+def refine(laboratory: Laboratory, rules: Rules, found: Measured, budget: Budget, passes: int) -> Measured:
+    """Step 4: change single places' rules by what the real model says.
+
+    Every place's neighbouring rules are measured. Those are taken together that do the least damage at a price for each
+    expert run, at which they leave the average k as it was: some places get experts that others give up. Steps halve
+    where nothing is better, and the budget is met again at the end.
 
     Args:
         laboratory: measures.
-        plan: turns thresholds into policies.
-        found: the policy of steps 2 and 3.
+        rules: what may be changed.
+        found: where to begin: a policy of these rules or of a kind that they contain.
         budget: to meet.
         passes: most candidates to measure before the budget is met again.
 
     Returns:
         The better of the refined policy and `found`.
     """
-    full_k = laboratory.evaluator.full_k
-    room = full_k - found.scores.avg_k
-    if room <= 0 or passes < 1:
+    if passes < 1 or found.scores.avg_k >= rules.full_k:
         return found
-    # Damage grows about as the square of what is saved, so its slope is twice the mean cost.
-    price = 2 * found.scores.mean_kl / room
-    best, at = found, plan.quantiles_of(found.candidate)
-    left, step = passes, 0.12
-
-    def score(measured: Measured) -> float:
-        return measured.scores.mean_kl + price * measured.scores.avg_k
-
-    def moved(base: Sequence[Quantiles], moves: Sequence[tuple[int, float]]) -> list[Quantiles]:
-        changed = list(base)
-        for layer, by in moves:
-            changed[layer] = tuple(min(1.0, max(0.0, q + by)) for q in changed[layer])
-        return changed
-
-    while left > 0 and step >= 0.03:
-        gains: list[tuple[float, int, float]] = []
-        for layer, by in itertools.product(range(plan.num_layers), (step, -step)):
-            trial = moved(at, [(layer, by)])
-            if left <= 0 or trial == at:
+    best, at = found, rules.rules_of(found.candidate.policy)
+    seen, left, step = {found.candidate.key()}, passes, FIRST_STEP
+    while left > 0 and step >= LAST_STEP:
+        moves: list[_Move] = []
+        for place, rule in _by_turns([rules.neighbours(rule, step) for rule in at]):
+            candidate = rules.candidate(_replaced(at, {place: rule}))
+            if candidate.key() in seen or left <= 0:
                 continue
+            seen.add(candidate.key())
             left -= 1
-            gains.append((score(laboratory.measure(plan.candidate(trial))) - score(best), layer, by))
-        taken: dict[int, float] = {}
-        for gain, layer, by in sorted(gains):
-            if gain < 0 and layer not in taken:
-                taken[layer] = by
+            scores = laboratory.measure(candidate).scores
+            moves.append(_Move(place, rule, scores.mean_kl - best.scores.mean_kl, scores.avg_k - best.scores.avg_k))
+        price = _price(moves, found.scores.avg_k - best.scores.avg_k)
+        taken = _best_moves(moves, price)
         # All good moves together may be too much of a good thing; then the best alone.
-        trials = [list(taken.items()), list(taken.items())[:2], list(taken.items())[:1]] if taken else []
-        for moves in trials:
-            trial = moved(at, moves)
-            measured = laboratory.measure(plan.candidate(trial))
+        for count in sorted({len(taken), min(2, len(taken)), min(1, len(taken))} - {0}, reverse=True):
+            trial = _replaced(at, {move.place: move.rule for move in taken[:count]})
+            measured = laboratory.measure(rules.candidate(trial))
             left -= 1
-            if score(measured) < score(best):
+            more = measured.scores.avg_k - best.scores.avg_k
+            if measured.scores.mean_kl + price * more < best.scores.mean_kl:
                 best, at = measured, trial
                 break
         else:
             step /= 2
     if best is found:
         return found
-    met = solve(laboratory, plan.shifted(at), budget)
-    if budget.avg_k is not None:
-        return met if met.scores.mean_kl < found.scores.mean_kl else found
-    return met if met.scores.avg_k < found.scores.avg_k else found
+    return best_of([found, solve(laboratory, rules.through(at), budget)], budget)
+
+
+def _by_turns(found: Sequence[Sequence[Rule]]) -> Iterator[tuple[int, Rule]]:
+    """The first of every place before the second of any: there may be more of them than passes."""
+    for turn in itertools.zip_longest(*found):
+        yield from ((place, rule) for place, rule in enumerate(turn) if rule is not None)
+
+
+def _best_moves(moves: Sequence[_Move], price: float) -> list[_Move]:
+    """Each place's best move at a price for each expert run, where any is good; the best place first."""
+    best: dict[int, _Move] = {}
+    for move in sorted(moves, key=lambda move: move.damage + price * move.avg_k):
+        if move.damage + price * move.avg_k < 0:
+            best.setdefault(move.place, move)
+    return list(best.values())
+
+
+def _price(moves: Sequence[_Move], more: float) -> float:
+    """The least price at which the best moves raise the average k by no more than this."""
+    low, high = 0.0, max((abs(move.damage / move.avg_k) for move in moves if move.avg_k), default=0.0)
+    for _ in range(50):
+        middle = (low + high) / 2
+        if sum(move.avg_k for move in _best_moves(moves, middle)) > more:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def static_by_layer(k: Sequence[int]) -> Candidate:
@@ -292,10 +293,6 @@ def static_path(damage: Damage, k_values: Sequence[int]) -> list[list[int]]:
         k[layer] -= 1
         path.append(list(k))
     return path
-
-
-SAME_AVG_K = 0.005
-"""Average k closer than this, as a share of the trained top-k, count as the same."""
 
 
 def solve_static_by_layer(
@@ -323,13 +320,15 @@ def solve_static_by_layer(
     """
     path = static_path(damage, k_values)
     if budget.avg_k is not None:
-        k = nearest_on_one_side(path, [float(np.mean(ks)) for ks in path], budget.avg_k, k_values[-1], at_least)
+        path += [[k] * len(path[0]) for k in range(k_values[0], k_values[-1])]
+        averages = [float(np.mean(ks)) for ks in path]
+        nearest = nearest_on_one_side(averages, averages, budget.avg_k, k_values[-1], at_least)
+        level = [ks for ks, average in zip(path, averages, strict=True) if average == nearest]
+        k = min(level, key=lambda ks: laboratory.measure(static_by_layer(ks)).scores.mean_kl)
     else:
-        assert budget.perplexity_increase is not None
-        limit = laboratory.full().scores.perplexity * (1 + budget.perplexity_increase)
         k = path[0]
         for ks in path[1:]:
-            if laboratory.measure(static_by_layer(ks)).scores.perplexity > limit:
+            if not keeps(laboratory, laboratory.measure(static_by_layer(ks)), budget):
                 break
             k = ks
     best, left = laboratory.measure(static_by_layer(k)), passes

@@ -18,12 +18,8 @@ from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
 from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, STATIC_KINDS, Kind
 from adaptive_k_moe.calibration.laboratory import Budget, Laboratory, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces, can_collect, collect_routers
-from adaptive_k_moe.calibration.search import (
-    ROUTER_KINDS,
-    Search,
-    best_of,
-    default_k_values,
-)
+from adaptive_k_moe.calibration.search import ROUTER_KINDS, Search, default_k_values
+from adaptive_k_moe.calibration.solve import best_of
 from adaptive_k_moe.calibration.timing import Timing, time_policies
 from adaptive_k_moe.calibration.traces import EvaluationCache, Traces, collect, engine_fingerprint
 from adaptive_k_moe.calibration.windows import Windows

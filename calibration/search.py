@@ -28,36 +28,35 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.calibration.by_layer import (
-    LayerPlan,
-    entropy_plan,
+    FillingOrder,
+    entropy_order,
     measure_damage,
     nearest_on_one_side,
-    one_number_plan,
+    one_number_order,
     refine,
     solve_static_by_layer,
 )
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.families import (
-    PER_LAYER,
+    EntropyRules,
     Family,
-    OneNumber,
     OneNumberRules,
-    entropy_families,
+    Rules,
+    plain_family,
     random_family,
-    ratio_family,
-    top_p_family,
 )
-from adaptive_k_moe.calibration.kinds import Kind
+from adaptive_k_moe.calibration.kinds import CONTAINS, ONE_NUMBER, PER_LAYER, Kind
 from adaptive_k_moe.calibration.laboratory import Budget, Laboratory, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces
-from adaptive_k_moe.calibration.solve import solve
+from adaptive_k_moe.calibration.solve import best_of, keeps, solve
 
-ROUTER_KINDS: tuple[Kind, ...] = ("contribution", *PER_LAYER.values())
+ROUTER_KINDS: tuple[Kind, ...] = ("contribution", "top_p_per_layer", "ratio_per_layer", "contribution_per_layer")
 """Kinds that are found with the routers' traces."""
 
 
@@ -109,11 +108,12 @@ class Search:
         self._entropy = entropy
         self._routers = routers
         self._refine_passes = refine_passes
-        self._rules: dict[OneNumber, OneNumberRules] = {}
-        self._plans: dict[Kind, LayerPlan] = {}
+        self._rules: dict[Kind, Rules | None] = {}
+        self._orders: dict[Kind, FillingOrder] = {}
+        self._found: dict[tuple[Kind, Budget, bool], Measured] = {}
 
     def find(self, kind: Kind, budget: Budget, *, refined: bool = True) -> Measured:
-        """A policy of one kind for a budget.
+        """A policy of one kind for a budget; on this text no worse than what is found of any kind it `CONTAINS`.
 
         Args:
             kind: how it decides.
@@ -123,35 +123,30 @@ class Search:
         Raises:
             CalibrationError: the budget is below what the kind can reach.
         """
-        laboratory, lowest = self.laboratory, self.k_values[0]
-        passes = self._refine_passes if refined else 0
-        match kind:
-            case "static":
-                members = [laboratory.measure(static(k)) for k in range(1, self.k_values[-1] + 1)]
-                return _static_within(members, budget, laboratory.full().scores.perplexity, self.k_values[-1])
-            case "static_per_layer":
-                return solve_static_by_layer(laboratory, self.damage, self.k_values, budget, passes)
-            case "entropy_per_layer" | "top_p_per_layer" | "ratio_per_layer" | "contribution_per_layer":
-                plan = self.plan(kind)
-                return refine(laboratory, plan, solve(laboratory, plan.family(), budget), budget, passes)
-            case "entropy":
-                families = entropy_families(self._entropy, self.k_values)
-            case "random":
-                families = [random_family(lowest, seed=0)]
-            case _:
-                families = [self._one_number_family(kind)]
-        return best_of([solve(laboratory, family, budget) for family in families], budget)
+        asked = (kind, budget, refined)
+        if asked not in self._found:
+            self._rules_of(kind)  # or tells at once that there are none
+            contained = [self.find(inner, budget, refined=refined) for inner in CONTAINS.get(kind, ())]
+            best = self._best(kind, budget, contained, self._refine_passes if refined else 0)
+            self._found[asked] = replace(best, candidate=replace(best.candidate, kind=kind))
+        return self._found[asked]
 
-    def plan(self, kind: Kind) -> LayerPlan:
-        """Steps 1 and 2 of a kind by layer, made once."""
-        if kind not in self._plans:
-            single = next((single for single, own in PER_LAYER.items() if own == kind), None)
-            if single is None:
-                made = entropy_plan(self.damage, self._entropy, self.k_values)
-            else:
-                made = one_number_plan(self.laboratory, self._one_number_rules(single))
-            self._plans[kind] = made
-        return self._plans[kind]
+    def _best(self, kind: Kind, budget: Budget, contained: Sequence[Measured], passes: int) -> Measured:
+        laboratory = self.laboratory
+        if kind == "static":
+            members = [laboratory.measure(static(k)) for k in range(self.k_values[0], self.k_values[-1] + 1)]
+            return _static_within(laboratory, members, budget)
+        if kind == "static_per_layer":
+            fixed = solve_static_by_layer(laboratory, self.damage, self.k_values, budget, passes)
+            return best_of([fixed, *contained], budget)
+        found = [solve(laboratory, family, budget) for family in self._families(kind)]
+        rules = self._rules_of(kind)
+        if rules is None:
+            return best_of([*found, *contained], budget)
+        # What the contained kinds say, in the words of this one.
+        said = [laboratory.measure(rules.candidate(rules.rules_of(inner.candidate.policy))) for inner in contained]
+        found += [same for same in said if keeps(laboratory, same, budget)]
+        return refine(laboratory, rules, best_of([*found, *contained], budget), budget, passes)
 
     def opponent(self, avg_k: float) -> Measured:
         """The best fixed k by layer with at least this average k: what an adaptive policy has to beat."""
@@ -159,31 +154,51 @@ class Search:
             self.laboratory, self.damage, self.k_values, Budget(avg_k=avg_k), self._refine_passes, at_least=True
         )
 
-    def _one_number_family(self, kind: OneNumber) -> Family:
-        if self._routers is None and kind != "contribution":
-            return (top_p_family if kind == "top_p" else ratio_family)(self.k_values[0])
-        return self._one_number_rules(kind).family()
+    def order(self, kind: Kind) -> FillingOrder:
+        """Steps 1 and 2 of a kind, made once."""
+        if kind not in self._orders:
+            rules = self._rules_of(kind)
+            if isinstance(rules, EntropyRules):
+                made = entropy_order(self.damage, rules)
+            else:
+                assert isinstance(rules, OneNumberRules)
+                made = one_number_order(self.laboratory, self.damage, rules, self.k_values)
+            self._orders[kind] = made
+        return self._orders[kind]
 
-    def _one_number_rules(self, kind: OneNumber) -> OneNumberRules:
-        if self._routers is None:
-            raise CalibrationError(f"{kind} rules by layer, and contribution, need the routers' traces.")
+    def _families(self, kind: Kind) -> list[Family]:
+        """Where the search of an adaptive kind, or of the control, looks first."""
+        rules = self._rules_of(kind)
+        if isinstance(rules, OneNumberRules) and rules.count == 1:
+            return [rules.family(), self.order(kind).family()]
+        if isinstance(rules, EntropyRules) and rules.count == 1:
+            return rules.families()
+        if rules is not None:
+            return [self.order(kind).family()]
+        lowest = self.k_values[0]
+        return [random_family(lowest, seed=0) if kind == "random" else plain_family(kind, lowest)]
+
+    def _rules_of(self, kind: Kind) -> Rules | None:
+        """What can be moved in a kind's policies; None for the control, and where that takes the routers' traces."""
         if kind not in self._rules:
-            self._rules[kind] = OneNumberRules(kind, self._routers, self.k_values[0])
+            self._rules[kind] = self._make_rules(kind)
         return self._rules[kind]
 
+    def _make_rules(self, kind: Kind) -> Rules | None:
+        if kind in ("entropy", PER_LAYER["entropy"]):
+            return EntropyRules(self._entropy, self.k_values, by_layer=kind != "entropy")
+        one = next((one for one in ONE_NUMBER if kind in (one, PER_LAYER[one])), None)
+        if one is not None and self._routers is not None:
+            return OneNumberRules(one, self._routers, self.k_values[0], by_layer=kind != one)
+        if kind in ROUTER_KINDS:
+            raise CalibrationError(f"{kind} rules by layer, and contribution, need the routers' traces.")
+        return None
 
-def best_of(found: Sequence[Measured], budget: Budget) -> Measured:
-    """Least damage at a given average k; lowest average k at a given perplexity."""
-    if budget.avg_k is not None:
-        return min(found, key=lambda item: item.scores.mean_kl)
-    return min(found, key=lambda item: item.scores.avg_k)
 
-
-def _static_within(members: Sequence[Measured], budget: Budget, full_perplexity: float, full_k: int) -> Measured:
+def _static_within(laboratory: Laboratory, members: Sequence[Measured], budget: Budget) -> Measured:
+    """The one of rising k that uses a budget up."""
     if budget.avg_k is not None:
         averages = [item.scores.avg_k for item in members]
-        return nearest_on_one_side(members, averages, budget.avg_k, full_k, False)
-    assert budget.perplexity_increase is not None
-    limit = full_perplexity * (1 + budget.perplexity_increase)
+        return nearest_on_one_side(members, averages, budget.avg_k, laboratory.evaluator.full_k, False)
     # Full k keeps any budget, so there is always one.
-    return next(item for item in members if item.scores.perplexity <= limit or item is members[-1])
+    return next(item for item in members if item is members[-1] or keeps(laboratory, item, budget))

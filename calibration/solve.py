@@ -3,62 +3,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Scores
 from adaptive_k_moe.calibration.families import Family
 from adaptive_k_moe.calibration.laboratory import Budget, Laboratory, Measured
 
+SAME_AVG_K = 1e-3
+"""Average k closer than this, as a share of the trained top-k, count as the same; so far above a target one may lie."""
 
-def solve(
-    laboratory: Laboratory, family: Family, budget: Budget, *, tolerance: float = 1e-3, passes: int = 12
-) -> Measured:
+
+def excess(laboratory: Laboratory, scores: Scores, budget: Budget) -> float:
+    """Above 0: more may be saved (average k, as a share of the trained top-k), or more may be lost (perplexity)."""
+    if budget.avg_k is not None:
+        return (scores.avg_k - budget.avg_k) / laboratory.evaluator.full_k
+    assert budget.perplexity_increase is not None
+    return budget.perplexity_increase - (scores.perplexity / laboratory.full().scores.perplexity - 1)
+
+
+def keeps(laboratory: Laboratory, found: Measured, budget: Budget) -> bool:
+    """Whether a policy keeps a budget."""
+    value = excess(laboratory, found.scores, budget)
+    return value <= SAME_AVG_K if budget.avg_k is not None else value >= 0
+
+
+def solve(laboratory: Laboratory, family: Family, budget: Budget, *, passes: int = 12) -> Measured:
     """The member of a family that uses the budget up.
 
-    By regula falsi on the measured figure, with bisection whenever that is slow to close in. A family need
-    not be exactly monotone, so the best member seen that keeps the budget is taken, not the last one.
+    By regula falsi on the measured figure, with bisection whenever that is slow to close in, until what is left is
+    at most twice `SAME_AVG_K` (of the full model's perplexity, where that is the budget). A family need not be exactly
+    monotone, so the best member seen that keeps the budget is taken, not the last one.
 
     Args:
         laboratory: measures.
         family: policies from 0 (nothing saved) to 1.
         budget: the target.
-        tolerance: how far the average k may lie above its target, as a share of the trained top-k; twice that
-            below ends the search. For perplexity: of the full model's perplexity.
         passes: most candidates to measure.
 
     Raises:
         CalibrationError: even the family's last member uses more than the budget.
     """
-    full_k = laboratory.evaluator.full_k
-    full_perplexity = laboratory.full().scores.perplexity
-
-    def excess(scores: Scores) -> float:
-        """Above 0: more may be saved (average k), or more may be lost (perplexity)."""
-        if budget.avg_k is not None:
-            return (scores.avg_k - budget.avg_k) / full_k
-        assert budget.perplexity_increase is not None
-        return budget.perplexity_increase - (scores.perplexity / full_perplexity - 1)
-
-    def keeps(value: float) -> bool:
-        return value <= tolerance if budget.avg_k is not None else value >= 0
-
-    low, high = 0.0, 1.0
-    at_low, last = excess(laboratory.full().scores), laboratory.measure(family(1.0))
-    at_high = excess(last.scores)
-    if budget.avg_k is not None and not keeps(at_high):
+    full, last = laboratory.full(), laboratory.measure(family(1.0))
+    if budget.avg_k is not None and not keeps(laboratory, last, budget):
         raise CalibrationError(
             f"an average k of {budget.avg_k:g} cannot be reached: the lowest of this kind is {last.scores.avg_k:.3f}."
         )
-    kept = [(value, found) for value, found in ((at_low, laboratory.full()), (at_high, last)) if keeps(value)]
+    low, high = 0.0, 1.0
+    at_low, at_high = (excess(laboratory, end.scores, budget) for end in (full, last))
+    kept = [(value, end) for value, end in ((at_low, full), (at_high, last)) if keeps(laboratory, end, budget)]
     # The full model may be within the budget already, or all that can be saved; then there is nothing to find.
     turns = range(passes if at_low > 0 > at_high else 0)
     for turn in turns:
         share = at_low / (at_low - at_high) if turn % 3 < 2 else 0.5
         x = low + (high - low) * min(max(share, 0.02), 0.98)
         found = laboratory.measure(family(x))
-        value = excess(found.scores)
-        if keeps(value):
+        value = excess(laboratory, found.scores, budget)
+        if keeps(laboratory, found, budget):
             kept.append((value, found))
-            if abs(value) <= 2 * tolerance:
+            if abs(value) <= 2 * SAME_AVG_K:
                 break
         if value > 0:
             low, at_low = x, value
@@ -67,3 +70,10 @@ def solve(
     if budget.avg_k is not None:
         return min(kept, key=lambda item: abs(item[0]))[1]
     return min(kept, key=lambda item: item[1].scores.avg_k)[1]
+
+
+def best_of(found: Sequence[Measured], budget: Budget) -> Measured:
+    """Least damage at a given average k; lowest average k at a given perplexity. The first among equals."""
+    if budget.avg_k is not None:
+        return min(found, key=lambda item: item.scores.mean_kl)
+    return min(found, key=lambda item: item.scores.avg_k)

@@ -125,7 +125,7 @@ def some_routers(scoring: str) -> tuple[RouterTraces, Any]:
 @pytest.mark.parametrize(("kind", "number"), [("top_p", 1), ("ratio", 2), ("contribution", 3)])
 def test_a_rule_saves_the_share_that_it_is_made_for(kind: Any, number: int, scoring: str) -> None:
     routers, logits = some_routers(scoring)
-    rules = OneNumberRules(kind, routers, k_min=1)
+    one, each = (OneNumberRules(kind, routers, 1, by_layer=by_layer) for by_layer in (False, True))
 
     def saved(policy: Any) -> Any:
         """[L] shares of the three droppable experts that are dropped, by the operator's rule."""
@@ -139,8 +139,14 @@ def test_a_rule_saves_the_share_that_it_is_made_for(kind: Any, number: int, scor
         return (4 - ks.mean(axis=(0, 1))) / 3
 
     for share in (0.0, 0.2, 0.55, 0.9, 1.0):
-        policy = rules.family()(share).policy
+        policy = one.family()(share).policy
         assert saved(policy).mean() == pytest.approx(share, abs=0.01)
-    assert saved(rules.by_layer([0.7, 0.3]).policy) == pytest.approx([0.7, 0.3], abs=0.01)
-    assert saved(rules.by_layer([0.0, 1.0]).policy).tolist() == [0, 1]
-    assert rules.by_layer([0.7, 0.3]).kind == f"{kind}_per_layer"
+        assert one.rules_of(policy)[0] == pytest.approx(one.saving(share), abs=0.02)
+    made = each.candidate([each.saving(0.7), each.saving(0.3)])
+    assert saved(made.policy) == pytest.approx([0.7, 0.3], abs=0.01)
+    assert np.ravel(each.rules_of(made.policy)) == pytest.approx([1.9, 1, 4, 3.1, 1, 4], abs=0.02)
+    assert made.kind == f"{kind}_per_layer"
+    # A mean k within a smallest and a largest one; a fixed k is one that is both.
+    within = each.candidate([(2.4, 2.0, 3.0), each.fixed(3)]).policy
+    assert 4 - 3 * saved(within) == pytest.approx([2.4, 3], abs=0.01)
+    assert saved(each.candidate([each.saving(0.0), each.saving(1.0)]).policy).tolist() == [0, 1]

@@ -10,12 +10,12 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from adaptive_k_moe.calibration.by_layer import Damage, entropy_plan, static_path
+from adaptive_k_moe.calibration.by_layer import Damage, entropy_order, static_path
 from adaptive_k_moe.calibration.calibrate import check_budget
 from adaptive_k_moe.calibration.commands.calibrate import add_arguments
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Scores
-from adaptive_k_moe.calibration.families import choices_at, shapes
+from adaptive_k_moe.calibration.families import EntropyRules, OneNumberRules, choices_at, shapes
 from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, STATIC_KINDS, Kind
 from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces
@@ -112,7 +112,7 @@ class RatioLaboratory(FormulaLaboratory):
         if isinstance(policy, RatioPolicy):
             rules = [policy.choices(layer, FULL_K) for layer in range(LAYERS)]
             limits, least = (np.array([getattr(rule, name) for rule in rules]) for name in ("ratio", "k_min"))
-            return np.maximum(1 + (self.ratio >= limits), least)
+            return np.clip(1 + (self.ratio >= limits), least, [rule.k_max or FULL_K for rule in rules])
         return super().k(policy)
 
     def measure(self, candidate: Candidate) -> Measured:
@@ -128,7 +128,7 @@ def test_one_number_by_layer_is_close_to_the_best_there_is_and_soon_found(target
     search = Search(laboratory, laboratory.entropy, [1, 2], routers=laboratory.routers, num_bands=2, refine_passes=36)
     budget = Budget(avg_k=target)
     before = laboratory.passes
-    one = search.find("ratio", budget)
+    one = solve(laboratory, OneNumberRules("ratio", laboratory.routers, 1, by_layer=False).family(), budget)
     # The share is what is saved here, so the first guess meets the budget (and full and last are measured).
     assert laboratory.passes - before <= 6
     by_layer = search.find("ratio_per_layer", budget)
@@ -190,7 +190,7 @@ def test_an_opponent_never_has_fewer_experts_and_a_candidate_never_more(search: 
 def test_the_filling_order_takes_thresholds_up_never_down(search: Search) -> None:
     before = [(0.0,)] * LAYERS
     for x in np.linspace(0, 1, 23):
-        now = search.plan("entropy_per_layer").quantiles(float(x))
+        now = search.order("entropy_per_layer").rules_at(float(x))
         assert all(new >= old for new, old in zip(now, before, strict=True))
         before = now
     assert before == [(1.0,)] * LAYERS
@@ -220,11 +220,11 @@ def test_three_values_of_k_by_layer() -> None:
     entropy = rng.uniform(0, 3, size=(4, 50, 2)).astype(np.float32)
     kl = np.cumsum(rng.uniform(0.01, 0.1, size=(2, 5, 2))[..., ::-1], axis=-1)[..., ::-1]
     saved = np.broadcast_to(np.array([4, 2]) / 10, (2, 5, 2))
-    plan = entropy_plan(Damage(np.empty((2, 4)), kl, saved), entropy, [2, 4, 6])
-    slopes = [segment.slope for segment in plan.segments]
+    order = entropy_order(Damage(np.empty((2, 4)), kl, saved), EntropyRules(entropy, [2, 4, 6], by_layer=True))
+    slopes = [segment.slope for segment in order.segments]
     assert slopes == sorted(slopes)
     for x in np.linspace(0, 1, 9):
-        policy = plan.candidate(plan.quantiles(float(x))).policy
+        policy = order.family()(float(x)).policy
         assert isinstance(policy, EntropyPolicy)
         for layer in range(2):
             rule = policy.choices(layer, 6)
