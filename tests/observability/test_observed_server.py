@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -35,6 +37,8 @@ from waiting import eventually
 NUM_REQUESTS = 500
 POLICIES = ("full", "balanced", "top1", "mass", "relative")
 PROMPTS = ("import os", "And it came to pass", "def function(self):\n    return", "In the beginning")
+# The engine of these tests has no embedding for its last character, so the logits of what follows are not finite.
+FAILING = "And it came to pass\u0001"
 # Traces of the clients of either of the model's names.
 DIRECT, ALIAS = "ab" * 16, "ef" * 16
 # What a request of each kind ends with. One that is cancelled may have ended before the server hears of it.
@@ -43,6 +47,7 @@ KINDS = {
     "stream": {"length"},
     "cancelled": {"cancelled", "length"},
     "refused": {"refused"},
+    "failed": {"error"},
     "batch": {"length"},
 }
 
@@ -84,6 +89,11 @@ def ask(asked: Asked, clients: list[Client], url: str) -> None:
         options |= {"adaptive_k_policy": "no such"} if asked.num_tokens % 2 else {"temperature": -1.0}
         try:
             client.generate(asked.prompts[0], **options)
+        except ClientError as error:
+            asked.error = str(error)
+    elif asked.kind == "failed":
+        try:
+            list(client.generate(FAILING, stream=True, max_tokens=asked.num_tokens, **options))
         except ClientError as error:
             asked.error = str(error)
     elif asked.kind == "batch":
@@ -155,8 +165,32 @@ def _free_port() -> int:
 
 
 @pytest.fixture(scope="module")
+def fragile_engine_dir(checkpoint_dir: Path, engine_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The engine of all tests, but that it fails at the prompt `FAILING`."""
+    from safetensors.torch import load_file, save_file
+
+    from adaptive_k_moe.engine_builder import build
+    from adaptive_k_moe.policy import PolicySet
+    from adaptive_k_moe.runtime.tokenizer import Tokenizer
+
+    directory = tmp_path_factory.mktemp("fragile")
+    checkpoint = directory / "checkpoint"
+    shutil.copytree(checkpoint_dir, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    weights = load_file(checkpoint / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embeddings.clone()
+    embeddings[Tokenizer.from_dir(checkpoint).encode("\u0001")[-1]] = math.nan
+    save_file(weights, checkpoint / "model.safetensors")
+    policies = PolicySet.model_validate(json.loads((engine_dir / "config.json").read_text())["adaptive_k"])
+    build(checkpoint, directory / "engine", policy=policies, max_batch_size=16, max_seq_len=512, dtype="float32")
+    return directory / "engine"
+
+
+@pytest.fixture(scope="module")
 def run(
-    engine_dir: Path,
+    fragile_engine_dir: Path,
     span_receiver: Any,
     request: pytest.FixtureRequest,
     tmp_path_factory: pytest.TempPathFactory,
@@ -164,7 +198,7 @@ def run(
     directory = tmp_path_factory.mktemp("observed")
     log = directory / "requests.jsonl"
     server = TritonServer(
-        engine_dir,
+        fragile_engine_dir,
         http_port=0,
         grpc_port=0,
         metrics_port=0,
@@ -235,7 +269,7 @@ class _Prometheus:
 
 def _ask_all(server: TritonServer, scraper: _Prometheus) -> list[Asked]:
     rng = random.Random(20261124)
-    kinds = rng.choices(list(KINDS), [10, 6, 2, 3, 1], k=NUM_REQUESTS)
+    kinds = rng.choices(list(KINDS), [10, 6, 2, 3, 1, 1], k=NUM_REQUESTS)
     asked = [
         Asked(
             f"request-{number}",
@@ -289,24 +323,28 @@ def test_the_log_has_each_prompt_once_and_agrees_with_its_answer(run: Run) -> No
                 assert line["error"] in asked.error
                 assert line["error_kind"] == ("policy" if asked.num_tokens % 2 else "request")
                 continue
+            if asked.kind == "failed":
+                assert line["error"] in asked.error and "logits are not finite" in line["error"]
+                assert line["error_kind"] == "sampling"
             assert line["policy"] == asked.policy
             assert line.get("batch_index", 0) == index
-            # Every token but the last was computed once, in every layer.
+            # Every token but the answer's last was computed once, in every layer.
             counts = {int(k): count for k, count in line["k_histogram"].items()}
-            layers = sum(counts.values()) / (line["num_input_tokens"] + line["num_output_tokens"] - 1)
-            assert layers == 6
+            computed = line["num_input_tokens"] + max(line["num_output_tokens"] - 1, 0)
+            assert sum(counts.values()) == 6 * computed
             assert line["avg_k"] == pytest.approx(
                 sum(k * n for k, n in counts.items()) / sum(counts.values()), abs=1e-6
             )
             assert line["latency_ms"] <= 1e3 * asked.latency + 1 or asked.kind == "cancelled"
-            assert 0 <= line["queue_ms"] <= line["ttft_ms"] <= line["latency_ms"]
-            if asked.kind != "cancelled":
+            assert 0 <= line["queue_ms"] <= line.get("ttft_ms", line["latency_ms"]) <= line["latency_ms"]
+            assert ("ttft_ms" in line) == (line["num_output_tokens"] > 0) == (asked.kind != "failed")
+            if asked.kind not in ("cancelled", "failed"):
                 assert line["avg_k"] == pytest.approx(asked.avg_k[index], abs=1e-5)
         if asked.kind == "cancelled":
             assert lines[0]["num_output_tokens"] >= asked.num_output_tokens
         elif asked.kind != "refused":
             assert sum(line["num_output_tokens"] for line in lines) == asked.num_output_tokens
-        if asked.kind != "refused":
+        if asked.kind not in ("refused", "failed"):
             assert sum(line["num_input_tokens"] for line in lines) == asked.num_input_tokens
 
 
@@ -349,14 +387,15 @@ def test_the_metrics_agree_with_the_log(run: Run) -> None:
         seconds = sum(line["latency_ms"] for line in of_policy) / 1e3
         assert total(run.samples, "adaptive_k_latency_seconds_sum", policy=policy) == pytest.approx(seconds, rel=1e-3)
         first = total(run.samples, "adaptive_k_time_to_first_token_seconds_sum", policy=policy)
-        assert first == pytest.approx(sum(line["ttft_ms"] for line in of_policy) / 1e3, rel=1e-3)
+        assert first == pytest.approx(sum(line.get("ttft_ms", 0.0) for line in of_policy) / 1e3, rel=1e-3)
     all_runs = sum(k * count for counts in by_policy.values() for k, count in counts.items())
     assert total(run.samples, "adaptive_k_expert_tokens_total") == all_runs
     passes = sum(counts.total() for counts in by_policy.values())
     assert total(run.samples, "adaptive_k_router_entropy_nats_count") == passes
     tokens = sum(line["num_output_tokens"] for line in accepted)
     assert total(run.samples, "adaptive_k_generation_tokens_total") == tokens
-    assert total(run.samples, "adaptive_k_time_between_tokens_seconds_count") == tokens - len(accepted)
+    answered = sum(line["num_output_tokens"] > 0 for line in accepted)
+    assert total(run.samples, "adaptive_k_time_between_tokens_seconds_count") == tokens - answered
     prompt_tokens = sum(line["num_input_tokens"] for line in accepted)
     assert total(run.samples, "adaptive_k_prompt_tokens_total") == prompt_tokens
     cancelled = sum(line["finish_reason"] == "cancelled" for line in lines)
@@ -381,7 +420,9 @@ def test_a_real_prometheus_has_what_the_clients_counted(run: Run, prometheus: st
         accepted = [asked for asked in run.asked if asked.policy == policy and asked.kind != "refused"]
         counted = value(f'sum(adaptive_k_requests_total{{policy="{policy}"}})')
         assert counted == sum(len(one.prompts) for one in accepted)
-        whole = sum(len(one.prompts) for one in accepted if one.kind != "cancelled")
+        whole = sum(len(one.prompts) for one in accepted if one.kind not in ("cancelled", "failed"))
+        failed = sum(one.kind == "failed" for one in accepted)
+        assert value(f'sum(adaptive_k_requests_total{{policy="{policy}",outcome="error"}})') == failed
         finished = value(f'sum(adaptive_k_requests_total{{policy="{policy}",outcome="length"}})')
         assert whole <= finished <= counted
     # Cancelled requests generated at least what their clients saw.
@@ -458,4 +499,5 @@ def test_spans_agree_with_the_log(run: Run) -> None:
     }
     phases = Counter(span.name for span in run.spans)
     accepted = sum(line["finish_reason"] != "refused" for line in lines)
-    assert phases["queue"] == phases["prefill"] == phases["decode"] == accepted
+    assert phases["queue"] == phases["prefill"] == accepted
+    assert phases["decode"] == sum(line["num_output_tokens"] > 0 for line in lines)
