@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -158,6 +159,22 @@ def test_a_browser_that_leaves_ends_the_request_on_the_server(page: str, server:
         next(read_events(response))
     assert eventually(lambda: _metric(server, "adaptive_k_requests_total", outcome="cancelled") == before + 1)
     assert eventually(lambda: _metric(server, "adaptive_k_queue_depth", state="running") == 0)
+
+
+def test_a_server_that_hangs_is_one_sentence_and_its_answer_can_be_given_up(page: str, server: TritonServer) -> None:
+    with httpx.stream("POST", f"{page}api/answer", json={"prompt": PROMPT, "max_tokens": 900}, timeout=60) as response:
+        assert next(read_events(response))[0] == "piece"
+        os.killpg(server.pid, signal.SIGSTOP)
+        try:
+            engine, metrics = (httpx.get(f"{page}api/{path}", timeout=30) for path in ("engine", "metrics"))
+            response.close()
+        finally:
+            os.killpg(server.pid, signal.SIGCONT)
+    assert (engine.status_code, metrics.status_code) == (503, 503)
+    assert engine.json() == {"error": f"the server at {server.grpc_url} did not finish its answer within 5 s."}
+    assert metrics.json() == {"error": f"there are no metrics at {server.metrics_url}: timed out."}
+    assert eventually(lambda: httpx.get(f"{page}api/engine", timeout=30).status_code == 200)
+    assert eventually(lambda: _metric(server, "adaptive_k_queue_depth") == 0)
 
 
 def test_numbers_of_the_charts_are_the_ports(page: str, server: TritonServer) -> None:
