@@ -176,7 +176,7 @@ def calibrate(
     k_values: Sequence[int] | None = None,
     name: str = "balanced",
     num_bands: int = 6,
-    refine_passes: int = 24,
+    refine_passes: int = 48,
     curve_points: int = 4,
     timing_rounds: int = 5,
     report: Report | None = None,

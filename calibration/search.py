@@ -15,13 +15,16 @@ The method for thresholds by layer:
    optimal.
 3. Correct. Dropping experts in one layer changes the next, so the measured average k is not the predicted
    one: the budget given to step 2 is corrected until the measured average meets the target.
-4. Refine. Each layer's thresholds are moved up and down and the real model decides, then step sizes halve.
+4. Refine. The best so far is what step 3 found, or what was found of a kind that this one contains (one rule for all
+   layers, a fixed k by layer) if that does less damage. Single layers' rules are moved from there and the real model
+   decides, then step sizes halve. So no kind does more damage on the text than a kind it contains.
 
-Kinds whose rule is one number (top-p, ratio, contribution) are treated by layer in the same way: step 1 measures a
-layer at some shares of its expert runs saved, the other layers in full, and the options of step 2 are those points.
+Kinds whose rule is one number (top-p, ratio, contribution), with a smallest and a largest k, are treated by layer in
+the same way: the options of step 2 are every fixed k, and the number at some shares of a layer's expert runs saved,
+which step 1 measures with the other layers in full.
 
-One rule for all layers is one number to find (for entropy with more than two values of k, a shape), which step 3
-finds alone.
+One rule for all layers is the same with all layers as one; for thresholds of entropy step 3 tries shapes instead of
+step 2.
 """
 
 from __future__ import annotations
@@ -100,7 +103,7 @@ class Search:
         *,
         routers: RouterTraces | None = None,
         num_bands: int = 6,
-        refine_passes: int = 24,
+        refine_passes: int = 48,
     ) -> None:
         self.laboratory = laboratory
         self.k_values = check_k_values(k_values, laboratory.evaluator.full_k)

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_tokens", type=int, help="use about this many tokens of each text")
     parser.add_argument("--bands", type=int, default=6, help="entropy bands in each layer (default: 6)")
     parser.add_argument(
-        "--refine_passes", type=int, default=24, help="passes that refining a kind may take (default: 24)"
+        "--refine_passes", type=int, default=48, help="passes that refining a kind may take (default: 48)"
     )
     parser.add_argument(
         "--curve_points", type=int, default=4, help="budgets at which every kind is measured (default: 4)"
