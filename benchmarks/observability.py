@@ -3,22 +3,22 @@
 
     python benchmarks/observability.py --engine_dir engine
 
-One `LLM` is observed and not observed in turns, at the same requests, in pairs whose order alternates, so a slow
-minute of a shared machine falls on both (two `LLM`s of one engine differ by more than what is measured). The cost is
-the median over the pairs of the ratio of their processor times (of the whole process, all threads: logs and spans are
-written while the next request is computed) and of their times, with an interval of 95 % by the ranks of the ratios,
-which assumes no distribution. The metrics are collected every second, as a server's exporter does; spans go to an
-exporter that drops them.
+One `LLM` answers requests without a pause, as many at a time as the batch size, each followed by the next. Windows
+in which it is observed alternate with windows in which it is not, in pairs whose order changes, so a slow minute
+of a shared machine falls on both (two `LLM`s of one engine differ by more than what is measured). The cost is the
+median over the pairs of the ratio of their times for a token, and of their processor times (of the whole process, all
+threads), with an interval of 95 % by the ranks of the ratios, which assumes no distribution. Each row has more than
+the one before it, and the first has nothing: what the method finds where there is nothing to be found.
 
-With --ab_test the observed one's requests are also part of an A/B test, of two variants of one policy, and are
+The metrics are collected every second, as a server's exporter does. Spans of every request are encoded for OTLP, and
+sent nowhere. With --ab_test the observed requests are also part of an A/B test, of two variants of one policy, and are
 written to its database. Answers are not scored: that is done in idle time, of which there is none here.
-
-"Observer" is what the engine's own thread spends in observers, over its time in steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import math
 import os
@@ -26,10 +26,12 @@ import statistics
 import tempfile
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter, SpanExportResult
 from rich.console import Console
 from rich.table import Table
@@ -38,97 +40,169 @@ from adaptive_k_moe.observability.ab_test import ABTest, Guardrail
 from adaptive_k_moe.observability.ab_test.service import ABService
 from adaptive_k_moe.observability.logs import file_handler, get_logger
 from adaptive_k_moe.observability.recorder import Recorder
-from adaptive_k_moe.observability.request_records import RequestRecords
+from adaptive_k_moe.observability.request_records import RequestRecords, Sink
 from adaptive_k_moe.observability.spans import RequestSpans
-from adaptive_k_moe.runtime import LLM, GenerationHandle, RequestOutput, SamplingParams, StepRecord
+from adaptive_k_moe.runtime import LLM, SamplingParams
 from adaptive_k_moe.runtime.telemetry import Observer
 
 from _results import write_results
 
-PROMPT, ANSWER = 16, 48
+PROMPT, MEAN_ANSWER = 16, 48
+WINDOW_SECONDS, WARM_UP_SECONDS, COLLECT_SECONDS = 0.5, 1.0, 1.0
 
 
-class Dropped(SpanExporter):
-    """Takes spans and keeps none."""
+@dataclass(frozen=True)
+class Setup:
+    """A row of the table: who observes, and the A/B test that the requests take part in."""
 
-    def export(self, spans: object) -> SpanExportResult:  # noqa: ARG002
-        """Say that all is well."""
+    name: str
+    observers: Sequence[Observer]
+    ab_test: ABService | None = None
+
+
+class Encoded(SpanExporter):
+    """Encodes spans as for the wire, and sends them nowhere."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        """Encode spans."""
+        encode_spans(spans).SerializeToString()
         return SpanExportResult.SUCCESS
 
 
-class Timed(Observer):
-    """Passes everything on and notes how long that takes, and how long the steps take."""
+class Load:
+    """Requests without a pause, `batch_size` at a time.
 
-    def __init__(self, observers: list[Observer]) -> None:
-        self._observers = observers
-        self.in_observers = 0.0
-        self.in_steps = 0.0
+    Attributes:
+        ab_test: the A/B test that requests are enrolled in from now on.
+    """
 
-    def on_step(self, record: StepRecord) -> None:
-        """Pass a step on."""
-        self.in_steps += record.total_seconds
-        began = time.perf_counter()
-        for observer in self._observers:
-            observer.on_step(record)
-        self.in_observers += time.perf_counter() - began
+    def __init__(self, llm: LLM, batch_size: int) -> None:
+        self.ab_test: ABService | None = None
+        self._llm = llm
+        self._params = SamplingParams(max_tokens=MEAN_ANSWER, end_id=-1, adaptive_k_policy=llm.policies.names[-1])
+        self._ending = threading.Event()
+        self._units = itertools.count()
+        self._clients = [threading.Thread(target=self._ask, args=(client,)) for client in range(batch_size)]
+        for client in self._clients:
+            client.start()
 
-    def on_request_finished(self, output: RequestOutput) -> None:
-        """Pass a request's end on."""
-        began = time.perf_counter()
-        for observer in self._observers:
-            observer.on_request_finished(output)
-        self.in_observers += time.perf_counter() - began
+    def close(self) -> None:
+        """Let the running requests end, and start no more."""
+        self._ending.set()
+        for client in self._clients:
+            client.join()
+
+    def _ask(self, client: int) -> None:
+        vocab = self._llm.config.pretrained_config.vocab_size
+        for turn in itertools.count():
+            if self._ending.is_set():
+                return
+            prompt = [3 + (7 * client + 13 * column + turn) % (vocab - 3) for column in range(PROMPT)]
+            length = MEAN_ANSWER - 16 + (7 * turn + 5 * client) % 33
+            params, enrollment = replace(self._params, max_tokens=length), None
+            if self.ab_test is not None:
+                unnamed = replace(params, adaptive_k_policy=None)
+                params, enrollment = self.ab_test.enroll(unnamed, str(next(self._units)))
+            self._llm.generate_async(prompt, params, enrollment=enrollment).result()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine_dir", type=Path, required=True)
-    parser.add_argument("--pairs", type=int, default=30)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--ab_test", action="store_true", help="have the requests take part in an A/B test, too")
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--ab_test", action="store_true", help="a row with an A/B test, too")
     parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/observability.json"))
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = run(args, Path(scratch))
-    table = Table("batch", "tokens/s without", "processor time", "time", "observer")
-    for row in rows:
-        table.add_row(
-            str(row["batch_size"]),
-            f"{row['tokens_per_second_off']:.0f}",
-            *(_interval(row[name]) for name in ("processor_cost", "time_cost")),
-            f"{row['observer_share']:.2%}",
-        )
+    table = Table("observed by", "tokens/s without", "requests/s", "time", "processor time")
+    rows = []
+    with LLM(args.engine_dir, num_threads=args.num_threads) as llm, tempfile.TemporaryDirectory() as scratch:
+        load = Load(llm, args.batch_size)
+        with contextlib.closing(load), setups(llm, Path(scratch), args.ab_test) as all_setups:
+            time.sleep(WARM_UP_SECONDS)
+            for setup in all_setups:
+                rows.append(row := measure(llm, load, setup, args.pairs))
+                table.add_row(
+                    setup.name,
+                    f"{row['tokens_per_second_off']:.0f}",
+                    f"{row['requests_per_second']:.0f}",
+                    *(_interval(row[name]) for name in ("time_cost", "processor_cost")),
+                )
+        model = llm.config.pretrained_config.architecture
     Console().print(table)
-    write_results(args.output, {"pairs": args.pairs, "num_threads": args.num_threads, "results": rows})
+    facts = {"model": model, "batch_size": args.batch_size, "pairs": args.pairs, "num_threads": args.num_threads}
+    write_results(args.output, {**facts, "results": rows})
 
 
-def run(args: argparse.Namespace, scratch: Path) -> list[dict[str, object]]:
-    handler = file_handler(scratch / "requests.jsonl")
-    logger = get_logger("benchmark")
-    logger.logger.propagate = False
-    logger.logger.addHandler(handler)
-    provider = TracerProvider()
-    provider.add_span_processor(BatchSpanProcessor(Dropped()))
-    stopping = threading.Event()
-    with LLM(args.engine_dir, num_threads=args.num_threads) as llm:
+@contextlib.contextmanager
+def setups(llm: LLM, scratch: Path, with_ab_test: bool) -> Iterator[list[Setup]]:
+    """What is measured, one after the other."""
+    with contextlib.ExitStack() as stack:
         recorder = Recorder.of(llm)
-        records = RequestRecords([logger.log_inference, RequestSpans(provider, "benchmark").export])
-        timed = Timed([recorder, records])
-        ab_test = _ab_test(llm, scratch / "ab.db") if args.ab_test else None
+        stopping = threading.Event()
         collecting = threading.Thread(target=_collect, args=(recorder, stopping))
         collecting.start()
-        try:
-            rows = [_measure(batch_size, args.pairs, llm, timed, ab_test) for batch_size in args.batch_sizes]
-        finally:
-            if ab_test is not None:
-                ab_test.close()
-            stopping.set()
-            collecting.join()
-            records.close()
-            provider.shutdown()
-            handler.close()
-    return rows
+        stack.callback(collecting.join)
+        stack.callback(stopping.set)
+        handler = stack.enter_context(contextlib.closing(file_handler(scratch / "requests.jsonl")))
+        logger = get_logger("benchmark")
+        logger.logger.propagate = False
+        logger.logger.addHandler(handler)
+        provider = TracerProvider()
+        provider.add_span_processor(BatchSpanProcessor(Encoded()))
+        stack.callback(provider.shutdown)
+
+        def records(*sinks: Sink) -> RequestRecords:
+            return stack.enter_context(contextlib.closing(RequestRecords(sinks)))
+
+        all_records = records(logger.log_inference, RequestSpans(provider, "benchmark").export)
+        found = [
+            Setup("nothing", []),
+            Setup("metrics", [recorder]),
+            Setup("metrics, log", [recorder, records(logger.log_inference)]),
+            Setup("metrics, log, spans", [recorder, all_records]),
+        ]
+        if with_ab_test:
+            service = stack.enter_context(contextlib.closing(_ab_test(llm, scratch / "ab.db")))
+            found.append(Setup("metrics, log, spans, A/B test", [recorder, all_records, service], service))
+        yield found
+
+
+def measure(llm: LLM, load: Load, setup: Setup, pairs: int) -> dict[str, object]:
+    """What a setup costs."""
+    nobody = Setup("", [])
+    time_ratios, processor_ratios, without, requests = [], [], [], 0
+    for pair in range(pairs):
+        order = (setup, nobody) if pair % 2 else (nobody, setup)
+        finished = llm.stats().finished_total
+        costs = {each.name: _window(llm, load, each) for each in order}
+        requests += llm.stats().finished_total - finished
+        time_ratios.append(costs[setup.name][0] / costs[""][0])
+        processor_ratios.append(costs[setup.name][1] / costs[""][1])
+        without.append(costs[""][0])
+    return {
+        "observed_by": setup.name,
+        "tokens_per_second_off": 1 / statistics.median(without),
+        "requests_per_second": requests / (2 * pairs * WINDOW_SECONDS),
+        "time_cost": _cost(time_ratios),
+        "processor_cost": _cost(processor_ratios),
+    }
+
+
+def _window(llm: LLM, load: Load, setup: Setup) -> tuple[float, float]:
+    """Time and processor time for a token, in seconds."""
+    for observer in setup.observers:
+        llm.add_observer(observer)
+    load.ab_test = setup.ab_test
+    began = llm.stats().generation_tokens_total, time.perf_counter(), time.process_time()
+    time.sleep(WINDOW_SECONDS)
+    ended = llm.stats().generation_tokens_total, time.perf_counter(), time.process_time()
+    load.ab_test = None
+    for observer in setup.observers:
+        llm.remove_observer(observer)
+    tokens = ended[0] - began[0]
+    return (ended[1] - began[1]) / tokens, (ended[2] - began[2]) / tokens
 
 
 def _ab_test(llm: LLM, path: Path) -> ABService:
@@ -142,56 +216,10 @@ def _ab_test(llm: LLM, path: Path) -> ABService:
 
 def _collect(recorder: Recorder, stopping: threading.Event) -> None:
     news: object = None
-    while not stopping.wait(1.0):
+    while not stopping.wait(COLLECT_SECONDS):
         if recorder.news() != news:
             news = recorder.news()
             list(recorder.collect())
-
-
-def _measure(batch_size: int, pairs: int, llm: LLM, timed: Timed, ab_test: ABService | None) -> dict[str, object]:
-    vocab = llm.config.pretrained_config.vocab_size
-    prompts = [[3 + (7 * row + 13 * column) % (vocab - 3) for column in range(PROMPT)] for row in range(batch_size)]
-    named = SamplingParams(max_tokens=ANSWER, end_id=-1, adaptive_k_policy=llm.policies.names[-1])
-    unnamed = replace(named, adaptive_k_policy=None)
-    units = itertools.count()
-
-    observers = [timed] if ab_test is None else [timed, ab_test]
-
-    def start(observed: bool, prompt: list[int]) -> GenerationHandle:
-        if not observed or ab_test is None:
-            return llm.generate_async(prompt, named)
-        params, enrollment = ab_test.enroll(unnamed, str(next(units)))
-        return llm.generate_async(prompt, params, enrollment=enrollment)
-
-    def once(observed: bool) -> tuple[float, float]:
-        for observer in observers if observed else []:
-            llm.add_observer(observer)
-        began = time.process_time(), time.perf_counter()
-        for handle in [start(observed, prompt) for prompt in prompts]:
-            handle.result()
-        cost = time.process_time() - began[0], time.perf_counter() - began[1]
-        for observer in observers:
-            llm.remove_observer(observer)
-        return cost
-
-    once(False), once(True)
-    timed.in_observers = timed.in_steps = 0.0
-    processor_ratios, time_ratios, without = [], [], []
-    for pair in range(pairs):
-        if pair % 2:
-            with_cost, without_cost = once(True), once(False)
-        else:
-            without_cost, with_cost = once(False), once(True)
-        processor_ratios.append(with_cost[0] / without_cost[0])
-        time_ratios.append(with_cost[1] / without_cost[1])
-        without.append(without_cost[1])
-    return {
-        "batch_size": batch_size,
-        "tokens_per_second_off": batch_size * ANSWER / statistics.median(without),
-        "processor_cost": _cost(processor_ratios),
-        "time_cost": _cost(time_ratios),
-        "observer_share": timed.in_observers / timed.in_steps,
-    }
 
 
 def _cost(ratios: list[float]) -> dict[str, float]:

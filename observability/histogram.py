@@ -77,7 +77,7 @@ class Histograms:
         width = self._counts.shape[1]
         cells = np.bincount(rows * width + buckets, minlength=self._counts.size)
         self._counts += cells.reshape(self._counts.shape)
-        self._sums += np.bincount(rows, np.nan_to_num(values), minlength=len(self))
+        self._sums += np.bincount(rows, np.where(np.isnan(values), 0.0, values), minlength=len(self))
 
     def value(self, row: int = 0) -> HistogramValue:
         """One histogram at this moment."""

@@ -67,8 +67,7 @@ class InferenceTrace:
         """The trace of a request that has ended, from its last output, or of one that was refused."""
         if isinstance(event, Refusal):
             return _of_refusal(event)
-        # The runtime's clock has no date; the offset to one that has may drift, but not within a request.
-        to_date = time.time() - time.monotonic()
+        to_date = _clock_offset()
         metrics = event.metrics
 
         def date(seconds: float | None) -> float | None:
@@ -114,8 +113,13 @@ class InferenceTrace:
         return None if self.first_token is None else self.first_token - self.arrival
 
 
+def _clock_offset() -> float:
+    """What a time of the runtime's clock lacks to a date, in seconds; it may drift, but not within a request."""
+    return time.time() - time.monotonic()
+
+
 def _of_refusal(refusal: Refusal) -> InferenceTrace:
-    now = time.time()
+    refused = refusal.time + _clock_offset()
     return InferenceTrace(
         request_id=refusal.context.client_id or refusal.request_id,
         batch_index=refusal.context.batch_index,
@@ -125,7 +129,7 @@ def _of_refusal(refusal: Refusal) -> InferenceTrace:
         finish_reason="refused",
         error=refusal.error,
         error_kind=refusal.error_kind,
-        arrival=now,
-        finished=now,
+        arrival=refused,
+        finished=refused,
         context=read_trace_context(refusal.context.trace_headers),
     )

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Counts what an engine does, by the definitions of `definitions`; the exporters ask for the counts.
 
-A step costs the engine's thread a few microseconds: its arrays are put aside, and counted when an exporter asks
-or when enough of them have come together to be counted at once.
+A step or an ended request costs the engine's thread a few microseconds: what it brought is put aside, and counted
+when an exporter asks or when enough has come together to be counted at once.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections import deque
@@ -23,9 +24,10 @@ from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, Refusal, Ste
 
 if TYPE_CHECKING:
     from adaptive_k_moe.runtime import LLM
-    from adaptive_k_moe.runtime.outputs import RequestOutput
+    from adaptive_k_moe.runtime.outputs import RequestMetrics, RequestOutput
 
-_TOKENS_TO_COUNT_AT_ONCE = 4096
+_TOKENS_TO_COUNT_AT_ONCE = 16_384
+_REQUESTS_TO_COUNT_AT_ONCE = 1024
 _REQUEST_HISTOGRAMS = (definitions.LATENCY, definitions.TIME_TO_FIRST_TOKEN, definitions.QUEUE_TIME)
 _STEP_HISTOGRAMS = (definitions.TIME_BETWEEN_TOKENS, definitions.STEP_TIME, definitions.BATCH_SIZE)
 
@@ -46,6 +48,15 @@ class Observation(NamedTuple):
     metric: Metric
     labels: tuple[str, ...]
     value: float
+
+
+class _Ended(NamedTuple):
+    """What is counted of a request that has ended."""
+
+    policy: str
+    outcome: str
+    error_kind: str | None
+    metrics: RequestMetrics
 
 
 class Recorder(Observer):
@@ -77,13 +88,12 @@ class Recorder(Observer):
         self._stats = stats
         self._expert_load = expert_load
         self._steps: deque[StepRecord] = deque()
+        self._ended: deque[_Ended] = deque()
         self._pending_tokens = 0
         self._num_events = 0
         self._observations: deque[Observation] | None = deque() if keep_observations else None
         self._lock = threading.Lock()
         self._policies: dict[str, int] = {}
-        self._engine_policies: Sequence[str] = ()
-        self._engine_rows: npt.NDArray[np.int64] = np.zeros(0, np.int64)
         self._requests: dict[tuple[str, str], int] = {}
         self._errors: dict[str, int] = {}
         self._by_policy = {metric: Histograms(metric.buckets, 0) for metric in _REQUEST_HISTOGRAMS}
@@ -129,23 +139,18 @@ class Recorder(Observer):
                 self._count_steps()
 
     def on_request_finished(self, output: RequestOutput) -> None:
-        """Count a request that has ended."""
-        metrics = output.metrics
-        times = (metrics.finished_time, metrics.first_token_time, metrics.first_scheduled_time)
-        with self._lock:
-            policy = self._policy(output.policy)
-            self._ended(policy, outcome_of(output))
-            if output.error_kind is not None:
-                self._errors[output.error_kind] = self._errors.get(output.error_kind, 0) + 1
-            for metric, seconds in zip(_REQUEST_HISTOGRAMS, times, strict=True):
-                if seconds is not None:
-                    self._observe(metric, policy, seconds - metrics.arrival_time)
+        """Put aside what is counted of a request that has ended; now and then, count it."""
+        self._ended.append(_Ended(output.policy, outcome_of(output), output.error_kind, output.metrics))
+        self._num_events += 1
+        if len(self._ended) >= _REQUESTS_TO_COUNT_AT_ONCE:
+            with self._lock:
+                self._count_requests()
 
     def on_request_refused(self, refusal: Refusal) -> None:
         """Count a request that was not accepted."""
         with self._lock:
-            self._ended(NO_POLICY, "refused")
-            self._errors[refusal.error_kind] = self._errors.get(refusal.error_kind, 0) + 1
+            self._num_events += 1
+            self._count_end(NO_POLICY, "refused", refusal.error_kind)
 
     # What the exporters ask for
 
@@ -153,6 +158,7 @@ class Recorder(Observer):
         """All series at this moment, in the order of `METRICS`; of the engine's state, only while it lives."""
         with self._lock:
             self._count_steps()
+            self._count_requests()
             samples = [*self._request_samples(), *self._step_samples(), *self._policy_samples()]
         samples += _expert_samples(self._expert_load())
         stats = self._stats()
@@ -167,7 +173,7 @@ class Recorder(Observer):
         return self._num_events, self._stats(), self.records_dropped()
 
     def take_observations(self) -> list[Observation]:
-        """The observations since the last call, if they are kept."""
+        """The observations that `collect` has counted since the last call, if they are kept."""
         taken: list[Observation] = []
         while self._observations:
             taken.append(self._observations.popleft())
@@ -175,9 +181,21 @@ class Recorder(Observer):
 
     # How it is counted; all with the lock held
 
-    def _ended(self, policy: str, outcome: str) -> None:
-        self._num_events += 1
+    def _count_requests(self) -> None:
+        while self._ended:
+            ended = self._ended.popleft()
+            metrics = ended.metrics
+            policy = self._policy(ended.policy)
+            self._count_end(policy, ended.outcome, ended.error_kind)
+            times = (metrics.finished_time, metrics.first_token_time, metrics.first_scheduled_time)
+            for metric, seconds in zip(_REQUEST_HISTOGRAMS, times, strict=True):
+                if seconds is not None:
+                    self._observe(metric, policy, seconds - metrics.arrival_time)
+
+    def _count_end(self, policy: str, outcome: str, error_kind: str | None) -> None:
         self._requests[policy, outcome] = self._requests.get((policy, outcome), 0) + 1
+        if error_kind is not None:
+            self._errors[error_kind] = self._errors.get(error_kind, 0) + 1
 
     def _observe(self, metric: Metric, policy: str, value: float) -> None:
         histograms, row = self._by_policy[metric], self._policies[policy]
@@ -209,17 +227,19 @@ class Recorder(Observer):
         layers = np.arange(self._num_layers)
         entropy = np.concatenate([step.entropy for step in steps])
         self._entropy.observe_many(entropy.ravel(), np.broadcast_to(layers, entropy.shape).ravel())
-        rows = np.concatenate([self._policy_rows(step.policies)[step.policy_index] for step in steps])
+        rows = np.concatenate(
+            [
+                self._policy_rows(names)[np.concatenate([step.policy_index for step in same])]
+                for names, same in _by_policies(steps)
+            ]
+        )
         self._experts.grow(len(self._policies) * self._num_layers)
         k = np.concatenate([step.k for step in steps])
         self._experts.observe_many(k.ravel().astype(np.float64), (rows[:, None] * self._num_layers + layers).ravel())
 
     def _policy_rows(self, names: Sequence[str]) -> npt.NDArray[np.int64]:
-        """Our number of each of the engine's policies; the tables rarely change from one step to the next."""
-        if names is not self._engine_policies:
-            self._engine_policies = names
-            self._engine_rows = np.array([self._policies[self._policy(name)] for name in names], np.int64)
-        return self._engine_rows
+        """Our number of each of the engine's policies."""
+        return np.array([self._policies[self._policy(name)] for name in names], np.int64)
 
     def _request_samples(self) -> Iterator[Sample]:
         for metric, histograms in self._by_policy.items():
@@ -252,6 +272,13 @@ class Recorder(Observer):
             avg_k = sum(value.sum for value in values) / choices
             yield Sample(definitions.AVG_K, (policy,), avg_k)
             yield Sample(definitions.COMPUTE_SAVED, (policy,), 1.0 - avg_k / self._full_k)
+
+
+def _by_policies(steps: Sequence[StepRecord]) -> Iterator[tuple[Sequence[str], Sequence[StepRecord]]]:
+    """The steps in runs of the same policies, which rarely change."""
+    for _, same in itertools.groupby(steps, lambda step: id(step.policies)):
+        run = list(same)
+        yield run[0].policies, run
 
 
 def outcome_of(output: RequestOutput) -> str:

@@ -78,6 +78,8 @@ class RequestSpans:
             start_time=_nanoseconds(trace.arrival),
             attributes=self._attributes(trace),
         )
+        if not request.is_recording():  # by the sampler's choice
+            return
         if trace.error is not None:
             request.set_status(Status(StatusCode.ERROR, trace.error))
         inside = set_span_in_context(request)

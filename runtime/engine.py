@@ -273,8 +273,7 @@ class Engine:
 
         num_decode = sum(1 for sequence, n in chunks if n == 1 and sequence.num_computed >= sequence.num_prompt_tokens)
         ready, rows = self._record(chunks, step, wanted, result)
-        previous_tokens = _last_token_times(ready) if self.observers else []
-        outputs = self._choose(ready, rows)
+        outputs, token_intervals = self._choose(ready, rows)
         if chunks[0].sequence.request.background:
             return outputs
 
@@ -283,7 +282,6 @@ class Engine:
         counters.steps_total += 1
         counters.last_batch_size, counters.last_num_tokens = len(chunks), num_tokens
         if self.observers:
-            now = time.monotonic()
             self.observers.step(
                 StepRecord(
                     num_sequences=len(chunks),
@@ -292,8 +290,8 @@ class Engine:
                     num_generated_tokens=len(ready),
                     num_preempted=self._scheduler.preemptions_total - preemptions,
                     session_seconds=session_seconds,
-                    total_seconds=now - started,
-                    token_intervals=[now - previous for previous in previous_tokens],
+                    total_seconds=time.monotonic() - started,
+                    token_intervals=token_intervals,
                     k=result.k,
                     entropy=result.entropy,
                     policy_index=step.policy_index,
@@ -426,11 +424,16 @@ class Engine:
         # In most steps all rows are of this kind, and none needs to be copied.
         return ready, result.logits if len(rows) == len(result.logits) else result.logits[rows]
 
-    def _choose(self, ready: list[Sequence], logits: FloatArray) -> list[RequestOutput]:
-        """Give each sequence its next token and end those that are done; the outputs that follow from it."""
+    def _choose(self, ready: list[Sequence], logits: FloatArray) -> tuple[list[RequestOutput], list[float]]:
+        """Give each sequence its next token and end those that are done.
+
+        Returns:
+            The outputs that follow from it, and the seconds since the token before, of each sequence that had one.
+        """
         choices = sample(logits, [sequence.sampling for sequence in ready]) if ready else []
         now = time.monotonic()
         outputs: list[RequestOutput] = []
+        token_intervals: list[float] = []
         changed: dict[str, Request] = {}
         for sequence, choice, row in zip(ready, choices, logits, strict=True):
             request = sequence.request
@@ -440,7 +443,9 @@ class Engine:
                 outputs.append(self._end(request, "error", choice.error, "sampling"))
                 continue
             self._counters.generation_tokens_total += not request.background
-            request.metrics.last_token_time = now
+            if sequence.last_token_time is not None:
+                token_intervals.append(now - sequence.last_token_time)
+            sequence.last_token_time = request.metrics.last_token_time = now
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
             if sequence.generation_logits is not None:
@@ -462,7 +467,7 @@ class Engine:
                 outputs.append(self._finished(request))
             elif request.streaming:
                 outputs.append(request.output())
-        return outputs
+        return outputs, token_intervals
 
     def _end_if_done(self, sequence: Sequence, token_id: int) -> None:
         """Add the token's text, and end the sequence at an end token, a stop string or its length."""
@@ -568,9 +573,3 @@ class Engine:
         if words and max(max(word) for word in words) >= self._session.vocab_size:
             raise RequestError("a bad word has tokens outside the model's vocabulary: leave it out.")
         return words
-
-
-def _last_token_times(sequences: list[Sequence]) -> list[float]:
-    """When each of the sequences that had a token got its latest."""
-    times = [sequence.request.metrics.last_token_time for sequence in sequences if sequence.num_generated]
-    return [seconds for seconds in times if seconds is not None]

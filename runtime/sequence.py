@@ -173,6 +173,7 @@ class Sequence:
         generation_logits: [generated tokens, V], if asked for.
         sampling: the sampler's state.
         text: the answer's text.
+        last_token_time: when its last token was there; None before its first.
         finish_reason, stop_reason: as in `CompletionOutput`.
     """
 
@@ -214,6 +215,7 @@ class Sequence:
         self.text = text
         self.cumulative_logprob = 0.0
         self.logprobs: list[dict[int, float]] = []
+        self.last_token_time: float | None = None
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
         with_prompt = not params.exclude_input_from_output

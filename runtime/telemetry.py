@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,8 @@ logger = logging.getLogger("adaptive_k_moe.runtime")
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step of the engine. T tokens in the step, L MoE layers.
+class StepRecord(NamedTuple):
+    """One step of the engine, as a tuple, which is made quickly. T tokens in the step, L MoE layers.
 
     Attributes:
         num_sequences: sequences in the step.
@@ -63,6 +63,7 @@ class Refusal:
         error_kind: what was wrong.
         enrollment: its place in an A/B test; None if it is in none.
         context: what the caller said of the request.
+        time: when it was refused, in seconds of `time.monotonic()`.
     """
 
     request_id: str
@@ -71,6 +72,7 @@ class Refusal:
     error_kind: ErrorKind
     enrollment: Enrollment | None = None
     context: RequestContext = NO_CONTEXT
+    time: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)

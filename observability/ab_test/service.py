@@ -35,6 +35,7 @@ POLL_SECONDS = 1.0
 PAUSE_SECONDS = 30.0
 """A test whose file cannot be used for so long is not watched over, so no request is enrolled any more."""
 
+_SECONDS_BETWEEN_WRITES = 0.5
 _MAX_QUEUED = 100_000
 _MAX_BATCH = 500
 _CLOSE_SECONDS = 5.0
@@ -51,9 +52,10 @@ class _Running:
 class ABService(Observer):
     """Runs the experiment of a file on an engine; with none running it does nothing.
 
-    Nothing here makes a request wait: ended requests are queued, and a thread of its own writes them, many in
-    a transaction, reads what other processes changed, and applies the guardrails. Whatever is wrong with the
-    file is one sentence in the log; requests are served all the same, and after `PAUSE_SECONDS` none is
+    Nothing here makes a request wait: ended requests are queued, and a thread of its own writes them, reads what
+    other processes changed, and applies the guardrails. A request that ends within half a second of the last that
+    was written waits for the rest of it, and is written together with all that ended meanwhile. Whatever is wrong
+    with the file is one sentence in the log; requests are served all the same, and after `PAUSE_SECONDS` none is
     enrolled until the file can be used again. It keeps the engine alive until it is closed.
 
     Args:
@@ -152,11 +154,15 @@ class ABService(Observer):
     # On the thread
 
     def _run(self) -> None:
-        next_poll = time.monotonic() + self._poll_seconds
+        next_write = time.monotonic()
+        next_poll = next_write + self._poll_seconds
         while not self._closing.is_set():
             fresh = self._take(max(0.0, next_poll - time.monotonic()))
             if fresh and self._failing_since is None:
+                self._closing.wait(min(next_write, next_poll) - time.monotonic())
+                self._take(0.0)
                 self._write()
+                next_write = time.monotonic() + _SECONDS_BETWEEN_WRITES
             if time.monotonic() >= next_poll:
                 self._poll()
                 next_poll = time.monotonic() + self._poll_seconds
