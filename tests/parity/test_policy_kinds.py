@@ -33,6 +33,7 @@ POLICIES: dict[str, Any] = {
     "mass": {"kind": "top_p", "p": 0.62, "layers": {"0": {"p": 0.8, "k_min": 2}}},
     "relative": {"kind": "ratio", "layers": {"1": {"ratio": 0.45, "k_max": 2}}},
     "weighed": {"kind": "contribution", "p": 0.71, "layers": {"1": {"p": 0.55}}},
+    "bounded": {"kind": "top_p", "layers": {"0": {"p": 1, "k_min": 2, "k_max": 2}, "1": {"p": 0.4, "k_max": 2}}},
 }  # fmt: skip
 
 
@@ -91,7 +92,7 @@ class Routed:
 def test_every_kind_at_once_equals_transformers(shape: Shape, routing: dict[str, Any], tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "checkpoint", shape)
     rules = policies(transformers.AutoConfig.from_pretrained(checkpoint))
-    config = build(checkpoint, tmp_path / "engine", policy=rules, max_num_tokens=48, max_batch_size=6)
+    config = build(checkpoint, tmp_path / "engine", policy=rules, max_num_tokens=48, max_batch_size=7)
     tables = config.policy_tables()
     rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 101, 40).tolist() for _ in tables.names]
