@@ -254,6 +254,24 @@ def test_charts_follow_the_server(browser: Browser) -> None:
     assert browser.evaluate("document.querySelectorAll('.chart svg[aria-label]').length") == 4
 
 
+def test_lines_of_several_policies_can_be_told_apart(browser: Browser) -> None:
+    numbers = {"generation_tokens": 1, "running": 0, "waiting": 0, "kv_used": 0, "kv_blocks": 1}
+    numbers["avg_k"] = {f"policy-{number}": number for number in range(8)}
+    history = json.dumps([{"at": at, "numbers": numbers} for at in (1, 2)])
+    looks = browser.evaluate(
+        "import('/static/charts.js').then(({Charts}) => {"
+        " const place = document.querySelector('#charts');"
+        " const charts = new Charts(place, document.createElement('p'));"
+        f" charts.history = {history}; charts.draw(3);"
+        " const look = (each, part) => { const style = getComputedStyle(each, part);"
+        " return [style.stroke, style.strokeDasharray, style.borderTopColor, style.borderTopStyle].join(); };"
+        " const last = place.lastElementChild;"
+        " return [Array.from(last.querySelectorAll('polyline'), (line) => look(line)),"
+        " Array.from(last.querySelectorAll('.keys span'), (key) => look(key, '::before'))]; })"
+    )
+    assert [len(set(each)) for each in looks] == [8, 8]
+
+
 @pytest.mark.parametrize("dark", [False, True])
 def test_it_looks_as_it_should(browser: Browser, tmp_path: Path, dark: bool) -> None:
     """Both ends of the colours are on a picture of the page, and its ground is light or dark."""

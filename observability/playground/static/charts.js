@@ -9,6 +9,7 @@ const SECONDS = 120;
 const EVERY = 1000;
 const WIDTH = 240;
 const HEIGHT = 74;
+const LINES = 8; // kinds of lines in style.css
 
 function tokensText(rates) {
   const most = Math.max(0, ...rates.map(({ value }) => value));
@@ -45,7 +46,7 @@ class Chart {
     const x = (at) => (WIDTH * (1 - (now - at) / SECONDS)).toFixed(1);
     const y = (value) => (HEIGHT - (value / top) * HEIGHT).toFixed(1);
     const drawn = [...lines.values()].map((points, index) =>
-      svg("polyline", { class: `line-${index % 4}`, points: points.map(({ at, value }) => `${x(at)},${y(value)}`).join(" ") }),
+      svg("polyline", { class: `line-${index % LINES}`, points: points.map(({ at, value }) => `${x(at)},${y(value)}`).join(" ") }),
     );
     const [only] = lines.values();
     if (lines.size === 1 && only.length > 1) {
@@ -55,7 +56,7 @@ class Chart {
     this.drawing.replaceChildren(...drawn);
     const keys = [...lines].map(([name, points], index) => {
       const key = document.createElement("span");
-      key.className = `line-${index % 4}`;
+      key.className = `line-${index % LINES}`;
       key.textContent = `${spoken(name)} ${points.length ? round(points.at(-1).value) : "–"}`;
       return key;
     });
