@@ -99,7 +99,10 @@ class Tokenizer:
             RequestError: the text is not encodable (a lone surrogate, say).
         """
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+            text.encode()  # says what is wrong with a text that is none
+            # `encode` would hold up every other thread of Python for as long as it takes, the engine's among them.
+            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return list(encoding.ids)
         except Exception as error:  # the package raises a bare Exception
             raise RequestError(f"the tokenizer cannot encode this text: {error}.") from None
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +23,8 @@ from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.outputs import RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 from adaptive_k_moe.runtime.tokenizer import Tokenizer
+
+from checkpoints import MIXTRAL_SMALL
 
 REPLACEMENT = "\ufffd"
 
@@ -256,9 +260,41 @@ def test_a_bad_word_without_tokens_is_refused() -> None:
     engine = Engine(ToySession(), toy_policies(), limits, tokenizer=tokenizer, eos_token_ids=[], full_k=2)
     with pytest.raises(RequestError, match="bad word 'zebra' has no tokens"):
         engine.prepare([1], SamplingParams(bad="zebra"), "a")
-    with pytest.raises(RequestError, match="cannot encode"):
+    with pytest.raises(
+        RequestError, match=r"cannot encode this text: .*'\\ud800' in position 0: surrogates not allowed"
+    ):
         engine.prepare("\ud800", SamplingParams(), "a")
     assert not run_all(engine)
+
+
+def test_other_threads_run_while_a_long_prompt_is_encoded() -> None:
+    tokenizer, text = toy_tokenizers.byte_level(), "the quick brown fox " * 10_000
+    counts, encoded = [0], threading.Event()
+
+    def count() -> None:
+        while not encoded.is_set():
+            counts[0] += 1
+            time.sleep(0)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    before = counts[0]
+    token_ids = tokenizer.encode(text)
+    during = counts[0] - before
+    encoded.set()
+    counter.join()
+    assert token_ids == tokenizer._tokenizer.encode(text).ids
+    assert during > 10
+
+
+BUNDLED = Tokenizer.from_dir(MIXTRAL_SMALL)  # adds a token in front
+
+
+@given(st.text(st.characters(codec="utf-8")), st.booleans())
+def test_tokens_are_those_of_the_packages_plain_encode(text: str, special: bool) -> None:
+    for tokenizer in (toy_tokenizers.byte_level(), toy_tokenizers.byte_fallback(), BUNDLED):
+        plain = tokenizer._tokenizer.encode(text, add_special_tokens=special).ids
+        assert tokenizer.encode(text, add_special_tokens=special) == plain
 
 
 def test_a_text_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
