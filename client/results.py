@@ -39,18 +39,8 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
-class Completion:
-    """A whole answer; the attributes are those of `Chunk`, over all n tokens of the answer."""
-
-    text: str
-    num_output_tokens: int
-    avg_k: float
-    compute_saved_ratio: float
-    k: npt.NDArray[np.int32] | None
-    entropy: npt.NDArray[np.float32] | None
-    num_input_tokens: int
-    log_probs: npt.NDArray[np.float32] | None
-    variant: str | None = None
+class Completion(Chunk):
+    """A whole answer: the attributes are those of `Chunk`, over all n tokens of the answer."""
 
 
 @dataclass(frozen=True, slots=True)
