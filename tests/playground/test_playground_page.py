@@ -290,6 +290,18 @@ def test_it_looks_as_it_should(browser: Browser, tmp_path: Path, dark: bool) -> 
         assert (np.abs(pixels - np.array(colour) / 255).max(axis=-1) < 0.02).sum() > least, colour
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_forced_colours_leave_those_of_k(browser: Browser, scheme: str) -> None:
+    features = {"forced-colors": "active", "prefers-color-scheme": scheme}
+    browser.call("Emulation.setEmulatedMedia", features=[{"name": key, "value": features[key]} for key in features])
+    _run(browser)
+    pieces = _pieces(browser)
+    ink = browser.evaluate("getComputedStyle(document.querySelector('.piece')).color")
+    browser.prefer_dark(False)
+    assert len({piece["colour"] for piece in pieces}) == len({piece["share"] for piece in pieces}) > 2
+    assert ink == ("rgb(27, 35, 48)" if scheme == "light" else "rgb(230, 234, 241)")
+
+
 def test_a_narrow_page_needs_no_sideways_scrolling(browser: Browser) -> None:
     browser.click("#compare")
     _run(browser)
@@ -355,10 +367,10 @@ def test_any_name_of_a_policy_can_be_chosen_and_read(browser: Browser) -> None:
     ]
 
 
-def test_a_browser_that_goes_back_shows_what_the_form_says(browser: Browser, page: str) -> None:
+def test_a_browser_that_goes_back_shows_what_the_form_says(browser: Browser) -> None:
     browser.click("#compare")
-    browser.call("Page.navigate", url=f"{page}static/text.js")
-    browser.until("location.pathname === '/static/text.js'")
+    browser.call("Page.navigate", url="about:blank")
+    browser.until("location.href === 'about:blank'")
     history = browser.call("Page.getNavigationHistory")
     back = history["entries"][history["currentIndex"] - 1]["id"]
     browser.call("Page.navigateToHistoryEntry", entryId=back)
