@@ -94,11 +94,10 @@ def lines(
 
 
 def bar(entropy: float, full_bar: float, blocks: str = BLOCKS) -> str:
-    """A bar of `BAR_WIDTH` blocks; one that has begun counts."""
+    """A bar of `BAR_WIDTH` of the `blocks`, filled and empty; one that has begun counts."""
     share = entropy / full_bar
     filled = BAR_WIDTH if math.isnan(share) else math.ceil(min(max(share, 0.0), 1.0) * BAR_WIDTH)
-    filled_block, empty_block = blocks
-    return filled_block * filled + empty_block * (BAR_WIDTH - filled)
+    return blocks[0] * filled + blocks[1] * (BAR_WIDTH - filled)
 
 
 def can_be_written(text: str, encoding: str | None) -> bool:
