@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from adaptive_k_moe.errors import RequestError
 from adaptive_k_moe.files import write_text
@@ -19,6 +18,10 @@ from adaptive_k_moe.validation import describe_first_error
 if TYPE_CHECKING:
     from adaptive_k_moe.runtime import LLM
     from adaptive_k_moe.runtime.outputs import RequestOutput
+
+
+# JSON has no NaN: it is null in a file.
+_Nats = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
 
 
 class _Model(BaseModel):
@@ -33,14 +36,14 @@ class TokenTrace(_Model):
         text: its text.
         part: whether it is of the prompt or of the answer.
         k: L experts that ran.
-        entropy: L entropies of the routers, in nats.
+        entropy: L entropies of the routers, in nats; null in a file is NaN.
     """
 
     id: int = Field(ge=0)
     text: str
     part: Literal["prompt", "answer"]
     k: list[int]
-    entropy: list[float]
+    entropy: list[_Nats]
 
 
 class KTrace(_Model):
@@ -124,7 +127,7 @@ class KTrace(_Model):
             RequestError: the file cannot be written.
         """
         try:
-            write_text(path, json.dumps(self.model_dump(), indent=None) + "\n")
+            write_text(path, self.model_dump_json() + "\n")
         except OSError as error:
             raise RequestError(f"cannot write the trace {path}: {error.strerror}.") from None
 

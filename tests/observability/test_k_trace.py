@@ -21,7 +21,7 @@ from adaptive_k_moe.cli import main
 from adaptive_k_moe.errors import RequestError
 from adaptive_k_moe.observability import debugger
 from adaptive_k_moe.observability.debugger import BAR_WIDTH, bar, select_k, trace_k_selection
-from adaptive_k_moe.observability.k_trace import KTrace
+from adaptive_k_moe.observability.k_trace import KTrace, TokenTrace
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
 
@@ -98,6 +98,21 @@ def test_a_narrow_terminal_and_colours(
     assert trace("--open", path) == 0
     coloured = capsys.readouterr().out
     assert "\x1b[32m" in coloured and r"\x1b[31m<b>[red]\n" in coloured
+
+
+def test_a_saved_trace_is_json_whatever_it_holds(tmp_path: Path) -> None:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    token = {"id": 1, "part": "prompt", "k": [1, 2]}
+    texts = ["\ufffd", "\u202e\x00\n", "\u6f22\U0001f600", '"\\']
+    tokens = [TokenTrace(**token, text=text, entropy=[math.nan, 0.5]) for text in texts]
+    KTrace(model="m", policy="p", num_experts=8, full_k=2, tokens=tokens).save(tmp_path / "trace.json")
+    content = json.loads((tmp_path / "trace.json").read_bytes(), parse_constant=refuse)
+    assert [(one["text"], one["entropy"]) for one in content["tokens"]] == [(text, [None, 0.5]) for text in texts]
+    found = KTrace.read(tmp_path / "trace.json")
+    assert [one.text for one in found.tokens] == texts
+    np.testing.assert_array_equal([one.entropy for one in found.tokens], [one.entropy for one in tokens])
 
 
 def test_wide_characters_take_two_columns(
