@@ -226,7 +226,7 @@ def refine(laboratory: Laboratory, rules: Rules, found: Measured, budget: Budget
             left -= 1
             scores = laboratory.measure(candidate).scores
             moves.append(_Move(place, rule, scores.mean_kl - best.scores.mean_kl, scores.avg_k - best.scores.avg_k))
-        price = _price(moves, found.scores.avg_k - best.scores.avg_k)
+        price = _price(moves, found.scores.avg_k - best.scores.avg_k + SAME_AVG_K * rules.full_k)
         taken = _best_moves(moves, price)
         # All good moves together may be too much of a good thing; then the best alone.
         for count in sorted({len(taken), min(2, len(taken)), min(1, len(taken))} - {0}, reverse=True):
@@ -241,7 +241,8 @@ def refine(laboratory: Laboratory, rules: Rules, found: Measured, budget: Budget
             step /= 2
     if best is found:
         return found
-    return best_of([found, solve(laboratory, rules.through(at), budget)], budget)
+    met = [best] if keeps(laboratory, best, budget) else []
+    return best_of([found, *met, solve(laboratory, rules.through(at), budget)], budget)
 
 
 def _by_turns(found: Sequence[Sequence[Rule]]) -> Iterator[tuple[int, Rule]]:

@@ -72,6 +72,10 @@ class Rules(ABC):
         """A rule on the way from one to another; `part` from 0 to 1."""
 
     @abstractmethod
+    def toward(self, rule: Rule, k: int, part: float) -> Rule:
+        """The rule part of the way to a fixed k, changed no more than that takes."""
+
+    @abstractmethod
     def neighbours(self, rule: Rule, step: float) -> list[Rule]:
         """Rules that a small step leads to.
 
@@ -86,12 +90,11 @@ class Rules(ABC):
 
     def through(self, rules: Sequence[Rule]) -> Family:
         """From nothing saved through the given rules (at one half) to everything saved."""
-        nothing, everything = self.fixed(self.full_k), self.fixed(self.lowest)
 
         def at(x: float) -> Candidate:
             if x <= 0.5:
-                return self.candidate([self.between(nothing, rule, 2 * x) for rule in rules])
-            return self.candidate([self.between(rule, everything, 2 * x - 1) for rule in rules])
+                return self.candidate([self.toward(rule, self.full_k, 1 - 2 * x) for rule in rules])
+            return self.candidate([self.toward(rule, self.lowest, 2 * x - 1) for rule in rules])
 
         return at
 
@@ -156,6 +159,10 @@ class EntropyRules(Rules):
     def between(self, start: Rule, end: Rule, part: float) -> Rule:
         """Every share part of the way."""
         return tuple(a + part * (b - a) for a, b in zip(start, end, strict=True))
+
+    def toward(self, rule: Rule, k: int, part: float) -> Rule:
+        """As `between`."""
+        return self.between(rule, self.fixed(k), part)
 
     def neighbours(self, rule: Rule, step: float) -> list[Rule]:
         """One share up or down. Of equal ones the outer one alone, and, unless nobody or everybody is there, all."""
@@ -235,6 +242,10 @@ class OneNumberRules(Rules):
             return start if part <= 0 else end
         return _window(start[0] + part * (end[0] - start[0]), min(start[1], end[1]), max(start[2], end[2]))
 
+    def toward(self, rule: Rule, k: int, part: float) -> Rule:
+        """The mean part of the way; the smallest and the largest k as far as it takes."""
+        return _widened(rule[0] + part * (k - rule[0]), rule[1], rule[2])
+
     def neighbours(self, rule: Rule, step: float) -> list[Rule]:
         """The mean up or down; the smallest or largest k one up or down at the same mean, of a fixed k both."""
         mean, low, high = rule
@@ -243,7 +254,7 @@ class OneNumberRules(Rules):
         ends = [(low - 1, high), (low, high + 1), (low + 1, high), (low, high - 1)]
         if low == high:
             ends = [(low - 1, high + 1)]
-        return [_window(value, min(low, math.floor(value)), max(high, math.ceil(value))) for value in means] + [
+        return [_widened(value, low, high) for value in means] + [
             (mean, start, end) for start, end in ends if self.lowest <= start < mean < end <= self.full_k
         ]
 
@@ -290,6 +301,11 @@ def _window(mean: float, low: float, high: float) -> Rule:
     if mean <= low or mean >= high:
         return (low if mean <= low else high,) * 3
     return (mean, low, high)
+
+
+def _widened(mean: float, low: float, high: float) -> Rule:
+    """A rule of `OneNumberRules` whose window holds the mean."""
+    return _window(mean, min(low, float(math.floor(mean))), max(high, float(math.ceil(mean))))
 
 
 def choices_at(entropies: npt.NDArray[np.float32], quantiles: Rule, k_values: Sequence[int]) -> EntropyChoices:
