@@ -116,7 +116,9 @@ def table(results: Results) -> str:
     for result in results.variants:
         variant = result.variant
         note = "  (control)" if not result.comparisons else ""
-        lines.append(f"{variant.name:<16}  {variant.policy:<16}  {variant.weight:>6g}  {result.num_requests:>8}{note}")
+        # A policy may have any name; control characters would act on the terminal.
+        policy = "".join(one if one.isprintable() else repr(one)[1:-1] for one in variant.policy)
+        lines.append(f"{variant.name:<16}  {policy:<16}  {variant.weight:>6g}  {result.num_requests:>8}{note}")
     if results.share_mismatch < SUSPICIOUS:
         lines.append(
             f"the shares of requests are not what the weights say (p = {results.share_mismatch:.1g}): "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import sqlite3
@@ -255,6 +256,18 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "time saved a token: " in printed and "Quality: not measured yet" in printed
     with pytest.raises(SystemExit):
         cli.main(["ab"])
+
+
+def test_policies_of_any_name_are_shown_on_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    db = ["--db", str(tmp_path / "ab.db")]
+    policy = "\x1b[2Jtwo\nlines \u202e\u00fc"
+    arguments = ["--experiment", "odd", "--variant", "control=full", "--variant", f"less={policy}"]
+    assert cli.main(["ab", "start", *db, *arguments]) == 0
+    capsys.readouterr()
+    assert cli.main(["ab", "status", *db]) == 0
+    assert "  \\x1b[2Jtwo\\nlines \\u202e\u00fc  " in capsys.readouterr().out
+    assert cli.main(["ab", "status", *db, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["variants"][1]["policy"] == policy
 
 
 def test_a_test_in_a_program_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
