@@ -10,6 +10,9 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_k_moe.arguments import check_fields
+from adaptive_k_moe.errors import RequestError
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 ErrorKind = Literal["request", "policy", "engine", "sampling", "text", "server"]
@@ -25,11 +28,17 @@ class RequestContext:
         client_id: the caller's own name for the request, which need not be unique; "" is none.
         batch_index: which one it is of several prompts that came together.
         trace_headers: the W3C trace context that it came with (`traceparent`, `tracestate`).
+
+    Raises:
+        RequestError: a value is of a wrong type.
     """
 
     client_id: str = ""
     batch_index: int = 0
     trace_headers: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, RequestError)
 
 
 NO_CONTEXT = RequestContext()
@@ -99,12 +108,18 @@ class Enrollment:
         variant: name of the variant that the request was assigned to.
         unit: what was assigned: the request's id, or its user.
         counted: whether the test counts it; not if the variant that it was assigned to was stopped.
+
+    Raises:
+        RequestError: a value is of a wrong type.
     """
 
     experiment: str
     variant: str
     unit: str
     counted: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self, RequestError)
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from adaptive_k_moe.engine_builder.build import dry_run
 from adaptive_k_moe.errors import AdaptiveKError, BuildError, RequestError, ServerError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.model_repository.observation_options import ObservationOptions
-from adaptive_k_moe.runtime import SamplingParams
+from adaptive_k_moe.runtime import Enrollment, RequestContext, SamplingParams
 
 FIT: list[tuple[Any, list[Any], list[Any]]] = [
     (int, [0, -1, np.int64(7), np.uint8(1)], [True, 1.0, "1", None, np.float32(1), [1]]),
@@ -117,6 +117,23 @@ def test_a_servers_argument_of_a_wrong_type_is_one_sentence(arguments: dict[str,
     (name,) = arguments
     with pytest.raises(ServerError, match=f"^{name} is .*: it must be "):
         TritonServer(**{"engine_dir": "engine", **arguments})
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (RequestContext, {"client_id": 5}),
+        (RequestContext, {"batch_index": "0"}),
+        (RequestContext, {"trace_headers": {"traceparent": None}}),
+        (Enrollment, {"experiment": None}),
+        (Enrollment, {"counted": 1}),
+    ],
+)
+def test_what_goes_with_a_request_is_refused_before_its_records_fail(kind: Any, arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    usual = {"experiment": "spring", "variant": "control", "unit": "me"} if kind is Enrollment else {}
+    with pytest.raises(RequestError, match=f"^{name} is .*: it must be "):
+        kind(**{**usual, **arguments})
 
 
 def test_observation_options_of_a_wrong_type_are_one_sentence() -> None:
