@@ -34,5 +34,6 @@ struct Simd {
 #include "kernels_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kAvx2Kernels = {"avx2", kLanes, kTileRows, pack, multiply, activate, combine};
+const Kernels kAvx2Kernels = {"avx2", kLanes,   kTileRows, kMaxBlockRows, sizeof(float),
+                              pack,   multiply, activate,  combine};
 }  // namespace adaptive_k::cpu

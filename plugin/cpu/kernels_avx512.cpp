@@ -40,5 +40,6 @@ struct Simd {
 #include "kernels_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kAvx512Kernels = {"avx512", kLanes, kTileRows, pack, multiply, activate, combine};
+const Kernels kAvx512Kernels = {"avx512", kLanes,   kTileRows, kMaxBlockRows, sizeof(float),
+                                pack,     multiply, activate,  combine};
 }  // namespace adaptive_k::cpu

@@ -25,6 +25,7 @@ namespace {
 using V = Simd::V;
 constexpr int kLanes = Simd::kLanes;
 constexpr int kTileRows = Simd::kTileRows;
+constexpr int kMaxBlockRows = 96;
 // Weight rows in a register tile. With one or two token rows there are registers for more.
 constexpr int kGroup = 4;
 constexpr int kWideGroup = 8;
@@ -166,7 +167,7 @@ void multiply_group(const Tile* tiles, int num_tiles, const W* const* rows, int6
   int call = 0;
   for (int t = 0; t < num_tiles; ++t) {
     const int m = tiles[t].rows;
-    const float* x = tiles[t].x + offset * m;
+    const float* x = static_cast<const float*>(tiles[t].x) + offset * m;
     const int group = group_of(m);
     for (int g = 0; g < kWideGroup; g += group, ++call) {
       const int row = (call >> shift) % kWideGroup;
@@ -227,10 +228,10 @@ void multiply(const Tile* tiles, int num_tiles, const void* const* weight_rows, 
 
 // ---- around the products --------------------------------------------------------------------
 
-void pack(const float* const* rows, int m, int64_t K, float* packed) {
+void pack(const float* const* rows, int m, int64_t K, void* packed) {
   const int64_t whole = K / kLanes;
   for (int i = 0; i < m; ++i) {
-    float* to = packed + i * kLanes;
+    float* to = static_cast<float*>(packed) + i * kLanes;
     for (int64_t v = 0; v < whole; ++v, to += m * kLanes)
       Simd::store(to, Simd::load(rows[i] + v * kLanes));
     if (K % kLanes)
@@ -257,11 +258,12 @@ void activate_rows(const float* c, int64_t c_stride, int rows, int64_t first, in
 }
 
 void activate(Activation activation, const float* c, int64_t c_stride, int rows, int64_t first,
-              int64_t I, int64_t padded_I, float* tile) {
+              int64_t I, int64_t padded_I, void* tile) {
   switch (activation) {
-#define ADAPTIVE_K_CASE(kind) \
-  case Activation::kind:      \
-    return activate_rows<Activation::kind>(c, c_stride, rows, first, I, padded_I, tile)
+#define ADAPTIVE_K_CASE(kind)                                                     \
+  case Activation::kind:                                                          \
+    return activate_rows<Activation::kind>(c, c_stride, rows, first, I, padded_I, \
+                                           static_cast<float*>(tile))
     ADAPTIVE_K_CASE(kSwiglu);
     ADAPTIVE_K_CASE(kGeglu);
     ADAPTIVE_K_CASE(kSilu);

@@ -49,5 +49,6 @@ struct Simd {
 #include "kernels_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kPortableKernels = {"portable", kLanes, kTileRows, pack, multiply, activate, combine};
+const Kernels kPortableKernels = {"portable", kLanes,   kTileRows, kMaxBlockRows, sizeof(float),
+                                  pack,       multiply, activate,  combine};
 }  // namespace adaptive_k::cpu

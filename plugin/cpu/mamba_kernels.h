@@ -29,7 +29,7 @@ struct MambaKernels {
   void (*scan)(const MambaScan& scan);
 };
 
-// Those of the instruction set that kernels() has chosen.
+// Those of the instruction set that kernels() are of.
 const MambaKernels& mamba_kernels();
 
 extern const MambaKernels kPortableMambaKernels;

@@ -42,8 +42,9 @@ const MambaKernels kPortableMambaKernels = {"portable", convolve, scan};
 
 const MambaKernels& mamba_kernels() {
 #if defined(ADAPTIVE_K_X86)
-  if (&kernels() == &kAvx512Kernels) return kAvx512MambaKernels;
-  if (&kernels() == &kAvx2Kernels) return kAvx2MambaKernels;
+  const Kernels* general = &kernels(WeightFormat::kFloat32);
+  if (general == &kAvx512Kernels) return kAvx512MambaKernels;
+  if (general == &kAvx2Kernels) return kAvx2MambaKernels;
 #endif
   return kPortableMambaKernels;
 }

@@ -76,10 +76,9 @@ int64_t units_per_task(int64_t units, int64_t unit_bytes, int64_t at_most) {
 
 // Token rows that are multiplied together: as many as let a part of their activations fill half the
 // second-level cache.
-int block_rows() {
-  const int64_t fit =
-      second_level_cache_bytes() / 2 / (kPart * static_cast<int64_t>(sizeof(float)));
-  return static_cast<int>(std::clamp<int64_t>(fit, 24, 96));
+int block_rows(const Kernels& kernels) {
+  const int64_t fit = second_level_cache_bytes() / 2 / (int64_t{kPart} * kernels.activation_bytes);
+  return static_cast<int>(std::clamp<int64_t>(fit, 24, kernels.max_block_rows));
 }
 
 // One call of the operator on one chunk of tokens.
@@ -88,7 +87,7 @@ class Layer {
   Layer(const MoeParams& params, const ExpertArguments& args, Scratch& scratch)
       : params_(params),
         args_(args),
-        kernels_(kernels()),
+        kernels_(kernels(params.weight_format)),
         scratch_(scratch),
         plan_(scratch.plan),
         element_bytes_(params.weight_format == WeightFormat::kFloat32 ? 4 : 2),
@@ -107,6 +106,10 @@ class Layer {
   }
 
  private:
+  static char* reserve(FloatBuffer& buffer, int64_t bytes) {
+    return reinterpret_cast<char*>(buffer.reserve(divide_up(bytes, sizeof(float))));
+  }
+
   // Packs the tokens' rows in the order of the plan; a lone whole row is used where it lies.
   void gather(const float* hidden_states) {
     const std::vector<Plan::TileRange>& tiles = plan_.tiles;
@@ -114,24 +117,27 @@ class Layer {
     h_tiles_ = &scratch_.h_tiles;
     x_tiles_->resize(tiles.size());
     h_tiles_->resize(tiles.size());
-    const bool in_place = padded_hidden_ == args_.hidden;
+    const bool in_place =
+        padded_hidden_ == args_.hidden && kernels_.activation_bytes == sizeof(float);
     bool all_in_place = in_place;
     for (const Plan::TileRange& tile : tiles) all_in_place = all_in_place && tile.rows == 1;
-    float* packed = all_in_place ? nullptr : scratch_.x.reserve(plan_.num_rows() * padded_hidden_);
-    float* h = scratch_.h.reserve(plan_.num_rows() * padded_intermediate_);
+    const int64_t x_bytes = padded_hidden_ * kernels_.activation_bytes;
+    const int64_t h_bytes = padded_intermediate_ * kernels_.activation_bytes;
+    char* packed = all_in_place ? nullptr : reserve(scratch_.x, plan_.num_rows() * x_bytes);
+    char* h = reserve(scratch_.h, plan_.num_rows() * h_bytes);
     for (size_t i = 0; i < tiles.size(); ++i)
-      (*h_tiles_)[i] = {h + tiles[i].first_row * padded_intermediate_, tiles[i].rows};
+      (*h_tiles_)[i] = {h + tiles[i].first_row * h_bytes, tiles[i].rows};
     const int64_t grain = std::max<int64_t>(1, 8192 / args_.hidden);
     parallel_for(tiles.size(), grain, serial_ || all_in_place, [&](int64_t i) {
       const Plan::TileRange& tile = tiles[i];
-      const float* rows[8];
+      const float* rows[kMaxTileRows];
       for (int r = 0; r < tile.rows; ++r)
         rows[r] = hidden_states + plan_.row_token[tile.first_row + r] * args_.hidden;
       if (tile.rows == 1 && in_place) {
         (*x_tiles_)[i] = {rows[0], 1};
         return;
       }
-      float* to = packed + tile.first_row * padded_hidden_;
+      char* to = packed + tile.first_row * x_bytes;
       kernels_.pack(rows, tile.rows, args_.hidden, to);
       (*x_tiles_)[i] = {to, tile.rows};
     });
@@ -172,7 +178,7 @@ class Layer {
         for (int64_t p = begin; p < end; ++p)
           kernels_.activate(params_.activation, c + (p - begin) * kPanelRows, weights.size(),
                             tile.rows, p * neurons, intermediate, padded_intermediate_,
-                            const_cast<float*>(tile.x));
+                            const_cast<void*>(tile.x));
         c += tile.rows * weights.size();
       }
     });
@@ -183,7 +189,7 @@ class Layer {
   void project_down(float* output) const {
     const int64_t hidden = args_.hidden;
     const int64_t row_bytes = args_.intermediate * element_bytes_;
-    constexpr int64_t kColumns = 8;
+    constexpr int64_t kColumns = 16;
     const int64_t units = divide_up(hidden, kColumns);
     const int64_t columns =
         kColumns * units_per_task(units, plan_.num_experts_used * kColumns * row_bytes,
@@ -269,6 +275,7 @@ void moe(const MoeParams& params, const RoutingArguments& routing, const ExpertA
       for (int32_t i = 0; i < k[t]; ++i) ++routing.expert_load[scratch.experts[t * capacity + i]];
   }
 
+  const Kernels& layer_kernels = kernels(params.weight_format);
   Layer layer(params, args, scratch);
   int64_t begin = 0;
   while (begin < routing.tokens) {
@@ -276,8 +283,9 @@ void moe(const MoeParams& params, const RoutingArguments& routing, const ExpertA
     while (end < routing.tokens &&
            (end == begin || (rows + k[end]) * (args.hidden + args.intermediate) <= kChunkFloats))
       rows += k[end++];
-    scratch.plan.build(end - begin, routing.experts, capacity, kernels().tile_rows, block_rows(),
-                       k + begin, scratch.experts.data() + begin * capacity,
+    scratch.plan.build(end - begin, routing.experts, capacity, layer_kernels.tile_rows,
+                       block_rows(layer_kernels), k + begin,
+                       scratch.experts.data() + begin * capacity,
                        scratch.weights.data() + begin * capacity);
     layer.run(args.hidden_states + begin * args.hidden, output + begin * args.hidden);
     begin = end;

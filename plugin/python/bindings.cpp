@@ -123,7 +123,7 @@ NB_MODULE(_plugin, m) {
   m.def("parse_params", &parse_params, nb::kw_only(), nb::arg("activation"), nb::arg("scoring"),
         nb::arg("weight_format"), nb::arg("norm_topk_prob"), nb::arg("routed_scaling_factor"),
         nb::arg("n_group"), nb::arg("topk_group"), nb::arg("max_k"));
-  m.def("instruction_set", [] { return cpu::kernels().name; });
+  m.def("instruction_set", &cpu::instruction_set);
   m.def(
       "routing_width",
       [](const ak::MoeParams& params, const Floats& router_logits, const Integers& policy_index,

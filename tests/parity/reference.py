@@ -10,24 +10,49 @@ import numpy as np
 import torch
 import transformers
 
+from adaptive_k_moe.plugin import instruction_set
+
 NUM_TOKENS = 64
 """Length of the answers."""
 
 
-def reference_model(checkpoint: Path, **changes: Any) -> Any:
+def reference_model(checkpoint: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """The checkpoint's model, with other values of some of its config's fields."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **changes)
-    return model.eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **changes).eval()
+
+
+def logits_of(model: Any, tokens: list[int]) -> Any:
+    """Logits [tokens, vocabulary], in float32."""
+    with torch.no_grad():
+        # At once and without a cache: with one, Nemotron's step of a single token forgets the limit of the step sizes.
+        return model(torch.tensor([tokens]), use_cache=False).logits[0].float()
 
 
 def assert_is_the_references(model: Any, prompt: list[int], output: Any) -> None:
     """The prompt's logits, and every token of the answer as the argmax after those before it."""
     answer = output.outputs[0].token_ids
     assert len(answer) == NUM_TOKENS
-    with torch.no_grad():
-        # At once and without a cache: with one, Nemotron's step of a single token forgets the limit of the step sizes.
-        logits = model(torch.tensor([prompt + answer]), use_cache=False).logits[0]
+    logits = logits_of(model, prompt + answer)
     reference = logits[: len(prompt)].numpy()
     assert output.context_logits.shape == reference.shape
     assert np.abs(output.context_logits - reference).max() <= 1e-4 * np.abs(reference).max()
     assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def assert_is_the_references_with_bfloat16_weights(checkpoint: Path, prompt: list[int], output: Any) -> None:
+    """As in float32; where experts compute on AMX, nearer to that than `transformers` is in bfloat16."""
+    model = reference_model(checkpoint)
+    if instruction_set() != "amx":
+        assert_is_the_references(model, prompt, output)
+        return
+    answer = output.outputs[0].token_ids
+    assert len(answer) == NUM_TOKENS
+    logits = logits_of(model, prompt + answer)
+    # Experts one by one: torch's grouped products refuse bfloat16 rows that are not a multiple of 16 bytes.
+    half = logits_of(reference_model(checkpoint, torch.bfloat16, experts_implementation="eager"), prompt + answer)
+    error = np.abs(output.context_logits - logits[: len(prompt)].numpy()).max()
+    assert 0 < error < float((half - logits)[: len(prompt)].abs().max())
+    # Each token of the answer is the argmax of logits no farther off than those of transformers.
+    choosing = logits[len(prompt) - 1 : -1]
+    behind = choosing.max(-1).values - choosing[range(NUM_TOKENS), answer]
+    assert float(behind.max()) <= 2 * float((half - logits).abs().max())

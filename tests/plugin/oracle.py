@@ -6,12 +6,16 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 ENTROPY, TOP_P, RATIO, CONTRIBUTION = 0, 1, 2, 3
 GATED = ("swiglu", "geglu")
 Array = npt.NDArray[Any]
+
+# The error of a sum in float32, relative to the largest.
+FLOAT32_SUMS = 2e-6
 
 
 class TokenRouting(NamedTuple):
@@ -135,6 +139,11 @@ def activate(name: str, x: Array) -> Array:
     return np.maximum(x, 0) ** (2 if name == "relu2" else 1)
 
 
+def bfloat16(x: Array) -> Array:
+    """Float64 numbers rounded to bfloat16, by way of float32 as the operator has them."""
+    return x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
 def moe(
     hidden_states: Array,
     router_logits: Array,
@@ -146,18 +155,32 @@ def moe(
     down: Array,
     *,
     activation: str = "swiglu",
+    margin: Array | None = None,
     **routing: Any,
 ) -> tuple[Array, Array, Array]:
-    """The operator: output [T, H], k [T] and entropy [T], with the arguments of adaptive_k_moe.plugin.moe."""
+    """The operator: output [T, H], k [T] and entropy [T], with the arguments of adaptive_k_moe.plugin.moe.
+
+    With `margin` [T, H], activations are rounded to bfloat16, and margin is set to what the output may be off by
+    because float32 sums leave it open which way an expert's hidden value is rounded.
+    """
     tokens = len(hidden_states)
     output = np.zeros(hidden_states.shape, np.float64)
     ks = np.zeros(tokens, np.int32)
     entropies = np.zeros(tokens, np.float64)
+    if margin is not None:
+        margin[:] = 0
     for t in range(tokens):
         row = min(max(int(policy_index[t]), 0), len(policy_kind) - 1)
         token = route_token(router_logits[t], int(policy_kind[row]), thresholds[row], k_values[row], **routing)
         ks[t], entropies[t] = token.k, token.entropy
         for expert, weight in zip(token.experts, token.weights, strict=True):
-            up = gate_up[expert].astype(np.float64) @ hidden_states[t].astype(np.float64)
-            output[t] += weight * (down[expert].astype(np.float64) @ activate(activation, up))
+            w_up, w_down = gate_up[expert].astype(np.float64), down[expert].astype(np.float64)
+            x = hidden_states[t].astype(np.float64)
+            hidden = activate(activation, w_up @ (x if margin is None else bfloat16(x)))
+            if margin is not None:
+                open_ways = bfloat16(hidden + FLOAT32_SUMS * abs(hidden).max())
+                open_ways -= bfloat16(hidden - FLOAT32_SUMS * abs(hidden).max())
+                margin[t] += abs(weight) * (abs(w_down) @ open_ways)
+                hidden = bfloat16(hidden)
+            output[t] += weight * (w_down @ hidden)
     return output, ks, entropies

@@ -165,7 +165,7 @@ def test_the_mixer_of_transformers(length: int, sizes: dict[str, Any]) -> None:
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "amx"])
 def test_every_instruction_set_is_the_oracles(isa: str) -> None:
     """In a process of its own: the choice is made once."""
     script = (

@@ -68,7 +68,7 @@ def openvino_extension_path() -> Path:
 
 
 def instruction_set() -> str:
-    """The instruction set of the loops in use: portable, avx2 or avx512.
+    """The instruction set of the loops in use: portable, avx2, avx512 or amx.
 
     The environment variable ADAPTIVE_K_ISA forces one, if set before the first call.
     """
