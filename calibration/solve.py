@@ -10,8 +10,11 @@ from adaptive_k_moe.calibration.evaluator import Scores
 from adaptive_k_moe.calibration.families import Family
 from adaptive_k_moe.calibration.laboratory import Budget, Laboratory, Measured
 
-SAME_AVG_K = 1e-3
+SAME_AVG_K = 3e-4
 """Average k closer than this, as a share of the trained top-k, count as the same; so far above a target one may lie."""
+
+CLOSE = 2e-3
+"""A budget with this little left is used up: of the trained top-k, or of the full model's perplexity."""
 
 
 def excess(laboratory: Laboratory, scores: Scores, budget: Budget) -> float:
@@ -31,9 +34,9 @@ def keeps(laboratory: Laboratory, found: Measured, budget: Budget) -> bool:
 def solve(laboratory: Laboratory, family: Family, budget: Budget, *, passes: int = 12) -> Measured:
     """The member of a family that uses the budget up.
 
-    By regula falsi on the measured figure, with bisection whenever that is slow to close in, until what is left is
-    at most twice `SAME_AVG_K` (of the full model's perplexity, where that is the budget). A family need not be exactly
-    monotone, so the best member seen that keeps the budget is taken, not the last one.
+    By regula falsi on the measured figure, with bisection whenever that is slow to close in, until the budget is
+    used up. A family need not be exactly monotone, so the best member seen that keeps the budget is taken, not the
+    last one.
 
     Args:
         laboratory: measures.
@@ -61,7 +64,7 @@ def solve(laboratory: Laboratory, family: Family, budget: Budget, *, passes: int
         value = excess(laboratory, found.scores, budget)
         if keeps(laboratory, found, budget):
             kept.append((value, found))
-            if abs(value) <= 2 * SAME_AVG_K:
+            if abs(value) <= CLOSE:
                 break
         if value > 0:
             low, at_low = x, value
