@@ -8,6 +8,9 @@
 // has the same bits alone and in any batch. (AMX has another order with that property: see
 // kernels_amx.cpp, which also says how it packs activations.)
 //
+// A quantised weight is its value times its scale, rounded to float32 as it is read, wherever that
+// is.
+//
 // Activations are packed: a tile of m <= tile_rows rows is stored [padded K / lanes][m][lanes],
 // zeros after K.
 #pragma once
@@ -33,6 +36,22 @@ struct Tile {
   int rows;
 };
 
+// Two neighbours of a row of int4, the one with the even index in the low half.
+struct Int4Pair {
+  uint8_t bits;
+};
+
+// The weight rows of one product, wherever they lie.
+struct Weights {
+  WeightFormat format;
+  int num_rows;             // a multiple of 16
+  const void* const* rows;  // [num_rows] of K values each
+  // Of quantised formats alone: each row's scales, one for each group_size values. A group is the
+  // whole row or a multiple of 32 values; K is a multiple of 16 for int8 and of 32 for int4.
+  const float* const* scales;
+  int64_t group_size;
+};
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -43,11 +62,11 @@ struct Kernels {
   // Packs m rows of K floats into one tile.
   void (*pack)(const float* const* rows, int m, int64_t K, void* packed);
 
-  // c[i * num_rows + r] = dot(row i of the tiles, weight_rows[r]), r < num_rows, a multiple of 16.
-  // Weights are read once, straight from where they lie. cache_bytes is the size of the
-  // second-level cache: activations beyond half of it are taken part by part.
-  void (*multiply)(const Tile* tiles, int num_tiles, const void* const* weight_rows, int num_rows,
-                   int64_t K, WeightFormat format, int64_t cache_bytes, float* c);
+  // c[i * num_rows + r] = dot(row i of the tiles, weight row r), r < num_rows. Weights are read
+  // once, straight from where they lie. cache_bytes is the size of the second-level cache:
+  // activations beyond half of it are taken part by part.
+  void (*multiply)(const Tile* tiles, int num_tiles, const Weights& weights, int64_t K,
+                   int64_t cache_bytes, float* c);
 
   // Applies the activation to a panel of a tile's products, whose rows are c_stride apart, and
   // writes its neurons, from number `first` on, into the packed tile of padded length padded_I.

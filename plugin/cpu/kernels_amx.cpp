@@ -215,9 +215,10 @@ void unpack(const float* acc, const Tile* tiles, int num_tiles, int num_rows, fl
   }
 }
 
-void multiply(const Tile* tiles, int num_tiles, const void* const* weight_rows, int num_rows,
-              int64_t K, WeightFormat, int64_t cache_bytes, float* c) {
-  const uint16_t* const* rows = reinterpret_cast<const uint16_t* const*>(weight_rows);
+void multiply(const Tile* tiles, int num_tiles, const Weights& weights, int64_t K,
+              int64_t cache_bytes, float* c) {
+  const uint16_t* const* rows = reinterpret_cast<const uint16_t* const*>(weights.rows);
+  const int num_rows = weights.num_rows;
   int64_t token_rows = 0;
   for (int t = 0; t < num_tiles; ++t) token_rows += tiles[t].rows;
   float* acc = buffers().sums.reserve(static_cast<int64_t>(num_rows) * num_tiles * kTile);

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace adaptive_k::cpu {
 namespace {
 
@@ -17,7 +19,29 @@ struct Simd {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
   }
+  static V load(const int8_t* p) {
+    const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(values));
+  }
+  // The products of a scale with the 16 values that four bits have, looked up by those bits.
+  struct ScaledInt4 {
+    V products;
+    void set_scale(float scale) {
+      products = mul(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1),
+                     broadcast(scale));
+    }
+    V load(const Int4Pair* p) const {
+      // Eight values in every lane, from which a shift takes the lane's own; a lookup minds no more
+      // than four bits.
+      const __m512i lower = _mm512_broadcastd_epi32(_mm_loadu_si32(p));
+      const __m512i eights = _mm512_mask_broadcastd_epi32(lower, 0xFF00, _mm_loadu_si32(p + 4));
+      const __m512i shifts =
+          _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+      return _mm512_permutexvar_ps(_mm512_srlv_epi32(eights, shifts), products);
+    }
+  };
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static void reduce4(const V* a, float* sums) {
     // Halves: [a0 lower + a0 upper | a1 lower + a1 upper], and the same for a2 and a3.

@@ -4,13 +4,16 @@
 // instruction sets, and no function of one may stand in for another's at link time.
 //
 // Simd has: V (the vector type), kLanes, kTileRows (token rows in a register tile), zero(),
-// load(const float*), load(const uint16_t*) (bfloat16), store(float*, V), fma(a, b, c) = a * b + c,
-// and reduce4(const V[4], float[4]), which sums the lanes of four vectors by the same tree.
+// load(const float*), load(const uint16_t*) (bfloat16), load(const int8_t*), store(float*, V),
+// mul(a, b), fma(a, b, c) = a * b + c, and reduce4(const V[4], float[4]), which sums the lanes of
+// four vectors by the same tree; and ScaledInt4, whose load(const Int4Pair*) gives kLanes values
+// times the scale that set_scale(float) gave it.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 
 #include "adaptive_k/activation.h"
 #include "kernels.h"
@@ -18,6 +21,7 @@
 // The accumulators of a tile are an array only in name: with the loops over it unrolled from the
 // start, the compiler keeps them in registers and copies none through the stack.
 #define ADAPTIVE_K_UNROLL _Pragma("GCC unroll 8")
+#define ADAPTIVE_K_INLINE __attribute__((always_inline))
 
 namespace adaptive_k::cpu {
 namespace {
@@ -35,6 +39,64 @@ constexpr int group_for(int m) {
   return m * kWideGroup <= kTileRows * kGroup ? kWideGroup : kGroup;
 }
 
+// Reads kLanes weights as floats.
+template <typename W>
+struct Reader {
+  static constexpr bool kQuantised = false;
+  V load(const W* w) const { return Simd::load(w); }
+};
+template <>
+struct Reader<int8_t> {
+  static constexpr bool kQuantised = true;
+  V scale;
+  void set_scale(float s) { scale = Simd::broadcast(s); }
+  V load(const int8_t* w) const { return Simd::mul(Simd::load(w), scale); }
+};
+template <>
+struct Reader<Int4Pair> : Simd::ScaledInt4 {
+  static constexpr bool kQuantised = true;
+};
+
+// What element k of a row lies at, where k is even.
+template <typename W>
+inline const W* at(const W* row, int64_t k) {
+  return row + k;
+}
+inline const Int4Pair* at(const Int4Pair* row, int64_t k) { return row + k / 2; }
+
+// log2 of how many weights take the room of a float.
+template <typename W>
+constexpr int kWeightsPerFloatShift = sizeof(W) == 4   ? 0
+                                      : sizeof(W) == 2 ? 1
+                                                       : 2;
+template <>
+constexpr int kWeightsPerFloatShift<Int4Pair> = 3;
+
+// The scales of some quantised rows, of which a part is read that begins at element `offset`.
+struct Scales {
+  const float* const* rows;
+  int64_t group_size;
+  int64_t offset;
+
+  Scales from_row(int row) const {
+    return {rows == nullptr ? nullptr : rows + row, group_size, offset};
+  }
+};
+
+// Calls body(group, end) for each group of a part of `length` elements, which in the part ends
+// before `end`. Rows that are not quantised are one group.
+template <typename W, typename Body>
+inline void for_each_group(const Scales& scales, int length, const Body& body) {
+  if constexpr (Reader<W>::kQuantised) {
+    int64_t group = scales.offset / scales.group_size;
+    int64_t end = (group + 1) * scales.group_size - scales.offset;
+    for (; end < length; end += scales.group_size) body(group++, static_cast<int>(end));
+    body(group, length);
+  } else {
+    body(0, length);
+  }
+}
+
 template <typename W>
 inline V load_tail(const W* w, int count) {
   alignas(64) W padded[kLanes] = {};
@@ -42,12 +104,36 @@ inline V load_tail(const W* w, int count) {
   return Simd::load(padded);
 }
 
+// A piece of a weight row that is needed next, 4 length >> shift bytes for `length` elements.
+struct NextPiece {
+  const char* begin;
+  int shift;
+
+  void fetch(int k) const { __builtin_prefetch(begin + (4 * k >> shift), 0, 2); }
+};
+
+// All the kWideGroup rows that are needed next. A part of a row of integers is over before the
+// processor's own prefetching has found it, so the lines of every row are fetched here.
+template <typename W>
+struct NextRows {
+  const W* const* rows;
+  int64_t offset;
+
+  void fetch(int k) const {
+    constexpr int kSteps = (16 << kWeightsPerFloatShift<W>) / kLanes;  // that a line lasts
+    constexpr int kRows = kSteps < kWideGroup ? kWideGroup / kSteps : 1;
+    const unsigned step = static_cast<unsigned>(k) / kLanes;
+    const unsigned row = step * kWideGroup / kSteps % kWideGroup;
+    for (int j = 0; j < kRows; ++j) __builtin_prefetch(at(rows[row + j], offset + k), 0, 3);
+  }
+};
+
 // M token rows times R weight rows, over `length` elements: c = or c += the sums. The elements of a
-// row are kStep vectors apart (1 where weights are read in place). Meanwhile a piece of the weights
-// needed next, 4 length >> next_shift bytes, comes into the second-level cache.
-template <int M, int R, int kStep, typename W>
-void multiply_tile(const float* x, const W* const* rows, int length, const char* next,
-                   int next_shift, bool add, float* c, int64_t c_stride) {
+// row are kStep vectors apart (1 where weights are read in place). Meanwhile `next` comes into a
+// cache.
+template <int M, int R, int kStep, typename W, typename Next>
+void multiply_tile(const float* x, const W* const* rows, const Scales& scales, int length,
+                   const Next& next, bool add, float* c, int64_t c_stride) {
   V acc[M][R];
   ADAPTIVE_K_UNROLL
   for (int i = 0; i < M; ++i) {
@@ -57,26 +143,36 @@ void multiply_tile(const float* x, const W* const* rows, int length, const char*
   const W* w[R];
   ADAPTIVE_K_UNROLL
   for (int r = 0; r < R; ++r) w[r] = rows[r];
+  Reader<W> read[R];
   int k = 0;
-  for (; k + kLanes <= length; k += kLanes) {
-    __builtin_prefetch(next + (4 * k >> next_shift), 0, 2);
-    V xv[M];
-    ADAPTIVE_K_UNROLL
-    for (int i = 0; i < M; ++i) xv[i] = Simd::load(x + i * kLanes);
-    x += M * kLanes;
-    ADAPTIVE_K_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const V wv = Simd::load(w[r] + k * kStep);
+  for_each_group<W>(scales, length, [&](int64_t group, int end) ADAPTIVE_K_INLINE {
+    if constexpr (Reader<W>::kQuantised) {
       ADAPTIVE_K_UNROLL
-      for (int i = 0; i < M; ++i) acc[i][r] = Simd::fma(xv[i], wv, acc[i][r]);
+      for (int r = 0; r < R; ++r) read[r].set_scale(scales.rows[r][group]);
     }
-  }
-  if (k < length) {
-    ADAPTIVE_K_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const V wv = load_tail(w[r] + k, length - k);
+    for (; k + kLanes <= end; k += kLanes) {
+      next.fetch(k);
+      V xv[M];
       ADAPTIVE_K_UNROLL
-      for (int i = 0; i < M; ++i) acc[i][r] = Simd::fma(Simd::load(x + i * kLanes), wv, acc[i][r]);
+      for (int i = 0; i < M; ++i) xv[i] = Simd::load(x + i * kLanes);
+      x += M * kLanes;
+      ADAPTIVE_K_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const V wv = read[r].load(at(w[r], k * kStep));
+        ADAPTIVE_K_UNROLL
+        for (int i = 0; i < M; ++i) acc[i][r] = Simd::fma(xv[i], wv, acc[i][r]);
+      }
+    }
+  });
+  if constexpr (!Reader<W>::kQuantised) {
+    if (k < length) {
+      ADAPTIVE_K_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const V wv = load_tail(w[r] + k, length - k);
+        ADAPTIVE_K_UNROLL
+        for (int i = 0; i < M; ++i)
+          acc[i][r] = Simd::fma(Simd::load(x + i * kLanes), wv, acc[i][r]);
+      }
     }
   }
   ADAPTIVE_K_UNROLL
@@ -91,12 +187,14 @@ void multiply_tile(const float* x, const W* const* rows, int length, const char*
   }
 }
 
-template <typename W>
-using MultiplyTile = void (*)(const float*, const W* const*, int, const char*, int, bool, float*,
-                              int64_t);
+template <typename W, typename Next>
+using MultiplyTile = void (*)(const float*, const W* const*, const Scales&, int, const Next&, bool,
+                              float*, int64_t);
 
 template <typename W>
-constexpr MultiplyTile<W> kMultiplyInPlace[] = {
+using NextInPlace = std::conditional_t<Reader<W>::kQuantised, NextRows<W>, NextPiece>;
+template <typename W>
+constexpr MultiplyTile<W, NextInPlace<W>> kMultiplyInPlace[] = {
     multiply_tile<1, group_for(1), 1, W>, multiply_tile<2, group_for(2), 1, W>,
     multiply_tile<3, group_for(3), 1, W>,
 #if ADAPTIVE_K_TILE_ROWS == 6
@@ -104,7 +202,7 @@ constexpr MultiplyTile<W> kMultiplyInPlace[] = {
     multiply_tile<6, group_for(6), 1, W>,
 #endif
 };
-constexpr MultiplyTile<float> kMultiplyPacked[] = {
+constexpr MultiplyTile<float, NextPiece> kMultiplyPacked[] = {
     multiply_tile<1, kGroup, kGroup, float>, multiply_tile<2, kGroup, kGroup, float>,
     multiply_tile<3, kGroup, kGroup, float>,
 #if ADAPTIVE_K_TILE_ROWS == 6
@@ -118,14 +216,20 @@ constexpr int kTilesToPack = 4;
 
 // Packs kGroup rows as [vector][row][lane], with zeros to the end of the last vector.
 template <typename W>
-void pack_weights(const W* const* rows, int length, float* packed) {
+void pack_weights(const W* const* rows, const Scales& scales, int length, float* packed) {
+  Reader<W> read[kGroup];
   int k = 0;
-  for (; k + kLanes <= length; k += kLanes)
-    for (int r = 0; r < kGroup; ++r)
-      Simd::store(packed + k * kGroup + r * kLanes, Simd::load(rows[r] + k));
-  if (k < length)
-    for (int r = 0; r < kGroup; ++r)
-      Simd::store(packed + k * kGroup + r * kLanes, load_tail(rows[r] + k, length - k));
+  for_each_group<W>(scales, length, [&](int64_t group, int end) {
+    if constexpr (Reader<W>::kQuantised)
+      for (int r = 0; r < kGroup; ++r) read[r].set_scale(scales.rows[r][group]);
+    for (; k + kLanes <= end; k += kLanes)
+      for (int r = 0; r < kGroup; ++r)
+        Simd::store(packed + k * kGroup + r * kLanes, read[r].load(at(rows[r], k)));
+  });
+  if constexpr (!Reader<W>::kQuantised)
+    if (k < length)
+      for (int r = 0; r < kGroup; ++r)
+        Simd::store(packed + k * kGroup + r * kLanes, load_tail(rows[r] + k, length - k));
 }
 
 float* packed_group() {
@@ -137,20 +241,21 @@ float* packed_group() {
   return packed;
 }
 
-// One part of K of all tiles, for one group of weight rows. next_rows[i] + next_offset is where the
-// following call of this function begins to read.
+// One part of K, from scales.offset on, of all tiles, for one group of weight rows.
+// next_rows[i] + next_offset is where the following call of this function begins to read.
 template <typename W>
-void multiply_group(const Tile* tiles, int num_tiles, const W* const* rows, int64_t offset,
+void multiply_group(const Tile* tiles, int num_tiles, const W* const* rows, const Scales& scales,
                     int length, const W* const* next_rows, int64_t next_offset, float* c,
                     int64_t c_stride) {
+  const int64_t offset = scales.offset;
   const bool pack = num_tiles >= kTilesToPack;
   const W* in_place[kWideGroup];
   const float* packed[kWideGroup];
-  for (int r = 0; r < kWideGroup; ++r) in_place[r] = rows[r] + offset;
+  for (int r = 0; r < kWideGroup; ++r) in_place[r] = at(rows[r], offset);
   if (pack) {
     for (int g = 0; g < kWideGroup; g += kGroup) {
       float* to = packed_group() + g * kPart;
-      pack_weights(in_place + g, length, to);
+      pack_weights(in_place + g, scales.from_row(g), length, to);
       for (int r = 0; r < kGroup; ++r) packed[g + r] = to + r * kLanes;
     }
   }
@@ -163,7 +268,6 @@ void multiply_group(const Tile* tiles, int num_tiles, const W* const* rows, int6
   for (int t = 0; t < num_tiles; ++t) calls += kWideGroup / group_of(tiles[t].rows);
   int shift = 0;
   while ((kWideGroup << (shift + 1)) <= calls) ++shift;
-  constexpr int kFormatShift = sizeof(W) == sizeof(float) ? 0 : 1;
   int call = 0;
   for (int t = 0; t < num_tiles; ++t) {
     const int m = tiles[t].rows;
@@ -171,23 +275,35 @@ void multiply_group(const Tile* tiles, int num_tiles, const W* const* rows, int6
     const int group = group_of(m);
     for (int g = 0; g < kWideGroup; g += group, ++call) {
       const int row = (call >> shift) % kWideGroup;
-      const int piece = call & ((1 << shift) - 1);
-      const char* next =
-          reinterpret_cast<const char*>(next_rows[row] + next_offset + piece * (length >> shift));
-      if (pack)
-        kMultiplyPacked[m - 1](x, packed + g, padded_length, next, shift + kFormatShift, offset > 0,
-                               c + g, c_stride);
+      const int number = call & ((1 << shift) - 1);
+      const NextPiece piece = {reinterpret_cast<const char*>(
+                                   at(next_rows[row], next_offset + number * (length >> shift))),
+                               shift + kWeightsPerFloatShift<W>};
+      if (pack) {
+        kMultiplyPacked[m - 1](x, packed + g, {}, padded_length, piece, offset > 0, c + g,
+                               c_stride);
+        continue;
+      }
+      NextInPlace<W> next;
+      if constexpr (Reader<W>::kQuantised)
+        next = {next_rows, next_offset};
       else
-        kMultiplyInPlace<W>[m - 1](x, in_place + g, length, next, shift + kFormatShift, offset > 0,
-                                   c + g, c_stride);
+        next = piece;
+      kMultiplyInPlace<W>[m - 1](x, in_place + g, scales.from_row(g), length, next, offset > 0,
+                                 c + g, c_stride);
     }
     c += m * c_stride;
   }
 }
 
 template <typename W>
-void multiply_rows(const Tile* tiles, int num_tiles, const W* const* rows, int num_rows, int64_t K,
+void multiply_rows(const Tile* tiles, int num_tiles, const Weights& weights, int64_t K,
                    int64_t cache_bytes, float* c) {
+  const W* const* rows = reinterpret_cast<const W* const*>(weights.rows);
+  const int num_rows = weights.num_rows;
+  const auto scales_at = [&weights](int row, int64_t offset) {
+    return Scales{weights.scales, weights.group_size, offset}.from_row(row);
+  };
   int64_t token_rows = 0;
   for (int t = 0; t < num_tiles; ++t) token_rows += tiles[t].rows;
   const auto length_at = [K](int64_t offset) {
@@ -199,8 +315,8 @@ void multiply_rows(const Tile* tiles, int num_tiles, const W* const* rows, int n
       for (int64_t offset = 0; offset < K; offset += kPart) {
         const bool same = offset + kPart < K;
         const int next = same || r + kWideGroup == num_rows ? r : r + kWideGroup;
-        multiply_group(tiles, num_tiles, rows + r, offset, length_at(offset), rows + next,
-                       same ? offset + kPart : 0, c + r, num_rows);
+        multiply_group(tiles, num_tiles, rows + r, scales_at(r, offset), length_at(offset),
+                       rows + next, same ? offset + kPart : 0, c + r, num_rows);
       }
     }
   } else {
@@ -208,7 +324,7 @@ void multiply_rows(const Tile* tiles, int num_tiles, const W* const* rows, int n
     for (int64_t offset = 0; offset < K; offset += kPart) {
       for (int r = 0; r < num_rows; r += kWideGroup) {
         const bool same = r + kWideGroup < num_rows;
-        multiply_group(tiles, num_tiles, rows + r, offset, length_at(offset),
+        multiply_group(tiles, num_tiles, rows + r, scales_at(r, offset), length_at(offset),
                        rows + (same ? r + kWideGroup : 0),
                        same || offset + kPart >= K ? offset : offset + kPart, c + r, num_rows);
       }
@@ -216,14 +332,18 @@ void multiply_rows(const Tile* tiles, int num_tiles, const W* const* rows, int n
   }
 }
 
-void multiply(const Tile* tiles, int num_tiles, const void* const* weight_rows, int num_rows,
-              int64_t K, WeightFormat format, int64_t cache_bytes, float* c) {
-  if (format == WeightFormat::kFloat32)
-    multiply_rows(tiles, num_tiles, reinterpret_cast<const float* const*>(weight_rows), num_rows, K,
-                  cache_bytes, c);
-  else
-    multiply_rows(tiles, num_tiles, reinterpret_cast<const uint16_t* const*>(weight_rows), num_rows,
-                  K, cache_bytes, c);
+void multiply(const Tile* tiles, int num_tiles, const Weights& weights, int64_t K,
+              int64_t cache_bytes, float* c) {
+  switch (weights.format) {
+    case WeightFormat::kFloat32:
+      return multiply_rows<float>(tiles, num_tiles, weights, K, cache_bytes, c);
+    case WeightFormat::kBFloat16:
+      return multiply_rows<uint16_t>(tiles, num_tiles, weights, K, cache_bytes, c);
+    case WeightFormat::kInt8:
+      return multiply_rows<int8_t>(tiles, num_tiles, weights, K, cache_bytes, c);
+    case WeightFormat::kInt4:
+      return multiply_rows<Int4Pair>(tiles, num_tiles, weights, K, cache_bytes, c);
+  }
 }
 
 // ---- around the products --------------------------------------------------------------------

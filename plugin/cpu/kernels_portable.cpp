@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "kernels.h"
+
 #if defined(__ARM_NEON) && defined(__aarch64__)
 #include <arm_neon.h>
 #endif
@@ -14,6 +16,7 @@ namespace {
 struct Simd {
   typedef float V __attribute__((vector_size(16)));
   typedef uint32_t Bits __attribute__((vector_size(16)));
+  typedef int32_t Integers __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
   static constexpr int kTileRows = 3;
   static V zero() { return V{0, 0, 0, 0}; }
@@ -29,7 +32,19 @@ struct Simd {
     std::memcpy(&v, &bits, sizeof v);
     return v;
   }
+  static V load(const int8_t* p) {
+    return __builtin_convertvector((Integers{p[0], p[1], p[2], p[3]}), V);
+  }
+  struct ScaledInt4 {
+    V scale;
+    void set_scale(float s) { scale = broadcast(s); }
+    V load(const Int4Pair* p) const {
+      const Integers values = {p[0].bits & 15, p[0].bits >> 4, p[1].bits & 15, p[1].bits >> 4};
+      return mul(__builtin_convertvector((values ^ 8) - 8, V), scale);
+    }
+  };
   static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+  static V mul(V a, V b) { return a * b; }
   static V fma(V a, V b, V c) {
 #if defined(__ARM_NEON) && defined(__aarch64__)
     return vfmaq_f32(c, a, b);

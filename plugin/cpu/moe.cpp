@@ -45,24 +45,53 @@ void parallel_for(int64_t n, int64_t grain, bool serial, const Body& body) {
       tbb::simple_partitioner());
 }
 
-// The weight rows that a task multiplies with. Missing rows repeat the last, so that the kernels
-// need no edge case.
+// One of the layer's weights: for each expert `rows` rows of K values.
+struct Matrix {
+  WeightFormat format;
+  const void* values;
+  const float* scales;  // null unless quantised
+  int64_t rows, K;
+  int64_t group_size;
+
+  Matrix(WeightFormat format, const void* values, const float* scales, int64_t rows, int64_t K,
+         int64_t group_size)
+      : format(format),
+        values(values),
+        scales(scales),
+        rows(rows),
+        K(K),
+        group_size(group_size == 0 ? K : group_size) {}
+
+  int64_t row_bytes() const { return K * bits_of(format) / 8; }
+};
+
+// The weight rows of an expert that a task multiplies with. Missing rows repeat the last, so that
+// the kernels need no edge case.
 class WeightRows {
  public:
-  WeightRows(const void* base, int64_t row_bytes)
-      : base_(static_cast<const char*>(base)), row_bytes_(row_bytes) {}
+  WeightRows(const Matrix& matrix, int64_t expert)
+      : matrix_(matrix), first_row_(expert * matrix.rows), row_bytes_(matrix.row_bytes()) {}
 
   void add(int64_t first, int64_t count, int64_t end) {
-    for (int64_t r = 0; r < count; ++r)
-      rows_[size_++] = base_ + std::min(first + r, end - 1) * row_bytes_;
+    for (int64_t r = 0; r < count; ++r, ++size_) {
+      const int64_t row = first_row_ + std::min(first + r, end - 1);
+      rows_[size_] = static_cast<const char*>(matrix_.values) + row * row_bytes_;
+      if (matrix_.scales != nullptr)
+        scales_[size_] = matrix_.scales + row * (matrix_.K / matrix_.group_size);
+    }
   }
-  const void* const* data() const { return rows_; }
   int size() const { return size_; }
+  Weights weights() const {
+    return {matrix_.format, size_, rows_, matrix_.scales == nullptr ? nullptr : scales_,
+            matrix_.group_size};
+  }
+  int64_t K() const { return matrix_.K; }
 
  private:
-  const char* base_;
-  int64_t row_bytes_;
+  const Matrix& matrix_;
+  int64_t first_row_, row_bytes_;
   const void* rows_[kMaxPanels * kPanelRows];
+  const float* scales_[kMaxPanels * kPanelRows];
   int size_ = 0;
 };
 
@@ -90,14 +119,16 @@ class Layer {
         kernels_(kernels(params.weight_format)),
         scratch_(scratch),
         plan_(scratch.plan),
-        element_bytes_(params.weight_format == WeightFormat::kFloat32 ? 4 : 2),
         gated_(is_gated(params.activation)),
+        up_(params.weight_format, args.up, args.up_scales, (gated_ ? 2 : 1) * args.intermediate,
+            args.hidden, args.group_size),
+        down_(params.weight_format, args.down, args.down_scales, args.hidden, args.intermediate,
+              args.group_size),
         padded_hidden_(round_up(args.hidden, kernels_.lanes)),
         padded_intermediate_(round_up(args.intermediate, kernels_.lanes)) {}
 
   void run(const float* hidden_states, float* output) {
-    const int64_t expert_bytes =
-        (gated_ ? 3 : 2) * args_.hidden * args_.intermediate * element_bytes_;
+    const int64_t expert_bytes = up_.rows * up_.row_bytes() + down_.rows * down_.row_bytes();
     serial_ =
         expert_bytes * (plan_.num_experts_used + plan_.num_rows() / kRowsPerRead) < kSerialBytes;
     gather(hidden_states);
@@ -143,36 +174,33 @@ class Layer {
     });
   }
 
-  // c [rows of the block, weight rows] = products of the block's rows of `tiles`, K long.
+  // c [rows of the block, weight rows] = products of the block's rows of `tiles`.
   void multiply(const Plan::Block& block, const std::vector<Tile>& tiles, const WeightRows& weights,
-                int64_t K, float* c) const {
-    kernels_.multiply(tiles.data() + block.first_tile, block.num_tiles, weights.data(),
-                      weights.size(), K, params_.weight_format, second_level_cache_bytes(), c);
+                float* c) const {
+    kernels_.multiply(tiles.data() + block.first_tile, block.num_tiles, weights.weights(),
+                      weights.K(), second_level_cache_bytes(), c);
   }
 
   // A task computes some panels of neurons for one block.
   void project_up() const {
     const int64_t intermediate = args_.intermediate;
-    const int64_t up_rows = gated_ ? 2 * intermediate : intermediate;
-    const int64_t row_bytes = args_.hidden * element_bytes_;
     const int neurons = gated_ ? kPanelRows / 2 : kPanelRows;
     const int64_t panels = divide_up(intermediate, neurons);
     const int64_t num_blocks = static_cast<int64_t>(plan_.blocks.size());
     const int64_t per_task =
-        units_per_task(num_blocks * panels, kPanelRows * row_bytes, kMaxPanels);
+        units_per_task(num_blocks * panels, kPanelRows * up_.row_bytes(), kMaxPanels);
     const int64_t strips = divide_up(panels, per_task);
     parallel_for(num_blocks * strips, 1, serial_, [&](int64_t i) {
       // Blocks of one expert take a strip one after the other: it is still in some cache then.
       const Plan::Block& block = plan_.blocks[i / strips];
       const int64_t begin = i % strips * per_task, end = std::min(begin + per_task, panels);
-      WeightRows weights(static_cast<const char*>(args_.up) + block.expert * up_rows * row_bytes,
-                         row_bytes);
+      WeightRows weights(up_, block.expert);
       for (int64_t p = begin; p < end; ++p) {
         weights.add(p * neurons, neurons, intermediate);
         if (gated_) weights.add(intermediate + p * neurons, neurons, 2 * intermediate);
       }
       float* c = thread_floats(block.num_rows * weights.size());
-      multiply(block, *x_tiles_, weights, args_.hidden, c);
+      multiply(block, *x_tiles_, weights, c);
       for (int t = 0; t < block.num_tiles; ++t) {
         const Tile& tile = (*h_tiles_)[block.first_tile + t];
         for (int64_t p = begin; p < end; ++p)
@@ -188,11 +216,10 @@ class Layer {
   // token's experts itself, in the order of their rank.
   void project_down(float* output) const {
     const int64_t hidden = args_.hidden;
-    const int64_t row_bytes = args_.intermediate * element_bytes_;
     constexpr int64_t kColumns = 16;
     const int64_t units = divide_up(hidden, kColumns);
     const int64_t columns =
-        kColumns * units_per_task(units, plan_.num_experts_used * kColumns * row_bytes,
+        kColumns * units_per_task(units, plan_.num_experts_used * kColumns * down_.row_bytes(),
                                   kMaxPanels * kPanelRows / kColumns);
     parallel_for(divide_up(hidden, columns), 1, serial_, [&](int64_t i) {
       const int64_t first = i * columns;
@@ -200,10 +227,9 @@ class Layer {
       const int64_t width = round_up(count, kColumns);
       float* c = thread_floats(plan_.num_rows() * width);
       for (const Plan::Block& block : plan_.blocks) {
-        WeightRows weights(static_cast<const char*>(args_.down) + block.expert * hidden * row_bytes,
-                           row_bytes);
+        WeightRows weights(down_, block.expert);
         weights.add(first, width, hidden);
-        multiply(block, *h_tiles_, weights, args_.intermediate, c + block.first_row * width);
+        multiply(block, *h_tiles_, weights, c + block.first_row * width);
       }
       for (int64_t t = 0; t < plan_.num_tokens; ++t) {
         const int64_t begin = plan_.token_begin[t];
@@ -229,8 +255,8 @@ class Layer {
   const Kernels& kernels_;
   Scratch& scratch_;
   const Plan& plan_;
-  const int64_t element_bytes_;
   const bool gated_;
+  const Matrix up_, down_;
   const int64_t padded_hidden_, padded_intermediate_;
   bool serial_ = false;
   std::vector<Tile>* x_tiles_ = nullptr;

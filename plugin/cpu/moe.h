@@ -35,6 +35,11 @@ struct ExpertArguments {
   const float* hidden_states = nullptr;  // [T, H]
   const void* up = nullptr;              // [E, 2I, H] gated, else [E, I, H]; in the weight format
   const void* down = nullptr;            // [E, H, I]
+  // Of quantised weights [E, 2I or I, H / group_size] and [E, H, I / group_size]; a group_size of 0
+  // is the whole row.
+  const float* up_scales = nullptr;
+  const float* down_scales = nullptr;
+  int64_t group_size = 0;
 };
 
 // Selects each token's experts. experts and weights are [T, largest_k(params, E)]: the first k[t]

@@ -66,6 +66,38 @@ class Binder {
   std::map<char, Known> values_;
 };
 
+// Scales are [E, N, groups] beside weights of [E, N, K]. Returns the group size, or -1 while the
+// sizes are not known.
+int64_t group_size_of(const std::string& name, const Shape& scales, const std::string& weights_name,
+                      const Shape& weights) {
+  if (!scales || !weights) return -1;
+  const std::string must = "input " + name + " has shape " + shape_text(*scales) +
+                           " but must be [E, N, groups] beside " + weights_name +
+                           " [E, N, K] = " + shape_text(*weights);
+  if (scales->size() != 3 || weights->size() != 3) fail(must);
+  for (size_t i = 0; i < 2; ++i)
+    if ((*scales)[i] >= 0 && (*weights)[i] >= 0 && (*scales)[i] != (*weights)[i]) fail(must);
+  const int64_t groups = (*scales)[2], length = (*weights)[2];
+  if (groups < 0 || length < 0) return -1;
+  if (groups == 0 || length % groups != 0) fail(must + ", where groups divides K");
+  return length / groups;
+}
+
+// The one group size of both scale inputs, 0 for one scale a row or while it is not known.
+int64_t group_size(const MoeParams& params, const InputShapes& s) {
+  const std::string up_name = is_gated(params.activation) ? "gate_up" : "up";
+  const int64_t up = group_size_of(up_name + "_scales", s.up_scales, up_name, s.up);
+  const int64_t down = group_size_of("down_scales", s.down_scales, "down", s.down);
+  if (up < 0 || down < 0) return 0;
+  const bool whole_rows = s.up_scales->back() == 1 && s.down_scales->back() == 1;
+  if (whole_rows) return 0;
+  if (up != down)
+    fail("inputs " + up_name + "_scales and down_scales make groups of " + std::to_string(up) +
+         " and " + std::to_string(down) +
+         " values but must make groups of one size, or have one scale a row each");
+  return up;
+}
+
 }  // namespace
 
 Sizes check_shapes(const MoeParams& params, const InputShapes& s) {
@@ -88,8 +120,7 @@ Sizes check_shapes(const MoeParams& params, const InputShapes& s) {
   if (s.has_correction_bias) b.bind("correction_bias", s.correction_bias, {E});
   if (s.has_expert_norms) b.bind("expert_norms", s.expert_norms, {E});
 
-  const Sizes sizes{b.value('T'), b.value('H'), b.value('E'),
-                    b.value('P'), b.value('C'), b.value('I')};
+  Sizes sizes{b.value('T'), b.value('H'), b.value('E'), b.value('P'), b.value('C'), b.value('I')};
   if (sizes.policies == 0) fail("input policy_kind has no rows; at least one policy is needed");
   if (sizes.choices == 0) fail("input k_values has no columns; at least one choice is needed");
   if (sizes.experts == 0) fail("input router_logits has no columns; at least one expert is needed");
@@ -102,7 +133,21 @@ Sizes check_shapes(const MoeParams& params, const InputShapes& s) {
                         std::to_string(params.topk_group) + ", max_k " +
                         std::to_string(params.max_k) + ", " + std::to_string(experts) + " experts)"
                   : ""));
+  if (s.has_scales) sizes.group_size = group_size(params, s);
   return sizes;
+}
+
+void check_quantised_rows(const MoeParams& params, const Sizes& sizes) {
+  if (!is_quantised(params.weight_format)) return;
+  const int64_t multiple = params.weight_format == WeightFormat::kInt8 ? 16 : 32;
+  for (const int64_t size : {sizes.hidden, sizes.intermediate})
+    if (size % multiple != 0 && size >= 0)
+      fail("hidden and intermediate size must be multiples of " + std::to_string(multiple) +
+           " for int" + std::to_string(bits_of(params.weight_format)) + " weights, but one is " +
+           std::to_string(size));
+  if (sizes.group_size % 32 != 0)
+    fail("the scales make groups of " + std::to_string(sizes.group_size) +
+         " values but must make groups of a multiple of 32, or of whole rows");
 }
 
 }  // namespace adaptive_k::cpu

@@ -22,23 +22,26 @@ enum Input : size_t {
   kNumRequired,
 };
 
-// Where the optional inputs are, 0 where not: correction_bias, then expert_norms, then expert_load.
-// Their number and the attributes tell which there are.
+// Where the optional inputs are, 0 where not: correction_bias, then the scales of quantised
+// weights, expert_norms and expert_load. Their number and the attributes tell which there are.
 struct OptionalInputs {
-  size_t correction_bias = 0, expert_norms = 0, expert_load = 0;
+  size_t correction_bias = 0, up_scales = 0, down_scales = 0, expert_norms = 0, expert_load = 0;
 
-  OptionalInputs(size_t count, const Attributes& attributes) {
-    const bool has_norms = attributes.has_expert_norms != 0;
-    const bool has_correction_bias = count > fewest(attributes);
-    if (has_correction_bias) correction_bias = kNumRequired;
-    if (has_norms) expert_norms = kNumRequired + has_correction_bias;
-    if (attributes.has_expert_load != 0)
-      expert_load = kNumRequired + has_correction_bias + has_norms;
+  OptionalInputs(size_t count, const MoeParams& params, const Attributes& attributes) {
+    size_t next = kNumRequired;
+    if (count > fewest(params, attributes)) correction_bias = next++;
+    if (is_quantised(params.weight_format)) {
+      up_scales = next++;
+      down_scales = next++;
+    }
+    if (attributes.has_expert_norms != 0) expert_norms = next++;
+    if (attributes.has_expert_load != 0) expert_load = next++;
   }
 
   // Inputs that there are without correction_bias.
-  static size_t fewest(const Attributes& attributes) {
-    return kNumRequired + (attributes.has_expert_norms != 0) + (attributes.has_expert_load != 0);
+  static size_t fewest(const MoeParams& params, const Attributes& attributes) {
+    return kNumRequired + (is_quantised(params.weight_format) ? 2 : 0) +
+           (attributes.has_expert_norms != 0) + (attributes.has_expert_load != 0);
   }
 };
 
@@ -48,6 +51,8 @@ const char* input_name(size_t index, bool gated, const OptionalInputs& optional)
   if (index == kUp && gated) return "gate_up";
   if (index < kNumRequired) return kNames[index];
   if (index == optional.expert_load) return "expert_load";
+  if (index == optional.down_scales) return "down_scales";
+  if (index == optional.up_scales) return gated ? "gate_up_scales" : "up_scales";
   return index == optional.expert_norms ? "expert_norms" : "correction_bias";
 }
 
@@ -79,10 +84,27 @@ cpu::Shape shape_of(const ov::PartialShape& shape) {
   return sizes;
 }
 
-// A weight of bfloat16 travels as bytes: OpenVINO's CPU plugin widens constants of 16-bit types
-// (u16 among them) that feed a custom operator, and leaves u8 alone. Two bytes are one element.
-cpu::Shape weight_shape(cpu::Shape shape, const ov::element::Type& type) {
-  if (type == ov::element::u8 && shape && !shape->empty() && shape->back() > 0) shape->back() /= 2;
+// The type that a weight has in a model. One of bfloat16 travels as bytes: OpenVINO's CPU plugin
+// widens constants of 16-bit types (u16 among them) that feed a custom operator, and leaves u8
+// alone.
+ov::element::Type weight_type(WeightFormat format) {
+  switch (format) {
+    case WeightFormat::kFloat32:
+      return ov::element::f32;
+    case WeightFormat::kBFloat16:
+      return ov::element::u8;
+    case WeightFormat::kInt8:
+    case WeightFormat::kInt4:
+      return ov::element::i8;
+  }
+  return ov::element::dynamic;
+}
+
+// A weight's shape in values, given that of a tensor in which a value may be two elements or half
+// of one.
+cpu::Shape weight_shape(cpu::Shape shape, const ov::element::Type& type, WeightFormat format) {
+  if (shape && !shape->empty() && shape->back() > 0 && type.is_static())
+    shape->back() = shape->back() * static_cast<int64_t>(type.bitwidth()) / bits_of(format);
   return shape;
 }
 
@@ -97,6 +119,11 @@ cpu::InputShapes input_shapes(const OptionalInputs& optional, const ShapeOf& sha
   s.k_values = shape(kKValues);
   s.up = shape(kUp);
   s.down = shape(kDown);
+  s.has_scales = optional.up_scales != 0;
+  if (s.has_scales) {
+    s.up_scales = shape(optional.up_scales);
+    s.down_scales = shape(optional.down_scales);
+  }
   s.has_correction_bias = optional.correction_bias != 0;
   if (s.has_correction_bias) s.correction_bias = shape(optional.correction_bias);
   s.has_expert_norms = optional.expert_norms != 0;
@@ -114,33 +141,39 @@ AdaptiveKMoe::AdaptiveKMoe(const ov::OutputVector& inputs, Attributes attributes
 void AdaptiveKMoe::validate_and_infer_types() {
   params_ = parse_attributes(this, attributes_);
   const bool gated = is_gated(params_.activation);
-  const size_t fewest = OptionalInputs::fewest(attributes_);
+  const size_t fewest = OptionalInputs::fewest(params_, attributes_);
   NODE_VALIDATION_CHECK(this, get_input_size() == fewest || get_input_size() == fewest + 1,
                         "AdaptiveKMoe: has ", get_input_size(), " inputs but takes ", fewest,
                         ", or ", fewest + 1, " with correction_bias",
+                        is_quantised(params_.weight_format) ? " (with the weights' scales)" : "",
                         attributes_.has_expert_norms != 0 ? " (expert_norms is the last)" : "");
-  const OptionalInputs optional(get_input_size(), attributes_);
+  const OptionalInputs optional(get_input_size(), params_, attributes_);
   for (size_t i = 0; i < get_input_size(); ++i) {
     const ov::element::Type type = get_input_element_type(i);
     const bool is_weight = i == kUp || i == kDown;
     const bool integer = i == kPolicyIndex || i == kPolicyKind || i == kKValues ||
                          (optional.expert_load != 0 && i == optional.expert_load);
     const bool bits = is_weight && params_.weight_format == WeightFormat::kBFloat16;
-    const ov::element::Type expected =
-        integer ? ov::element::i32 : (bits ? ov::element::u8 : ov::element::f32);
+    const ov::element::Type expected = integer     ? ov::element::i32
+                                       : is_weight ? weight_type(params_.weight_format)
+                                                   : ov::element::f32;
+    const std::string by_format =
+        is_weight ? ", by weight_format " + attributes_.weight_format : std::string();
     NODE_VALIDATION_CHECK(
         this, type.is_dynamic() || type == expected || (bits && type == ov::element::bf16),
         "AdaptiveKMoe: input ", input_name(i, gated, optional), " has element type ", type,
-        " but must be ",
-        bits ? "u8 (the bytes of bfloat16) or bf16, by weight_format bfloat16"
-             : expected.get_type_name());
+        " but must be ", bits ? "u8 (the bytes of bfloat16) or bf16" : expected.get_type_name(),
+        by_format);
   }
   cpu::Sizes sizes;
   try {
     sizes = cpu::check_shapes(params_, input_shapes(optional, [this](size_t i) {
-                                return weight_shape(shape_of(get_input_partial_shape(i)),
-                                                    get_input_element_type(i));
+                                const cpu::Shape shape = shape_of(get_input_partial_shape(i));
+                                if (i != kUp && i != kDown) return shape;
+                                return weight_shape(shape, get_input_element_type(i),
+                                                    params_.weight_format);
                               }));
+    cpu::check_quantised_rows(params_, sizes);
   } catch (const std::invalid_argument& error) {
     NODE_VALIDATION_CHECK(this, false, error.what());
   }
@@ -176,15 +209,17 @@ std::shared_ptr<ov::Node> AdaptiveKMoe::clone_with_new_inputs(
 }
 
 bool AdaptiveKMoe::evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const {
-  const OptionalInputs optional(inputs.size(), attributes_);
+  const OptionalInputs optional(inputs.size(), params_, attributes_);
   cpu::Sizes sizes;
   try {
-    sizes =
-        cpu::check_shapes(params_, input_shapes(optional, [&](size_t i) -> cpu::Shape {
-                            const ov::Shape& shape = inputs[i].get_shape();
-                            return weight_shape(std::vector<int64_t>(shape.begin(), shape.end()),
-                                                inputs[i].get_element_type());
-                          }));
+    sizes = cpu::check_shapes(
+        params_, input_shapes(optional, [&](size_t i) {
+          const ov::Shape& given = inputs[i].get_shape();
+          const cpu::Shape shape = std::vector<int64_t>(given.begin(), given.end());
+          if (i != kUp && i != kDown) return shape;
+          return weight_shape(shape, inputs[i].get_element_type(), params_.weight_format);
+        }));
+    cpu::check_quantised_rows(params_, sizes);
   } catch (const std::invalid_argument& error) {
     OPENVINO_THROW(error.what());
   }
@@ -221,6 +256,11 @@ bool AdaptiveKMoe::evaluate(ov::TensorVector& outputs, const ov::TensorVector& i
   experts.hidden_states = inputs[kHiddenStates].data<const float>();
   experts.up = inputs[kUp].data();
   experts.down = inputs[kDown].data();
+  if (optional.up_scales != 0) {
+    experts.up_scales = inputs[optional.up_scales].data<const float>();
+    experts.down_scales = inputs[optional.down_scales].data<const float>();
+    experts.group_size = sizes.group_size;
+  }
   cpu::moe(params_, routing, experts, outputs[0].data<float>(), outputs[1].data<int32_t>(),
            outputs[2].data<float>());
   return true;

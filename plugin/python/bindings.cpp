@@ -57,6 +57,13 @@ cpu::Shape shape_of(const Array& array) {
   return shape;
 }
 
+// A weight's shape in values, of which int4 has two in an element.
+cpu::Shape weight_shape(const Weights& array, ak::WeightFormat format) {
+  cpu::Shape shape = shape_of(array);
+  if (format == ak::WeightFormat::kInt4 && !shape->empty()) shape->back() *= 2;
+  return shape;
+}
+
 cpu::RoutingArguments routing_arguments(const cpu::Sizes& sizes, const Floats& router_logits,
                                         const Integers& policy_index, const Integers& policy_kind,
                                         const Floats& thresholds, const Integers& k_values,
@@ -165,15 +172,22 @@ NB_MODULE(_plugin, m) {
       [](const ak::MoeParams& params, const Floats& hidden_states, const Floats& router_logits,
          const Integers& policy_index, const Integers& policy_kind, const Floats& thresholds,
          const Integers& k_values, const Weights& up, const Weights& down,
+         const std::optional<Floats>& up_scales, const std::optional<Floats>& down_scales,
          const std::optional<Floats>& correction_bias, const std::optional<Floats>& expert_norms,
          std::optional<int> num_threads, const FloatsOut& output, const IntegersOut& k,
          const FloatsOut& entropy) {
         cpu::InputShapes s = routing_shapes(router_logits, policy_index, policy_kind, thresholds,
                                             k_values, correction_bias, expert_norms);
         s.hidden_states = shape_of(hidden_states);
-        s.up = shape_of(up);
-        s.down = shape_of(down);
+        s.up = weight_shape(up, params.weight_format);
+        s.down = weight_shape(down, params.weight_format);
+        s.has_scales = up_scales && down_scales;
+        if (s.has_scales) {
+          s.up_scales = shape_of(*up_scales);
+          s.down_scales = shape_of(*down_scales);
+        }
         const cpu::Sizes sizes = cpu::check_shapes(params, s);
+        cpu::check_quantised_rows(params, sizes);
         const size_t tokens = sizes.tokens;
         require_room(output.size() == tokens * sizes.hidden && k.size() == tokens &&
                      entropy.size() == tokens);
@@ -186,12 +200,17 @@ NB_MODULE(_plugin, m) {
         experts.hidden_states = hidden_states.data();
         experts.up = up.data();
         experts.down = down.data();
+        if (s.has_scales) {
+          experts.up_scales = up_scales->data();
+          experts.down_scales = down_scales->data();
+          experts.group_size = sizes.group_size;
+        }
         const nb::gil_scoped_release release;
         run_with_threads(num_threads, [&] {
           cpu::moe(params, routing, experts, output.data(), k.data(), entropy.data());
         });
       },
       nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(), nb::arg(),
-      nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg(), nb::arg(),
-      nb::arg());
+      nb::arg(), nb::arg().none(), nb::arg().none(), nb::arg().none(), nb::arg().none(),
+      nb::arg().none(), nb::arg(), nb::arg(), nb::arg());
 }

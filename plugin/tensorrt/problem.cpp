@@ -29,43 +29,6 @@ cpu::Shape unpacked(const Attributes& attributes, Dimensions shape) {
   return shape;
 }
 
-// Scales are [E, N, K / group_size] beside weights of [E, N, K]. Returns the group size, or -1
-// while the sizes are not known.
-int64_t group_size_of(const char* name, const Dimensions& scales, const char* weights_name,
-                      const Dimensions& weights) {
-  const std::string must = std::string("input ") + name + " has shape " + cpu::shape_text(scales) +
-                           " but must be [E, N, groups] beside " + weights_name +
-                           " [E, N, K] = " + cpu::shape_text(weights);
-  if (scales.size() != 3 || weights.size() != 3) fail(must);
-  for (size_t i = 0; i < 2; ++i)
-    if (scales[i] >= 0 && weights[i] >= 0 && scales[i] != weights[i]) fail(must);
-  if (scales[2] < 0 || weights[2] < 0) return -1;
-  if (scales[2] == 0 || weights[2] % scales[2] != 0) fail(must + ", where groups divides K");
-  return weights[2] / scales[2];
-}
-
-// The one group size of both scale inputs, 0 for one scale a row.
-int32_t check_scales(const Attributes& attributes, const Inputs& inputs,
-                     const std::vector<Dimensions>& shapes) {
-  if (!is_quantised(attributes.weights)) return 0;
-  const char* up_name = input_name(attributes, inputs, kUp);
-  const Dimensions up_weights = *unpacked(attributes, shapes[kUp]);
-  const Dimensions down_weights = *unpacked(attributes, shapes[kDown]);
-  const Dimensions& up_scales = shapes[inputs.up_scales];
-  const Dimensions& down_scales = shapes[inputs.down_scales];
-  const int64_t up = group_size_of(input_name(attributes, inputs, inputs.up_scales), up_scales,
-                                   up_name, up_weights);
-  const int64_t down = group_size_of("down_scales", down_scales, "down", down_weights);
-  if (up < 0 || down < 0) return 0;
-  const bool whole_rows = up_scales[2] == 1 && down_scales[2] == 1;
-  if (whole_rows) return 0;
-  if (up != down)
-    fail("inputs " + std::string(input_name(attributes, inputs, inputs.up_scales)) +
-         " and down_scales make groups of " + std::to_string(up) + " and " + std::to_string(down) +
-         " values but must make groups of one size, or have one scale a row each");
-  return static_cast<int32_t>(up);
-}
-
 }  // namespace
 
 cuda::ElementType element_type(DataType type) {
@@ -225,11 +188,14 @@ cpu::Sizes check_input_shapes(const Attributes& attributes, const Inputs& inputs
   s.down = unpacked(attributes, shapes[kDown]);
   s.has_correction_bias = inputs.correction_bias >= 0;
   if (s.has_correction_bias) s.correction_bias = shapes[inputs.correction_bias];
+  s.has_scales = is_quantised(attributes.weights);
+  if (s.has_scales) {
+    s.up_scales = shapes[inputs.up_scales];
+    s.down_scales = shapes[inputs.down_scales];
+  }
   s.has_expert_norms = inputs.expert_norms >= 0;
   if (s.has_expert_norms) s.expert_norms = shapes[inputs.expert_norms];
-  const cpu::Sizes sizes = cpu::check_shapes(attributes.params, s);
-  check_scales(attributes, inputs, shapes);
-  return sizes;
+  return cpu::check_shapes(attributes.params, s);
 }
 
 cuda::MoeShape make_shape(const Attributes& attributes, const Inputs& inputs,
@@ -248,7 +214,7 @@ cuda::MoeShape make_shape(const Attributes& attributes, const Inputs& inputs,
   shape.choices = narrow("number of choices", sizes.choices);
   shape.element = element_type(hidden_states);
   shape.weights = storage(attributes.weights);
-  shape.group_size = check_scales(attributes, inputs, shapes);
+  shape.group_size = narrow("group size", sizes.group_size);
   return shape;
 }
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -40,6 +40,40 @@ def weights(
     down = rng.standard_normal((experts, hidden, intermediate)) / np.sqrt(intermediate)
     kind = np.float32 if dtype == "float32" else ml_dtypes.bfloat16
     return up.astype(kind), down.astype(kind)
+
+
+class Quantised(NamedTuple):
+    """Weights as int8 or int4: up and down, the operator's other arguments, and the float32 that they stand for."""
+
+    up: Array
+    down: Array
+    arguments: dict[str, Any]
+    dense: tuple[Array, Array]
+
+
+def quantised(experts: int, hidden: int, intermediate: int, activation: str, bits: int, group: int | None) -> Quantised:
+    """The same weights in `bits` bits, with a scale for each `group` values along a row, or for each row."""
+    packed = [
+        quantise(weight, bits, weight.shape[-1] // (group or weight.shape[-1]), np.float32)
+        for weight in weights(experts, hidden, intermediate, activation)
+    ]
+    (up, up_scales, dense_up), (down, down_scales, dense_down) = packed
+    arguments = {"gate_up_scales": up_scales, "down_scales": down_scales, "weight_bits": bits}
+    return Quantised(up, down, arguments, (dense_up, dense_down))
+
+
+def quantise(weights: Array, bits: int, groups: int, dtype: Any) -> tuple[Array, Array, Array]:
+    """Packed values, scales [E, N, groups], and what they stand for."""
+    e, n, k = weights.shape
+    grouped = weights.reshape(e, n, groups, k // groups)
+    limit = 2 ** (bits - 1) - 1
+    scales = (np.abs(grouped).max(-1, keepdims=True) / limit).astype(dtype)
+    values = np.clip(np.round(grouped / scales.astype(np.float32)), -limit - 1, limit).astype(np.int8)
+    dense = (values * scales.astype(np.float32)).reshape(e, n, k)
+    values = values.reshape(e, n, k)
+    if bits == 4:
+        values = ((values[..., 0::2] & 15) | (values[..., 1::2] << 4)).astype(np.int8)
+    return values, scales.reshape(e, n, groups), dense
 
 
 def norms(experts: int) -> Array:

@@ -28,6 +28,19 @@ def arguments() -> dict[str, Any]:
     )
 
 
+def integers(hidden: int, intermediate: int, groups: int = 1, weight_bits: int = 8) -> dict[str, Any]:
+    """Weights of integers, with so many scales in a row."""
+    packed = 8 // weight_bits if weight_bits in (4, 8) else 1
+    return dict(
+        hidden_states=np.zeros((3, hidden), np.float32),
+        gate_up=np.zeros((4, 2 * intermediate, hidden // packed), np.int8),
+        down=np.zeros((4, hidden, intermediate // packed), np.int8),
+        gate_up_scales=np.ones((4, 2 * intermediate, groups), np.float32),
+        down_scales=np.ones((4, hidden, groups), np.float32),
+        weight_bits=weight_bits,
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -53,12 +66,37 @@ def arguments() -> dict[str, Any]:
             r"input gate_up has shape \[4, 15, 16\] but must be \[E, 2I, H\], so dimension 1 must be even",
         ),
         ({"gate_up": np.zeros((4, 16, 17), np.float32)}, "input gate_up has shape"),
-        ({"gate_up": np.zeros((4, 16, 16))}, "input gate_up is float64 but must be float32, or bfloat16"),
+        ({"gate_up": np.zeros((4, 16, 16))}, "input gate_up is float64 but must be float32, bfloat16"),
         ({"gate_up": np.zeros((4, 16, 32), np.float32)[..., ::2]}, "input gate_up must be a C-contiguous NumPy array"),
         ({"down": np.zeros((4, 16, 8), np.uint16)}, "input down is bfloat16 but gate_up is float32"),
         (
             {"down": np.zeros((5, 16, 8), np.float32)},
             r"input down has shape \[5, 16, 8\] but must be \[E, H, I\], where E = 4 by input router_logits",
+        ),
+        (
+            {"gate_up": np.zeros((4, 16, 16), np.int8), "down": np.zeros((4, 16, 8), np.int8)},
+            "input gate_up is int8 but must be float32, bfloat16 .* or, with scales, int8",
+        ),
+        ({"gate_up_scales": np.ones((4, 16, 1), np.float32)}, "gate_up_scales and down_scales must be given both"),
+        (integers(16, 16, weight_bits=3), "weight_bits is 3 but must be 4 or 8"),
+        ({**integers(16, 16), "gate_up": np.zeros((4, 32, 16), np.float32)}, "gate_up is float32 but must be int8"),
+        (integers(16, 8), "intermediate size must be multiples of 16 for int8 weights, but one is 8"),
+        (integers(32, 16, weight_bits=4), "intermediate size must be multiples of 32 for int4 weights, but one is 16"),
+        (
+            integers(64, 64, groups=4),
+            "the scales make groups of 16 values but must make groups of a multiple of 32, or of whole rows",
+        ),
+        (
+            integers(64, 32, groups=2),
+            "inputs gate_up_scales and down_scales make groups of 32 and 16 values but must make groups of one size",
+        ),
+        (
+            {**integers(16, 16), "down_scales": np.ones((4, 16, 3), np.float32)},
+            r"input down_scales has shape \[4, 16, 3\] but must be .* beside down .*, where groups divides K",
+        ),
+        (
+            {**integers(16, 16), "gate_up_scales": np.ones((4, 16, 1), np.float32)},
+            r"input gate_up_scales has shape \[4, 16, 1\] but must be \[E, N, groups\] beside gate_up",
         ),
         ({"correction_bias": np.zeros(3, np.float32)}, r"input correction_bias has shape \[3\] but must be \[E\]"),
         ({"expert_norms": np.zeros(3, np.float32)}, r"input expert_norms has shape \[3\] but must be \[E\]"),

@@ -19,20 +19,26 @@ SCRIPT = """
 import sys
 import numpy as np
 sys.path.insert(0, sys.argv[1])
-from cases import policies, tokens, weights
+from cases import policies, quantised, tokens, weights
 from adaptive_k_moe.plugin import instruction_set, moe
 results = {}
-for dtype in ("float32", "bfloat16"):
-    for activation in ("swiglu", "relu2"):
-        up, down = weights(4, 1100, 90, activation, dtype)
-        x, logits = tokens(70, 1100, 4)
-        index, *rows = policies(70)
-        whole = moe(x, logits, index, *rows, up, down, activation=activation)[0]
-        for t in (0, 33, 69):
-            one = slice(t, t + 1)
-            alone = moe(x[one], logits[one], index[one], *rows, up, down, activation=activation)[0]
-            assert (alone[0] == whole[t]).all()
-        results[dtype + activation] = whole
+def check(name, hidden, up, down, **arguments):
+    x, logits = tokens(70, hidden, 4)
+    index, *rows = policies(70)
+    whole = moe(x, logits, index, *rows, up, down, **arguments)[0]
+    for t in (0, 33, 69):
+        one = slice(t, t + 1)
+        alone = moe(x[one], logits[one], index[one], *rows, up, down, **arguments)[0]
+        assert (alone[0] == whole[t]).all()
+    results[name] = whole
+    return whole
+for activation in ("swiglu", "relu2"):
+    for dtype in ("float32", "bfloat16"):
+        check(dtype + activation, 1100, *weights(4, 1100, 90, activation, dtype), activation=activation)
+    for bits, group in ((8, None), (8, 96), (4, 32), (4, 96)):
+        up, down, arguments, dense = quantised(4, 1152, 96, activation, bits, group)
+        found = check(f"{bits} {group} {activation}", 1152, up, down, activation=activation, **arguments)
+        assert (found == check("", 1152, *dense, activation=activation)).all()
 np.savez(sys.argv[2], **results)
 print(instruction_set())
 """

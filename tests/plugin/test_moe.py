@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import openvino as ov
 import pytest
-from cases import fixed, policies, tokens, weights
+from cases import fixed, policies, quantised, tokens, weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openvino import opset13 as ops
 
 from adaptive_k_moe.plugin import instruction_set, moe
@@ -88,6 +90,56 @@ def test_a_token_has_the_same_bits_in_any_batch_and_with_any_threads(
         part(shuffled[:size], None)
         part(shuffled[-size:], 1)
     part(shuffled, 2)
+
+
+@pytest.mark.parametrize(
+    ("count", "experts", "hidden", "intermediate"),
+    [(1, 1, 32, 32), (2, 3, 96, 64), (3, 4, 1056, 1120), (130, 2, 64, 96), (40, 128, 32, 64), (7, 8, 2080, 32)],
+)
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (8, 32), (4, None), (4, 32)])
+@pytest.mark.parametrize("activation", ["swiglu", "relu2"])
+def test_integer_weights_match_the_oracle(
+    count: int, experts: int, hidden: int, intermediate: int, bits: int, group: int | None, activation: str
+) -> None:
+    x, logits = tokens(count, hidden, experts)
+    up, down, arguments, dense = quantised(experts, hidden, intermediate, activation, bits, group)
+    got, k, _ = moe(x, logits, *policies(count), up, down, activation=activation, **arguments)
+    want, want_k, _ = oracle.moe(x, logits, *policies(count), *dense, activation=activation)
+    np.testing.assert_array_equal(k, want_k)
+    np.testing.assert_allclose(got, want, rtol=0, atol=3e-6 * np.abs(want).max())
+
+
+def test_rows_of_int8_are_of_any_16_values() -> None:
+    x, logits = tokens(9, 1040, 3)
+    up, down, arguments, dense = quantised(3, 1040, 48, "swiglu", 8, None)
+    got, _, _ = moe(x, logits, *policies(9), up, down, **arguments)
+    np.testing.assert_array_equal(got, moe(x, logits, *policies(9), *dense)[0])
+
+
+@given(
+    count=st.integers(1, 60),
+    experts=st.integers(1, 5),
+    hidden=st.integers(1, 40),
+    intermediate=st.integers(1, 4),
+    bits=st.sampled_from([4, 8]),
+    group=st.sampled_from([32, 64, 96, None]),
+    activation=st.sampled_from(["geglu", "silu"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_integer_weights_have_the_bits_of_the_float32_that_they_stand_for(
+    count: int, experts: int, hidden: int, intermediate: int, bits: int, group: int | None, activation: str
+) -> None:
+    """A value times its scale is rounded once, wherever it is read: alone, in a batch, in place or packed."""
+    unit = group or 32
+    hidden, intermediate = hidden * unit, intermediate * unit
+    x, logits = tokens(count, hidden, experts)
+    up, down, arguments, dense = quantised(experts, hidden, intermediate, activation, bits, group)
+    index, *rows = policies(count)
+    want = moe(x, logits, index, *rows, *dense, activation=activation)
+    for part in (slice(None), slice(count // 2, count // 2 + 1), slice(1, 8)):
+        got = moe(x[part], logits[part], index[part], *rows, up, down, activation=activation, **arguments)
+        for found, wanted in zip(got, want, strict=True):
+            np.testing.assert_array_equal(found, wanted[part])
 
 
 def test_chosen_experts_alone_are_read() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import openvino as ov
 import pytest
-from cases import norms, policies, tokens, weights
+from cases import norms, policies, quantised, tokens, weights
 from onnx import TensorProto, helper, numpy_helper
 
 from adaptive_k_moe.plugin import moe, openvino_extension_path, route
@@ -39,6 +39,7 @@ def graph(
     down: Any,
     bias: Any = None,
     norms: Any = None,
+    scales: Any = None,
     shapes: dict[str, list[Any]] | None = None,
     types: dict[str, int] | None = None,
     **attributes: Any,
@@ -55,7 +56,8 @@ def graph(
     }
     integers = ("policy_index", "policy_kind", "k_values")
     kind = {name: TensorProto.INT32 if name in integers else TensorProto.FLOAT for name in FEED} | (types or {})
-    optional = {"correction_bias": bias, "expert_norms": norms}
+    up_scales, down_scales = scales or (None, None)
+    optional = {"correction_bias": bias, "up_scales": up_scales, "down_scales": down_scales, "expert_norms": norms}
     constants = {"gate_up": up, "down": down, **{name: x for name, x in optional.items() if x is not None}}
     if norms is not None:
         attributes["has_expert_norms"] = 1
@@ -96,24 +98,40 @@ def graph(
     ],
     ids=["defaults", "all attributes"],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weight_format", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("normed", [False, True])
 def test_onnx_and_ir_give_the_bits_of_the_python_face(
-    core: ov.Core, tmp_path: Path, attributes: dict[str, Any], normed: bool, dtype: str
+    core: ov.Core, tmp_path: Path, attributes: dict[str, Any], normed: bool, weight_format: str
 ) -> None:
-    up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, attributes.get("activation", "swiglu"), dtype)
+    activation, arguments, scales, hidden = attributes.get("activation", "swiglu"), {}, None, HIDDEN
+    if weight_format.startswith("int"):
+        hidden = 64
+        up, down, arguments, _ = quantised(EXPERTS, hidden, 32, activation, int(weight_format[3:]), 32)
+        scales = arguments["gate_up_scales"], arguments["down_scales"]
+    else:
+        up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, activation, weight_format)
     bias = np.linspace(-0.2, 0.2, EXPERTS, dtype=np.float32) if attributes else None
-    stored = {**attributes, "weight_format": "bfloat16"} if dtype == "bfloat16" else attributes
     expert_norms = norms(EXPERTS) if normed else None
-    model = core.read_model(graph(tmp_path / "op.onnx", as_bytes(up), as_bytes(down), bias, expert_norms, **stored))
+    path = graph(
+        tmp_path / "op.onnx",
+        as_bytes(up),
+        as_bytes(down),
+        bias,
+        expert_norms,
+        scales,
+        shapes={"hidden_states": ["T", hidden]},
+        weight_format=weight_format,
+        **attributes,
+    )
+    model = core.read_model(path)
     ov.save_model(model, tmp_path / "op.xml", compress_to_fp16=False)
     for source in (model, core.read_model(tmp_path / "op.xml")):
         request = core.compile_model(source, "CPU").create_infer_request()
         for count in (3, 1, 0, 70):
-            x, logits = tokens(count, HIDDEN, EXPERTS)
+            x, logits = tokens(count, hidden, EXPERTS)
             feed = (x, logits, *policies(count))
             got = request.infer(dict(zip(FEED, feed, strict=True)))
-            options = {**attributes, "norm_topk_prob": bool(attributes.get("norm_topk_prob", 1))}
+            options = {**attributes, **arguments, "norm_topk_prob": bool(attributes.get("norm_topk_prob", 1))}
             want = moe(*feed, up, down, correction_bias=bias, expert_norms=expert_norms, **options)
             for name, value in zip(("output", "k", "entropy"), want, strict=True):
                 assert got[name].shape == value.shape
@@ -163,8 +181,20 @@ def test_output_shapes_follow_the_inputs(core: ov.Core, tmp_path: Path) -> None:
         ),
         ({"weight_format": "bfloat16"}, "AdaptiveKMoe: input gate_up has element type f32 but must be u8"),
         (
+            {"weight_format": "int2"},
+            "AdaptiveKMoe: attribute weight_format is 'int2' but must be one of float32, bfloat16, int8, int4",
+        ),
+        (
             {"weight_format": "int8"},
-            "AdaptiveKMoe: attribute weight_format is 'int8' but must be one of float32, bfloat16",
+            r"AdaptiveKMoe: has 8 inputs but takes 10, or 11 with correction_bias \(with the weights' scales\)",
+        ),
+        (
+            {"weight_format": "int4", "scales": (np.ones((8, 48, 1), np.float32), np.ones((8, 40, 1), np.float32))},
+            "AdaptiveKMoe: input gate_up has element type f32 but must be i8, by weight_format int4",
+        ),
+        (
+            {"scales": (np.ones((8, 48, 1), np.float32), np.ones((8, 40, 1), np.float32))},
+            "AdaptiveKMoe: has 10 inputs but takes 8, or 9 with correction_bias",
         ),
         ({"activation": "tanh"}, "AdaptiveKMoe: attribute activation is 'tanh' but must be one of swiglu"),
         ({"scoring": "topk"}, "AdaptiveKMoe: attribute scoring is 'topk'"),

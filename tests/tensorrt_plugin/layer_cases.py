@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 import plugin_harness as h
+from cases import quantise
 from plugin_harness import Layer
 
 from oracle import CONTRIBUTION, ENTROPY, RATIO, TOP_P, moe
@@ -47,20 +48,6 @@ class Case:
             x.astype(np.float64), logits, index, kind, thresholds, k_values, *self.dense,
             correction_bias=bias, expert_norms=norms, **self.oracle,
         )  # fmt: skip
-
-
-def quantise(weights: Array, bits: int, groups: int, dtype: Any) -> tuple[Array, Array, Array]:
-    """Packed values, scales, and what they stand for."""
-    e, n, k = weights.shape
-    grouped = weights.reshape(e, n, groups, k // groups)
-    limit = 2 ** (bits - 1) - 1
-    scales = (np.abs(grouped).max(-1, keepdims=True) / limit).astype(dtype)
-    values = np.clip(np.round(grouped / scales.astype(np.float32)), -limit - 1, limit).astype(np.int8)
-    dense = (values * scales.astype(np.float32)).reshape(e, n, k)
-    values = values.reshape(e, n, k)
-    if bits == 4:
-        values = ((values[..., 0::2] & 15) | (values[..., 1::2] << 4)).astype(np.int8)
-    return values, scales.reshape(e, n, groups), dense
 
 
 def make_case(seed: int, layer: Layer, **attributes: Any) -> Case:

@@ -30,7 +30,10 @@ enum class Activation : int32_t {
 
 enum class Scoring : int32_t { kSoftmax, kSigmoid };
 
-enum class WeightFormat : int32_t { kFloat32, kBFloat16 };
+// How a row of K weights is stored. int8 and int4 stand for value * scale, with one scale for each
+// group of neighbours along the row, or for the whole row; two int4 share a byte, the one with the
+// even index in the low half, both in two's complement.
+enum class WeightFormat : int32_t { kFloat32, kBFloat16, kInt8, kInt4 };
 
 // What a policy row decides k by.
 enum class PolicyKind : int32_t { kEntropy = 0, kTopP = 1, kRatio = 2, kContribution = 3 };
@@ -53,6 +56,17 @@ struct MoeParams {
 
 ADAPTIVE_K_HD constexpr bool is_gated(Activation activation) {
   return activation == Activation::kSwiglu || activation == Activation::kGeglu;
+}
+
+ADAPTIVE_K_HD constexpr bool is_quantised(WeightFormat format) {
+  return format == WeightFormat::kInt8 || format == WeightFormat::kInt4;
+}
+
+ADAPTIVE_K_HD constexpr int32_t bits_of(WeightFormat format) {
+  return format == WeightFormat::kFloat32    ? 32
+         : format == WeightFormat::kBFloat16 ? 16
+         : format == WeightFormat::kInt8     ? 8
+                                             : 4;
 }
 
 // The number of experts that a token may select at most: max_k, capped by what the groups leave.
@@ -86,10 +100,12 @@ constexpr AttributeWord kScoringWords[] = {
 constexpr AttributeWord kWeightFormatWords[] = {
     {"float32", static_cast<int32_t>(WeightFormat::kFloat32)},
     {"bfloat16", static_cast<int32_t>(WeightFormat::kBFloat16)},
+    {"int8", static_cast<int32_t>(WeightFormat::kInt8)},
+    {"int4", static_cast<int32_t>(WeightFormat::kInt4)},
 };
 constexpr const char* kActivationChoices = "swiglu, geglu, silu, gelu, gelu_tanh, relu, relu2";
 constexpr const char* kScoringChoices = "softmax, sigmoid";
-constexpr const char* kWeightFormatChoices = "float32, bfloat16";
+constexpr const char* kWeightFormatChoices = "float32, bfloat16, int8, int4";
 
 template <typename Enum, size_t N>
 bool parse_word(const AttributeWord (&words)[N], const char* word, Enum* value) {

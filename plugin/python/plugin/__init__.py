@@ -88,10 +88,12 @@ def _optional(name: str, value: npt.ArrayLike | None) -> Array | None:
     return None if value is None else _input(name, value, np.float32)
 
 
-def _weights(name: str, array: Array) -> tuple[Array, str]:
-    """The array as the library reads it, uncopied, and its weight format."""
+def _weights(name: str, array: Array, integers: str | None) -> tuple[Array, str]:
+    """The array as the library reads it, uncopied, and its weight format, which of integers is `integers`."""
     if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
         raise ValueError(f"AdaptiveKMoe: input {name} must be a C-contiguous NumPy array; it is never copied")
+    if integers is not None:
+        return _input(name, array, np.int8), integers
     if array.dtype == np.float32:
         return array, "float32"
     if array.dtype == np.uint16:
@@ -99,8 +101,8 @@ def _weights(name: str, array: Array) -> tuple[Array, str]:
     if array.dtype.name == "bfloat16":
         return array.view(np.uint16), "bfloat16"
     raise ValueError(
-        f"AdaptiveKMoe: input {name} is {array.dtype} but must be float32, or bfloat16 "
-        "(ml_dtypes.bfloat16, or its bits as uint16)"
+        f"AdaptiveKMoe: input {name} is {array.dtype} but must be float32, bfloat16 "
+        "(ml_dtypes.bfloat16, or its bits as uint16) or, with scales, int8"
     )
 
 
@@ -188,6 +190,9 @@ def moe(
     gate_up: Array,
     down: Array,
     *,
+    gate_up_scales: npt.ArrayLike | None = None,
+    down_scales: npt.ArrayLike | None = None,
+    weight_bits: int = 8,
     correction_bias: npt.ArrayLike | None = None,
     expert_norms: npt.ArrayLike | None = None,
     activation: str = "swiglu",
@@ -209,8 +214,14 @@ def moe(
         thresholds: See `route`.
         k_values: See `route`.
         gate_up: [E, 2I, H], gate rows then up rows, for a gated activation; else the up-projection, [E, I, H].
-            float32, or bfloat16 as ml_dtypes.bfloat16 or as uint16 bits. C-contiguous; read in place.
+            float32, bfloat16 as ml_dtypes.bfloat16 or as uint16 bits, or, with scales, int8. C-contiguous; read in
+            place.
         down: [E, H, I], of the same type.
+        gate_up_scales: [E, 2I or I, H / group size] float32, for weights that are integers times a scale: one for
+            each group of a multiple of 32 neighbours along a row, or one for the row.
+        down_scales: [E, H, I / group size], of the same group size.
+        weight_bits: 8, or 4 where two values share an int8, the one with the even index in the low half; the last
+            dimension of weights is then half as long.
         correction_bias: See `route`.
         expert_norms: See `route`.
         activation: "swiglu", "geglu" (gated), "silu", "gelu", "gelu_tanh", "relu" or "relu2".
@@ -228,8 +239,13 @@ def moe(
     Raises:
         ValueError: An input or attribute does not fit; the message names it.
     """
-    up_bits, weight_format = _weights("gate_up", gate_up)
-    down_bits, down_format = _weights("down", down)
+    if (gate_up_scales is None) != (down_scales is None):
+        raise ValueError("AdaptiveKMoe: inputs gate_up_scales and down_scales must be given both, or neither")
+    if weight_bits not in (4, 8):
+        raise ValueError(f"AdaptiveKMoe: weight_bits is {weight_bits} but must be 4 or 8")
+    integers = None if gate_up_scales is None else f"int{weight_bits}"
+    up_bits, weight_format = _weights("gate_up", gate_up, integers)
+    down_bits, down_format = _weights("down", down, integers)
     if down_format != weight_format:
         raise ValueError(f"AdaptiveKMoe: input down is {down_format} but gate_up is {weight_format}")
     if num_threads is not None and num_threads < 1:
@@ -259,6 +275,8 @@ def moe(
         _input("k_values", k_values, np.int32),
         up_bits,
         down_bits,
+        _optional("gate_up_scales", gate_up_scales),
+        _optional("down_scales", down_scales),
         _optional("correction_bias", correction_bias),
         _optional("expert_norms", expert_norms),
         num_threads,
