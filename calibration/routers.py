@@ -20,7 +20,7 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Progress
 from adaptive_k_moe.calibration.traces import engine_fingerprint, open_arrays, read_json
 from adaptive_k_moe.calibration.windows import Windows
-from adaptive_k_moe.engine_config import MoeConfig
+from adaptive_k_moe.engine_config import MoeConfig, PretrainedConfig
 from adaptive_k_moe.files import write_json
 from adaptive_k_moe.policy import KIND_ENTROPY
 from adaptive_k_moe.runtime.session.expert_load import moe_operators
@@ -202,7 +202,7 @@ class RouterProbe(OpenVinoSession):
 
     def _prepare(self, graph: Any) -> None:
         operators = moe_operators(graph)
-        self._weights = [_ExpertWeights(node, self._config.pretrained_config.moe) for node in operators]
+        self._weights = [_ExpertWeights(node, self._config.pretrained_config) for node in operators]
         for layer, node in enumerate(operators):
             for name, index in _PROBED.items():
                 port = node.input_value(index)
@@ -216,9 +216,14 @@ class _ExpertWeights:
     The arrays keep their constants alive. The operator's node must not be kept: its code goes with OpenVINO's core.
     """
 
-    def __init__(self, node: Any, moe: MoeConfig) -> None:
+    def __init__(self, node: Any, model: PretrainedConfig) -> None:
         self._up, self._down = (_constant(node, index) for index in (_UP, _DOWN))
-        self.correction_bias = _constant(node, _CORRECTION_BIAS) if moe.correction_bias else None
+        self.correction_bias = _constant(node, _CORRECTION_BIAS) if model.moe.correction_bias else None
+        self._scales: dict[str, Any] = {}
+        if model.quantization is not None:
+            first = _CORRECTION_BIAS + model.moe.correction_bias
+            up, down = (_constant(node, index) for index in (first, first + 1))
+            self._scales = {"gate_up_scales": up, "down_scales": down, "weight_bits": model.quantization.bits}
 
     def run(
         self, hidden: npt.NDArray[np.float32], experts: npt.NDArray[np.int32], moe: MoeConfig
@@ -230,13 +235,26 @@ class _ExpertWeights:
         np.put_along_axis(logits, experts[:, None].astype(np.int64), 0.0, axis=1)
         index, kind, thresholds, k_values = _fixed(len(hidden), 1)
         return run_operator(
-            hidden, logits, index, kind, thresholds, k_values, self._up, self._down, activation=moe.activation
+            hidden,
+            logits,
+            index,
+            kind,
+            thresholds,
+            k_values,
+            self._up,
+            self._down,
+            activation=moe.activation,
+            **self._scales,
         )[0]
 
 
 def _constant(node: Any, index: int) -> npt.NDArray[Any]:
-    """A weight of the operator; bfloat16 ones are kept as bytes."""
-    data: npt.NDArray[Any] = node.input_value(index).get_node().data
+    """A weight of the operator; bfloat16 experts are kept as bytes, and bfloat16 scales are before a conversion."""
+    source = node.input_value(index).get_node()
+    if source.get_type_name() == "Convert":
+        scales: npt.NDArray[np.float32] = source.input_value(0).get_node().get_data(dtype=np.float32)
+        return scales
+    data: npt.NDArray[Any] = source.data
     return data.view(ml_dtypes.bfloat16) if data.dtype == np.uint8 else data
 
 

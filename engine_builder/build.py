@@ -78,7 +78,7 @@ def build(
         target: "openvino" (any CPU), "tensorrt" (the GPU at hand) or "onnx" (the specification, for a plain
             ONNX Runtime).
         dtype: of the weights; None is the checkpoint's own, or the nearest that the target has.
-        weight_only_precision: store weights as "int8" or "int4" (targets "tensorrt" and "onnx"); None does not.
+        weight_only_precision: store weights as "int8" or "int4"; None does not.
         group_size: int4 that share a scale: 128, 64 or 32; None is the largest that fits the model.
         policy: policy file or set; None gives the engine `full` alone.
         max_batch_size: most sequences in one step.
@@ -245,8 +245,6 @@ def _plan(
     architecture = architecture_of(hf_config)
     model = architecture.read_config(hf_config, _dtype(hf_config, target, dtype))
     if weight_only_precision is not None:
-        if target == "openvino":
-            raise BuildError("--use_weight_only is for --target tensorrt or onnx: openvino has no int8 or int4 yet.")
         quantization = plan_weight_only(model, weight_only_precision, group_size)
         model = model.model_copy(update={"quantization": quantization})
     elif group_size is not None:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: the checkpoint's"
     )
-    parser.add_argument("--use_weight_only", action="store_true", help="tensorrt, onnx: quantise the weights")
+    parser.add_argument("--use_weight_only", action="store_true", help="quantise the weights")
     parser.add_argument(
         "--weight_only_precision", choices=["int8", "int4"], default="int8", help="of quantised weights; default: int8"
     )

@@ -6,15 +6,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import onnx
-from onnx import TensorProto
+from onnx import TensorProto, helper
 
 from adaptive_k_moe.engine_builder.graph import keep_states_in_place
-from adaptive_k_moe.engine_builder.graph.moe_function import OP_TYPE
+from adaptive_k_moe.engine_builder.graph.moe_function import INPUTS, OP_TYPE
 from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
 from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.plugin import openvino_extension_path
 from adaptive_k_moe.runtime.session.openvino import ENGINE_XML
 from adaptive_k_moe.runtime.session.paged_attention import use_paged_attention
+
+# The places of the experts' weights among the operator's inputs.
+_EXPERTS = INPUTS.index("up"), INPUTS.index("down")
 
 
 def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: BuildConfig) -> None:
@@ -50,16 +53,25 @@ def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: B
 
 
 def _use_operators(path: Path) -> None:
-    """Drop the function bodies, so that the extension's operators are taken, and keep bfloat16 experts as bytes.
+    """Drop the function bodies, so that the extension's operators are taken, and give these bfloat16 as they take it.
 
-    OpenVINO's CPU plugin widens 16-bit constants that feed a custom operator: twice the bytes to read.
+    Experts become bytes, since OpenVINO's CPU plugin widens 16-bit constants that feed a custom operator: twice the
+    bytes to read. Of integers' scales there are few, and the operator has them as float32.
     """
     proto = onnx.load(path, load_external_data=False)
     del proto.functions[:]
     keep_states_in_place(proto)
-    experts = {name for node in proto.graph.node if node.op_type == OP_TYPE for name in node.input[6:8]}
-    for initializer in proto.graph.initializer:
-        if initializer.name in experts and initializer.data_type == TensorProto.BFLOAT16:
-            initializer.data_type = TensorProto.UINT8
-            initializer.dims[-1] *= 2
+    layers = [node for node in proto.graph.node if node.op_type == OP_TYPE]
+    bfloat16 = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
+    for layer in layers:
+        for index, name in enumerate(layer.input):
+            if name not in bfloat16:
+                continue
+            if index in _EXPERTS:
+                bfloat16[name].data_type = TensorProto.UINT8
+                bfloat16[name].dims[-1] *= 2
+            else:
+                layer.input[index] = f"{name}.float"
+                cast = helper.make_node("Cast", [name], [f"{name}.float"], to=TensorProto.FLOAT)
+                proto.graph.node.insert(0, cast)
     onnx.save(proto, path)

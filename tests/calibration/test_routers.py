@@ -21,7 +21,8 @@ from adaptive_k_moe.calibration.routers import DECIMALS, RouterTraces, collect_r
 from adaptive_k_moe.calibration.windows import Windows, make_windows, read_text
 from adaptive_k_moe.engine_builder import build
 
-from checkpoints import BUNDLED_MODELS
+from checkpoints import BUNDLED_MODELS, MIXTRAL_SMALL
+from rounded_models import PRECISIONS, quantise_reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugin"))
 
@@ -32,6 +33,21 @@ import oracle
 def test_choices_and_norms_are_those_of_transformers(checkpoint: Path, tmp_path: Path) -> None:
     build(checkpoint, tmp_path / "engine", max_seq_len=128, max_num_tokens=128, dtype="float32")
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    assert_choices_and_norms(checkpoint, model, tmp_path)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS, ids=str)
+def test_so_are_those_of_integer_weights(precision: tuple[str, int, int | None], tmp_path: Path) -> None:
+    name, bits, group = precision
+    sizes = {"max_seq_len": 128, "max_num_tokens": 128}
+    build(MIXTRAL_SMALL, tmp_path / "engine", dtype="bfloat16", weight_only_precision=name, **sizes)
+    model = transformers.AutoModelForCausalLM.from_pretrained(MIXTRAL_SMALL, dtype=torch.float32).eval()
+    quantise_reference(bits, group, torch.bfloat16, model)
+    assert_choices_and_norms(MIXTRAL_SMALL, model, tmp_path)
+
+
+def assert_choices_and_norms(checkpoint: Path, model: Any, tmp_path: Path) -> None:
+    """Of the engine in `tmp_path` on the checkpoint's text, beside those of a model of `transformers`."""
     seen: list[tuple[Any, Any, Any]] = []
 
     def listen(module: Any, arguments: tuple[Any, ...], _output: Any) -> None:

@@ -38,42 +38,12 @@ from adaptive_k_moe.errors import BuildError
 
 from checkpoints import CONFIGS, MIXTRAL_SMALL, Shape, make_checkpoint, make_mixtral
 from nemotron_models import Nemotron
+from rounded_models import NEMOTRON, PRECISIONS, SHAPES, WIDE, quantise_reference
 
 INT8 = QuantizationConfig(quant_algo="W8A16")
 INT4 = QuantizationConfig(quant_algo="W4A16", group_size=32)
 
-# Rows of 64 to 192 values, heads that TensorRT has kernels for.
-WIDE: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
-QWEN = {**WIDE, "moe_intermediate_size": 32}
-SHAPES = [
-    Shape("GQA", WIDE),
-    Shape("tied, one KV head", {**WIDE, "tie_word_embeddings": True, "num_key_value_heads": 1}),
-    Shape("shared expert, dense layer", {**QWEN, "shared_expert_intermediate_size": 160, "mlp_only_layers": [0]},
-          "qwen2_moe"),
-    Shape("norms of heads", QWEN, "qwen3_moe"),
-    Shape("clipped", {"hidden_size": 128, "intermediate_size": 64, "num_key_value_heads": 4, "clip_qkv": 0.7}, "olmoe"),
-]  # fmt: skip
-NEMOTRON = Nemotron(
-    "latent experts", "ME*-",
-    {"hidden_size": 64, "head_dim": 16, "mamba_num_heads": 6, "mamba_head_dim": 16, "intermediate_size": 96,
-     "moe_intermediate_size": 32, "moe_shared_expert_intermediate_size": 64, "moe_latent_size": 32},
-)  # fmt: skip
-
-
 # Rounding. -------------------------------------------------------------------------------------------
-
-
-def rounded(weight: torch.Tensor, bits: int, group: int | None, scales: torch.dtype) -> torch.Tensor:
-    """What a weight stands for once it is quantised with scales of a type, written with torch alone."""
-    rows = weight.reshape(*weight.shape[:-1], -1, group or weight.shape[-1])
-    largest = rows.abs().amax(-1, keepdim=True)
-    candidates = []
-    for shrink in (1.0,) if bits == 8 else (1.0, 0.95, 0.9, 0.85):
-        scale = (largest * shrink / (127 if bits == 8 else 7)).to(scales).float()
-        candidates.append((rows / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale)
-    stacked = torch.stack(candidates)
-    best = (stacked - rows).square().double().sum(-1, keepdim=True).argmin(0, keepdim=True)
-    return stacked.gather(0, best.expand(1, *rows.shape))[0].reshape(weight.shape)
 
 
 def unpacked(values: np.ndarray, bits: int) -> np.ndarray:
@@ -131,9 +101,8 @@ def test_how_much_is_rounded_at_once_changes_nothing(size: int, monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_the_stored_form_is_that_of_the_kernels_tests(bits: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels and the plugin are held against the form that their tests write: the builder's is the same."""
-    for folder in ("plugin", "tensorrt_plugin"):
-        monkeypatch.syspath_prepend(Path(__file__).parent.parent / folder)
-    from layer_cases import quantise as kernels_quantise
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "plugin")
+    from cases import quantise as kernels_quantise
 
     monkeypatch.setitem(weight_only._SHRINKS, bits, (1.0,))  # they round in the plain way
     weights = np.random.default_rng(3).standard_normal((3, 4, 96)).astype(np.float32)
@@ -171,21 +140,6 @@ def test_memory_in_use_is_that_of_a_piece(tmp_path: Path) -> None:
 
 
 # Numbers. --------------------------------------------------------------------------------------------
-
-
-def quantise_reference(bits: int, group: int | None, scales: torch.dtype, model: Any) -> None:
-    """Replace the weights that a build quantises in a model of `transformers`."""
-    excluded = ("lm_head", "shared_expert_gate", "gate")
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear) and name.rsplit(".", 1)[-1] not in excluded:
-                module.weight.copy_(rounded(module.weight, bits, group, scales))
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 3 and ".experts." in name:
-                parameter.copy_(rounded(parameter, bits, group, scales))
-
-
-PRECISIONS = [("int8", 8, None), ("int4", 4, 32)]
 
 
 def lowered(directory: Path, shape: Shape | Nemotron, dtype: Dtype, precision: tuple[str, int, int | None]) -> Lowered:
@@ -384,7 +338,6 @@ def test_a_dry_run_knows_the_weights_sizes(monkeypatch: pytest.MonkeyPatch) -> N
          "int4 weights need rows of a multiple of 64 values, but the model's experts' intermediate_size is 96"),
         (["--weight_only_precision", "int4", "--group_size", "48"], WIDE, "group_size is 48: it is one of 32, 64, 128"),
         (["--group_size", "32"], WIDE, "group_size is for --weight_only_precision int4"),
-        (["--target", "openvino"], WIDE, "--use_weight_only is for --target tensorrt or onnx"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_quantised_is_refused(
