@@ -6,7 +6,7 @@
 
 Every figure is the median of `--repeats`; engine and peer take turns, so a slow minute of a shared machine
 falls on both. "of roofline" is decode at batch 1 against the bytes that a token reads over the bandwidth
-measured in the same run.
+measured in the same run. int8 and int4 weights (of a bfloat16 engine) have no peer.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from _roofline import read_bandwidth
 
 PREFILL, PROMPT, DECODE = 512, 128, 32
 
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+
 Measure = Callable[[], dict[str, float]]
 
 
@@ -43,7 +45,7 @@ def main() -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--checkpoint_dir", type=Path)
     source.add_argument("--random", action="store_true", help="make a random Mixtral of 791 M parameters")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtype", choices=BITS, nargs="+", default=list(BITS), help="of the weights; default: all")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--repeats", type=int, default=5)
@@ -78,14 +80,22 @@ def run(args: argparse.Namespace, checkpoint: Path, scratch: Path) -> None:
     console.print(f"{args.num_threads} threads, read bandwidth {bandwidth / 1e9:.1f} GB/s, {cpu_name()}")
     rows = []
     for dtype in args.dtype:
-        peer = transformers_runner(checkpoint, dtype, args)
+        integers = dtype.startswith("int")
+        peers = {} if integers else {"transformers (fixed top-k)": transformers_runner(checkpoint, dtype, args)}
         directory = scratch / f"engine-{dtype}"
         half = {"policies": {"half": {"kind": "fixed", "k": 1}}}
-        config = build(checkpoint, directory, dtype=dtype, policy=PolicySet.model_validate(half), max_seq_len=1024)
+        config = build(
+            checkpoint,
+            directory,
+            dtype="bfloat16" if integers else dtype,
+            weight_only_precision=dtype if integers else None,
+            policy=PolicySet.model_validate(half),
+            max_seq_len=1024,
+        )
         model = config.pretrained_config
         with LLM(directory, skip_tokenizer_init=True, num_threads=args.num_threads) as llm:
             runners: dict[str, Measure] = {
-                "transformers (fixed top-k)": peer,
+                **peers,
                 "engine, policy full": engine_runner(llm, "full", args.batch_sizes),
                 "engine, k = 1": engine_runner(llm, "half", args.batch_sizes),
             }
@@ -173,15 +183,22 @@ def transformers_runner(checkpoint: Path, dtype: str, args: argparse.Namespace) 
     return runner(best[1])
 
 
-def bytes_per_token(model: PretrainedConfig, dtype: str, k: int) -> int:
+def bytes_per_token(model: PretrainedConfig, dtype: str, k: int) -> float:
     """Weight bytes that decoding one token reads: chosen experts, attention, head; not the cache.
 
-    The experts have the engine's dtype; OpenVINO keeps the other matrices as float32.
+    The experts have the engine's dtype; OpenVINO keeps the other matrices as float32, unless they are integers.
+    Scales are float32.
     """
+    quantization = model.quantization
+    expert_bits: float = BITS[dtype]
+    if quantization is not None and quantization.group_size is not None:
+        expert_bits += 32 / quantization.group_size
+    attention_bits = 32 if quantization is None else expert_bits
     moe, hidden = model.moe, model.hidden_size
     gated = 3 if moe.activation in ("swiglu", "geglu") else 2
-    experts = k * gated * hidden * moe.intermediate_size * (2 if dtype == "bfloat16" else 4)
-    attention = 2 * hidden * model.head_dim * (model.num_attention_heads + model.num_key_value_heads) * 4
+    experts = k * gated * hidden * moe.intermediate_size * expert_bits / 8
+    heads = model.num_attention_heads + model.num_key_value_heads
+    attention = 2 * hidden * model.head_dim * heads * attention_bits / 8
     router = moe.num_experts * hidden * 4
     return model.num_hidden_layers * (experts + attention + router) + model.vocab_size * hidden * 4
 

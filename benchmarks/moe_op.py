@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of the AdaptiveKMoe operator at the layer shapes of Mixtral 8x7B and Nemotron 3 Nano.
 
-    python benchmarks/moe_op.py [--quick] [--layers mixtral,nemotron] [--dtypes float32,bfloat16]
+    python benchmarks/moe_op.py [--quick] [--layers mixtral,nemotron] [--dtypes float32,bfloat16,int8,int4]
                                 [--tokens 1,4,16,128,512] [--k 1,2,4,6] [--threads N] [--no-peer]
 
 Every case is timed in turns with a read of memory, a float32 matrix product and, where torch and transformers are
 installed, transformers' experts (the best of its implementations), so that all see the same machine. Weights are
-random; a layer takes up to 5.6 GB. Prints a table and writes benchmarks/results/moe_op.json.
+random, those of int8 with a scale a row and those of int4 with one for 64 values, and have no peer; a layer takes up to
+5.6 GB. Prints a table and writes benchmarks/results/moe_op.json.
 """
 
 from __future__ import annotations
@@ -77,13 +78,43 @@ class Result:
     relative_to_twice_k: float | None = None
 
 
-def random_weights(shape: tuple[int, ...], dtype: str) -> Array:
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+INT4_GROUP = 64
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A layer's weights in one format, and the operator's other arguments about them."""
+
+    up: Array
+    down: Array
+    arguments: dict[str, Any]
+
+
+def random_weights(layer: Layer, dtype: str) -> Weights:
+    rows = layer.intermediate * (layer.matrices - 1)
+    shapes = (layer.experts, rows, layer.hidden), (layer.experts, layer.hidden, layer.intermediate)
+    up, down = (random_array(shape, dtype) for shape in shapes)
+    if not dtype.startswith("int"):
+        return Weights(up, down, {})
+    scales = [
+        np.full((*shape[:2], shape[2] // INT4_GROUP if dtype == "int4" else 1), 1e-3, np.float32) for shape in shapes
+    ]
+    return Weights(up, down, {"gate_up_scales": scales[0], "down_scales": scales[1], "weight_bits": BITS[dtype]})
+
+
+def random_array(shape: tuple[int, ...], dtype: str) -> Array:
     """Weights that repeat one block of random numbers; making 5 GB of fresh ones takes minutes."""
+    if dtype == "int4":
+        shape = (*shape[:-1], shape[-1] // 2)
     count = int(np.prod(shape))
-    block = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32) / np.float32(50)
+    rng = np.random.default_rng(0)
+    block: Array = rng.standard_normal(1 << 22, dtype=np.float32) / np.float32(50)
     if dtype == "bfloat16":
         block = (block.view(np.uint32) >> 16).astype(np.uint16)
-    storage = np.empty(count + 32, block.dtype)
+    elif dtype != "float32":
+        block = rng.integers(-127, 128, 1 << 22, dtype=np.int8)
+    storage = np.empty(count + 64, block.dtype)
     start = (-storage.ctypes.data % 64) // block.itemsize
     weights = storage[start : start + count]
     for begin in range(0, count, len(block)):
@@ -167,8 +198,7 @@ def run_case(
     dtype: str,
     tokens: int,
     k: int,
-    up: Array,
-    down: Array,
+    stored: Weights,
     clock: Clock,
     probes: tuple[ReadProbe, GemmProbe],
     peer_calls: dict[str, Callable[..., object]],
@@ -188,7 +218,16 @@ def run_case(
     used = len(np.unique(chosen))
 
     def ours() -> object:
-        return moe(x, logits, *policy, up, down, activation=layer.activation, num_threads=clock.threads)
+        return moe(
+            x,
+            logits,
+            *policy,
+            stored.up,
+            stored.down,
+            activation=layer.activation,
+            num_threads=clock.threads,
+            **stored.arguments,
+        )
 
     # The fastest of the peer's implementations at one try is the one that is timed.
     tried: dict[str, float] = {}
@@ -212,7 +251,7 @@ def run_case(
     seconds = {name: statistics.median(values) for name, values in times.items() if values}
 
     matrix = layer.hidden * layer.intermediate
-    rate = used * layer.matrices * matrix * up.itemsize / seconds["ours"]
+    rate = used * layer.matrices * matrix * BITS[dtype] / 8 / seconds["ours"]
     flops = 2 * tokens * k * layer.matrices * matrix / seconds["ours"]
     return Result(
         layer=layer.name,
@@ -251,7 +290,7 @@ def line(r: Result) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="mixtral,nemotron", help="of " + ", ".join(LAYERS))
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--dtypes", default="float32,bfloat16,int8,int4", help="of the weights; default: %(default)s")
     parser.add_argument("--tokens", default="1,4,16,128,512")
     parser.add_argument("--k", default="1,2,4,6")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -265,9 +304,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.tokens, args.k, args.repeats = "1,128", "1,2", 3
-    unknown = set(args.layers.split(",")) - set(LAYERS)
-    if unknown:
-        parser.error(f"--layers: no layer {', '.join(sorted(unknown))}; there are {', '.join(LAYERS)}")
+    for name, known in (("layers", LAYERS), ("dtypes", BITS)):
+        unknown = set(getattr(args, name).split(",")) - set(known)
+        if unknown:
+            parser.error(f"--{name}: there is no {', '.join(sorted(unknown))}; there are {', '.join(known)}")
 
     if not args.no_peer:
         try:
@@ -284,21 +324,21 @@ def main() -> None:
     results: list[Result] = []
     for layer in (LAYERS[name] for name in args.layers.split(",")):
         for dtype in args.dtypes.split(","):
-            rows = layer.intermediate * (layer.matrices - 1)
-            up = random_weights((layer.experts, rows, layer.hidden), dtype)
-            down = random_weights((layer.experts, layer.hidden, layer.intermediate), dtype)
-            peer_calls = {} if args.no_peer else peers(layer, dtype, up, down, args.threads)
+            stored = random_weights(layer, dtype)
+            peer_calls = {}
+            if not args.no_peer and not stored.arguments:
+                peer_calls = peers(layer, dtype, stored.up, stored.down, args.threads)
             for tokens in map(int, args.tokens.split(",")):
                 of_this: dict[int, Result] = {}
                 # From the largest k down, so that each line can be set against the one with twice its k.
                 for k in sorted({min(int(k), layer.experts) for k in args.k.split(",")}, reverse=True):
-                    result = run_case(layer, dtype, tokens, k, up, down, clock, probes, peer_calls, args.repeats)
+                    result = run_case(layer, dtype, tokens, k, stored, clock, probes, peer_calls, args.repeats)
                     if 2 * k in of_this:
                         result.relative_to_twice_k = result.milliseconds / of_this[2 * k].milliseconds
                     of_this[k] = result
                     results.append(result)
                     print(line(result), flush=True)
-            del up, down, peer_calls
+            del stored, peer_calls
 
     settings = {"threads": args.threads, "clock": args.clock, "instruction_set": instruction_set()}
     write_results(args.output, {**settings, "results": [asdict(r) for r in results]})
