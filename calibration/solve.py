@@ -34,9 +34,8 @@ def keeps(laboratory: Laboratory, found: Measured, budget: Budget) -> bool:
 def solve(laboratory: Laboratory, family: Family, budget: Budget, *, passes: int = 12) -> Measured:
     """The member of a family that uses the budget up.
 
-    By regula falsi on the measured figure, with bisection whenever that is slow to close in, until the budget is
-    used up. A family need not be exactly monotone, so the best member seen that keeps the budget is taken, not the
-    last one.
+    By regula falsi on the measured figure until the budget is used up. A family need not be exactly monotone, so the
+    best member seen that keeps the budget is taken, not the last one.
 
     Args:
         laboratory: measures.
@@ -57,8 +56,9 @@ def solve(laboratory: Laboratory, family: Family, budget: Budget, *, passes: int
     kept = [(value, end) for value, end in ((at_low, full), (at_high, last)) if keeps(laboratory, end, budget)]
     # The full model may be within the budget already, or all that can be saved; then there is nothing to find.
     turns = range(passes if at_low > 0 > at_high else 0)
-    for turn in turns:
-        share = at_low / (at_low - at_high) if turn % 3 < 2 else 0.5
+    moved_low: bool | None = None
+    for _ in turns:
+        share = at_low / (at_low - at_high)
         x = low + (high - low) * min(max(share, 0.02), 0.98)
         found = laboratory.measure(family(x))
         value = excess(laboratory, found.scores, budget)
@@ -66,10 +66,12 @@ def solve(laboratory: Laboratory, family: Family, budget: Budget, *, passes: int
             kept.append((value, found))
             if abs(value) <= CLOSE:
                 break
+        # An end that stays twice counts half (the Illinois rule), or a bend between the ends would keep it for long.
         if value > 0:
-            low, at_low = x, value
+            low, at_low, at_high = x, value, at_high / (2 if moved_low is True else 1)
         else:
-            high, at_high = x, value
+            high, at_high, at_low = x, value, at_low / (2 if moved_low is False else 1)
+        moved_low = value > 0
     if budget.avg_k is not None:
         return min(kept, key=lambda item: abs(item[0]))[1]
     return min(kept, key=lambda item: item[1].scores.avg_k)[1]
