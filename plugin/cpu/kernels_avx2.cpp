@@ -26,6 +26,8 @@ struct Simd {
   struct ScaledInt4 {
     V scale;
     void set_scale(float s) { scale = broadcast(s); }
+    static V arrange(V x) { return x; }
+    static V restore(V x) { return x; }
     V load(const Int4Pair* p) const {
       // Eight values in every lane: the lane's own goes to the top and comes down with its sign.
       const __m256i eights = _mm256_broadcastd_epi32(_mm_loadu_si32(p));

@@ -30,14 +30,22 @@ struct Simd {
       products = mul(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1),
                      broadcast(scale));
     }
+    // Lane 2 i has value i, lane 2 i + 1 has value 8 + i: an even lane gets the first eight values,
+    // an odd one the others, and shifts to its own. A lookup minds no more than four bits.
     V load(const Int4Pair* p) const {
-      // Eight values in every lane, from which a shift takes the lane's own; a lookup minds no more
-      // than four bits.
-      const __m512i lower = _mm512_broadcastd_epi32(_mm_loadu_si32(p));
-      const __m512i eights = _mm512_mask_broadcastd_epi32(lower, 0xFF00, _mm_loadu_si32(p + 4));
+      const __m512i eights =
+          _mm512_broadcastq_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
       const __m512i shifts =
-          _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+          _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28);
       return _mm512_permutexvar_ps(_mm512_srlv_epi32(eights, shifts), products);
+    }
+    static V arrange(V x) {
+      return _mm512_permutexvar_ps(
+          _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), x);
+    }
+    static V restore(V x) {
+      return _mm512_permutexvar_ps(
+          _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), x);
     }
   };
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }

@@ -7,7 +7,8 @@
 // load(const float*), load(const uint16_t*) (bfloat16), load(const int8_t*), store(float*, V),
 // mul(a, b), fma(a, b, c) = a * b + c, and reduce4(const V[4], float[4]), which sums the lanes of
 // four vectors by the same tree; and ScaledInt4, whose load(const Int4Pair*) gives kLanes values
-// times the scale that set_scale(float) gave it.
+// times the scale that set_scale(float) gave it, in an order of lanes into which arrange(V) brings
+// others and from which restore(V) brings them back.
 #pragma once
 
 #include <cstdint>
@@ -39,14 +40,19 @@ constexpr int group_for(int m) {
   return m * kWideGroup <= kTileRows * kGroup ? kWideGroup : kGroup;
 }
 
-// Reads kLanes weights as floats.
+struct InOrder {
+  static V arrange(V x) { return x; }
+  static V restore(V x) { return x; }
+};
+
+// Reads kLanes weights as floats, in the order of lanes that arrange() makes and restore() undoes.
 template <typename W>
-struct Reader {
+struct Reader : InOrder {
   static constexpr bool kQuantised = false;
   V load(const W* w) const { return Simd::load(w); }
 };
 template <>
-struct Reader<int8_t> {
+struct Reader<int8_t> : InOrder {
   static constexpr bool kQuantised = true;
   V scale;
   void set_scale(float s) { scale = Simd::broadcast(s); }
@@ -154,7 +160,7 @@ void multiply_tile(const float* x, const W* const* rows, const Scales& scales, i
       next.fetch(k);
       V xv[M];
       ADAPTIVE_K_UNROLL
-      for (int i = 0; i < M; ++i) xv[i] = Simd::load(x + i * kLanes);
+      for (int i = 0; i < M; ++i) xv[i] = Reader<W>::arrange(Simd::load(x + i * kLanes));
       x += M * kLanes;
       ADAPTIVE_K_UNROLL
       for (int r = 0; r < R; ++r) {
@@ -177,6 +183,8 @@ void multiply_tile(const float* x, const W* const* rows, const Scales& scales, i
   }
   ADAPTIVE_K_UNROLL
   for (int i = 0; i < M; ++i) {
+    ADAPTIVE_K_UNROLL
+    for (int r = 0; r < R; ++r) acc[i][r] = Reader<W>::restore(acc[i][r]);
     ADAPTIVE_K_UNROLL
     for (int r = 0; r < R; r += 4) {
       float sums[4];
@@ -224,7 +232,8 @@ void pack_weights(const W* const* rows, const Scales& scales, int length, float*
       for (int r = 0; r < kGroup; ++r) read[r].set_scale(scales.rows[r][group]);
     for (; k + kLanes <= end; k += kLanes)
       for (int r = 0; r < kGroup; ++r)
-        Simd::store(packed + k * kGroup + r * kLanes, read[r].load(at(rows[r], k)));
+        Simd::store(packed + k * kGroup + r * kLanes,
+                    Reader<W>::restore(read[r].load(at(rows[r], k))));
   });
   if constexpr (!Reader<W>::kQuantised)
     if (k < length)

@@ -38,6 +38,8 @@ struct Simd {
   struct ScaledInt4 {
     V scale;
     void set_scale(float s) { scale = broadcast(s); }
+    static V arrange(V x) { return x; }
+    static V restore(V x) { return x; }
     V load(const Int4Pair* p) const {
       const Integers values = {p[0].bits & 15, p[0].bits >> 4, p[1].bits & 15, p[1].bits >> 4};
       return mul(__builtin_convertvector((values ^ 8) - 8, V), scale);
