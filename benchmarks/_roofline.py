@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine can do at best, measured: memory read bandwidth and float32 matrix-product rate.
+"""What this machine can do at best, measured: memory read bandwidth and matrix-product rates.
 
     python benchmarks/_roofline.py
 
@@ -32,14 +32,14 @@ def seconds(call: Callable[[], object], *, repeats: int = 5, warmup: int = 1) ->
 
 
 class _OpenVINOProduct:
-    """OpenVINO's float32 product of [tokens, columns] with a constant [rows, columns] matrix."""
+    """OpenVINO's product of [tokens, columns] with a constant [rows, columns] matrix, in a precision."""
 
-    def __init__(self, rows: int, columns: int, tokens: int, threads: int) -> None:
+    def __init__(self, rows: int, columns: int, tokens: int, threads: int, precision: str = "f32") -> None:
         rng = np.random.default_rng(0)
         weight = ops.constant(rng.standard_normal((rows, columns), dtype=np.float32))
         x = ops.parameter([tokens, columns], np.float32)
         model = ov.Model([ops.matmul(x, weight, False, True)], [x])
-        config = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
+        config = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
         self._request = ov.Core().compile_model(model, "CPU", config).create_infer_request()
         self._request.set_input_tensor(ov.Tensor(rng.standard_normal((tokens, columns), dtype=np.float32)))
 
@@ -69,15 +69,20 @@ class ReadProbe:
 
 
 class GemmProbe:
-    """A float32 matrix product of `operations` floating-point operations: OpenVINO's or NumPy's, the faster."""
+    """A matrix product of `operations` floating-point operations: OpenVINO's or NumPy's, the faster.
 
-    def __init__(self, threads: int, *, tokens: int = 256, columns: int = 4096, rows: int = 4096) -> None:
+    In bfloat16 it is OpenVINO's, which sums in float32 and uses AMX where there is any.
+    """
+
+    def __init__(
+        self, threads: int, *, bfloat16: bool = False, tokens: int = 256, columns: int = 4096, rows: int = 4096
+    ) -> None:
         self.operations = 2 * tokens * columns * rows
         rng = np.random.default_rng(0)
         self._a = rng.standard_normal((tokens, columns), dtype=np.float32)
         self._b = rng.standard_normal((rows, columns), dtype=np.float32)
-        product = _OpenVINOProduct(rows, columns, tokens, threads)
-        self.run: Callable[[], None] = min(product.run, self._numpy, key=seconds)
+        product = _OpenVINOProduct(rows, columns, tokens, threads, "bf16" if bfloat16 else "f32")
+        self.run: Callable[[], None] = product.run if bfloat16 else min(product.run, self._numpy, key=seconds)
 
     def _numpy(self) -> None:
         np.matmul(self._a, self._b.T)
@@ -89,9 +94,9 @@ def read_bandwidth(threads: int) -> float:
     return probe.num_bytes / seconds(probe.run, repeats=9)
 
 
-def gemm_rate(threads: int) -> float:
-    """Floating-point operations per second of float32 matrix products."""
-    probe = GemmProbe(threads)
+def gemm_rate(threads: int, *, bfloat16: bool = False) -> float:
+    """Floating-point operations per second of matrix products."""
+    probe = GemmProbe(threads, bfloat16=bfloat16)
     return probe.operations / seconds(probe.run, repeats=9)
 
 
@@ -99,5 +104,6 @@ if __name__ == "__main__":
     import os
 
     cores = len(os.sched_getaffinity(0))
-    read, gemm = read_bandwidth(cores), gemm_rate(cores)
-    print(f"{cores} threads: read {read / 1e9:.1f} GB/s, float32 products {gemm / 1e9:.0f} GFLOPS")
+    rates = {name: gemm_rate(cores, bfloat16=name == "bfloat16") for name in ("float32", "bfloat16")}
+    products = ", ".join(f"{name} products {rate / 1e9:.0f} GFLOPS" for name, rate in rates.items())
+    print(f"{cores} threads: read {read_bandwidth(cores) / 1e9:.1f} GB/s, {products}")

@@ -4,10 +4,11 @@
     python benchmarks/moe_op.py [--quick] [--layers mixtral,nemotron] [--dtypes float32,bfloat16,int8,int4]
                                 [--tokens 1,4,16,128,512] [--k 1,2,4,6] [--threads N] [--no-peer]
 
-Every case is timed in turns with a read of memory, a float32 matrix product and, where torch and transformers are
-installed, transformers' experts (the best of its implementations), so that all see the same machine. Weights are
-random, those of int8 with a scale a row and those of int4 with one for 64 values, and have no peer; a layer takes up to
-5.6 GB. Prints a table and writes benchmarks/results/moe_op.json.
+Every case is timed in turns with a read of memory, a matrix product in the type that is computed in (float32, or
+bfloat16 for bfloat16 weights on AMX) and, where torch and transformers are installed, transformers' experts (the best
+of its implementations), so that all see the same machine. Weights are random, those of int8 with a scale a row and
+those of int4 with one for 64 values, and have no peer; a layer takes up to 5.6 GB. Prints a table and writes
+benchmarks/results/moe_op.json.
 """
 
 from __future__ import annotations
@@ -318,13 +319,15 @@ def main() -> None:
             args.no_peer = True
 
     clock = Clock(args.clock, args.threads)
-    probes = ReadProbe(args.threads), GemmProbe(args.threads)
+    read = ReadProbe(args.threads)
+    products = {in_bfloat16: GemmProbe(args.threads, bfloat16=in_bfloat16) for in_bfloat16 in (False, True)}
     print(f"{args.threads} threads, {args.clock} time, {instruction_set()}, {cpu_name()}")
     print(HEADER, flush=True)
     results: list[Result] = []
     for layer in (LAYERS[name] for name in args.layers.split(",")):
         for dtype in args.dtypes.split(","):
             stored = random_weights(layer, dtype)
+            probes = read, products[dtype == "bfloat16" and instruction_set() == "amx"]
             peer_calls = {}
             if not args.no_peer and not stored.arguments:
                 peer_calls = peers(layer, dtype, stored.up, stored.down, args.threads)
