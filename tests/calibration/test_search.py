@@ -258,6 +258,21 @@ def test_unusable_numbers_are_one_sentence(call: Any, sentence: str) -> None:
     assert str(caught.value).endswith(".")
 
 
+@pytest.mark.parametrize("target", [1.5, 3.0, 4.4, 4.55, 4.601, 4.7, 5.9])
+def test_a_bend_in_what_a_family_saves_costs_few_passes(target: float) -> None:
+    def measure(x: Any) -> Any:
+        # Up to one half little is saved, then much, as where a refined policy meets its budget again.
+        avg_k = 6 - 2.8 * min(x, 0.5) - 7.2 * max(x - 0.5, 0.0) ** 0.7 * 0.5**0.3
+        seen.append(x)
+        return Measured(x, Scores(np.full(1, 3.0), np.full(1, x), np.ones(1), np.full((1, 1), avg_k)))
+
+    seen: list[float] = []
+    laboratory: Any = SimpleNamespace(evaluator=SimpleNamespace(full_k=6), measure=measure, full=lambda: measure(0.0))
+    found = solve(laboratory, lambda x: x, Budget(avg_k=target))  # type: ignore[arg-type,return-value]
+    assert target - 0.012 <= found.scores.avg_k <= target + 0.002
+    assert len(seen) <= 2 + 10
+
+
 def test_an_average_below_a_kinds_reach_is_refused(laboratory: Any) -> None:
     with pytest.raises(CalibrationError, match=r"an average k of 1\.2 cannot be reached"):
         solve(laboratory, lambda _x: static(2), Budget(avg_k=1.2))
