@@ -29,7 +29,7 @@ struct MambaKernels {
   void (*scan)(const MambaScan& scan);
 };
 
-// Those of the instruction set that kernels() are of.
+// Those of the instruction set in use (kernels.h); amx has avx512's.
 const MambaKernels& mamba_kernels();
 
 extern const MambaKernels kPortableMambaKernels;
