@@ -92,6 +92,27 @@ def test_a_token_has_the_same_bits_in_any_batch_and_with_any_threads(
     part(shuffled, 2)
 
 
+@pytest.mark.parametrize("weight_format", ["float32", "bfloat16", "int8", "int4"])
+def test_activations_beyond_the_cache_give_the_same_bits(weight_format: str) -> None:
+    """A block of tokens is then taken part by part; here it is more than half of a cache of up to 2.5 MB."""
+    count, hidden, intermediate = 256, 4128, 32
+    x, logits = tokens(count, hidden, 1)
+    arguments: dict[str, Any] = {"activation": "relu2"}
+    if weight_format.startswith("int"):
+        stored = quantised(1, hidden, intermediate, "relu2", int(weight_format[3:]), 32)
+        up, down = stored.up, stored.down
+        arguments |= stored.arguments
+    else:
+        up, down = weights(1, hidden, intermediate, "relu2", weight_format)
+        assert_is_the_oracles(x, logits, fixed(count, 1), up, down, "relu2", tolerance=3e-6)
+    index, *rows = fixed(count, 1)
+    whole = moe(x, logits, index, *rows, up, down, **arguments)[0]
+    for t in (0, 100, 255):
+        one = slice(t, t + 1)
+        alone = moe(x[one], logits[one], index[one], *rows, up, down, **arguments)[0]
+        np.testing.assert_array_equal(alone[0], whole[t])
+
+
 @pytest.mark.parametrize(
     ("count", "experts", "hidden", "intermediate"),
     [(1, 1, 32, 32), (2, 3, 96, 64), (3, 4, 1056, 1120), (130, 2, 64, 96), (40, 128, 32, 64), (7, 8, 2080, 32)],
