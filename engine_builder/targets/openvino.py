@@ -53,10 +53,10 @@ def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: B
 
 
 def _use_operators(path: Path) -> None:
-    """Drop the function bodies, so that the extension's operators are taken, and give these bfloat16 as they take it.
+    """Drop the function bodies, so that the extension's operators are taken, and make bfloat16 inputs what these take.
 
-    Experts become bytes, since OpenVINO's CPU plugin widens 16-bit constants that feed a custom operator: twice the
-    bytes to read. Of integers' scales there are few, and the operator has them as float32.
+    Experts become bytes: OpenVINO's CPU plugin widens 16-bit constants that feed a custom operator, which would be
+    twice the bytes to read. Scales, of which there are few, become float32.
     """
     proto = onnx.load(path, load_external_data=False)
     del proto.functions[:]
