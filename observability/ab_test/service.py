@@ -54,9 +54,10 @@ class ABService(Observer):
 
     Nothing here makes a request wait: ended requests are queued, and a thread of its own writes them, reads what
     other processes changed, and applies the guardrails. A request that ends within half a second of the last that
-    was written waits for the rest of it, and is written together with all that ended meanwhile. Whatever is wrong
-    with the file is one sentence in the log; requests are served all the same, and after `PAUSE_SECONDS` none is
-    enrolled until the file can be used again. It keeps the engine alive until it is closed.
+    was written waits for the rest of it, and is written together with all that ended meanwhile; batches that are full
+    do not wait. Whatever is wrong with the file is one sentence in the log; requests are served all the same, and
+    after `PAUSE_SECONDS` none is enrolled until the file can be used again. It keeps the engine alive until it is
+    closed.
 
     Args:
         llm: the engine.
@@ -159,8 +160,9 @@ class ABService(Observer):
         while not self._closing.is_set():
             fresh = self._take(max(0.0, next_poll - time.monotonic()))
             if fresh and self._failing_since is None:
-                self._closing.wait(min(next_write, next_poll) - time.monotonic())
-                self._take(0.0)
+                if len(self._unwritten) < _MAX_BATCH:
+                    self._closing.wait(min(next_write, next_poll) - time.monotonic())
+                    self._take(0.0)
                 self._write()
                 next_write = time.monotonic() + _SECONDS_BETWEEN_WRITES
             if time.monotonic() >= next_poll:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,19 @@ def test_named_requests_take_no_part_and_cancelled_ones_are_told_apart(
             ("length",),
             ("cancelled",),
         ]
+
+
+def test_more_than_a_batch_does_not_wait_between_its_writes(
+    run: Callable[..., Running], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("adaptive_k_moe.observability.ab_test.service._MAX_BATCH", 1)
+    path = tmp_path / "ab.db"
+    ABTest.start(path, "e", VARIANTS, score_share=0.0, guardrails=()).close()
+    running = run(path, poll_seconds=3600.0)
+    output = running.ask("unit")
+    for number in range(100):  # with a pause after each, this would take a minute
+        running.service.on_request_finished(replace(output, request_id=f"request {number}"))
+    assert eventually(lambda: counts(path) == 101)
 
 
 @contextlib.contextmanager
