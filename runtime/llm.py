@@ -219,7 +219,7 @@ class LLM:
         Raises:
             RequestError, PolicyError: a prompt or its parameters are unusable; none is run.
         """
-        with self._telling_of_a_refusal():
+        with self._telling_of_a_refusal(_new_id()):
             single, prompts = _prompts_in(inputs)
             params = _params_for(len(prompts), sampling_params)
         requests = []
@@ -284,12 +284,12 @@ class LLM:
         # What is no list at all is refused as a conversation.
         single = not isinstance(messages, Sequence) or (len(messages) > 0 and isinstance(messages[0], Mapping))
         conversations: list[Any] = [messages] if single else list(messages)
-        with self._telling_of_a_refusal():
+        with self._telling_of_a_refusal(_new_id()):
             params = _params_for(len(conversations), sampling_params)
             options = {"add_generation_prompt": add_generation_prompt, **_template_variables(chat_template_kwargs)}
         prompts = []
         for place, conversation in enumerate(conversations):
-            with self._telling_of_a_refusal(params=params[place]):
+            with self._telling_of_a_refusal(_new_id(), params[place]):
                 prompt, params[place] = self._render(conversation, params[place], options)
                 prompts.append(prompt)
         outputs = self.generate(prompts, params)
@@ -339,16 +339,19 @@ class LLM:
         Raises:
             RequestError, PolicyError: the prompt or its parameters are unusable.
         """
-        told = functools.partial(self._telling_of_a_refusal, enrollment=enrollment, context=context, silent=background)
+        # These are what observers are told of a refusal.
+        check_arguments(RequestError, str | None, request_id=request_id)
+        check_arguments(RequestError, Enrollment | None, enrollment=enrollment)
+        check_arguments(RequestError, RequestContext, context=context)
+        request_id = request_id or _new_id()
+        told = functools.partial(
+            self._telling_of_a_refusal, request_id, enrollment=enrollment, context=context, silent=background
+        )
         with told():
-            check_arguments(RequestError, str | None, request_id=request_id)
             check_arguments(RequestError, bool, streaming=streaming, background=background)
             check_arguments(RequestError, Callable | None, on_output=on_output)
-            check_arguments(RequestError, Enrollment | None, enrollment=enrollment)
-            check_arguments(RequestError, RequestContext, context=context)
-            request_id = request_id or _new_id()
             params = _params_for(1, sampling_params)[0]
-        with told(request_id, params):
+        with told(params):
             if variables := _template_variables(chat_template_kwargs):
                 inputs, params = self._render(inputs, params, variables)
             request = self._engine.prepare(
@@ -388,7 +391,7 @@ class LLM:
     @contextlib.contextmanager
     def _telling_of_a_refusal(
         self,
-        request_id: str = "",
+        request_id: str,
         params: SamplingParams | None = None,
         *,
         enrollment: Enrollment | None = None,

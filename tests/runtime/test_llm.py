@@ -249,8 +249,12 @@ def test_what_is_no_sampling_params_is_one_sentence(llm: LLM, params: Any) -> No
 )
 def test_an_argument_of_a_wrong_type_is_one_sentence(llm: LLM, arguments: dict[str, Any]) -> None:
     (name,) = arguments
+    watcher = _Watcher()
+    llm.add_observer(watcher)
     with pytest.raises(RequestError, match=f"^{name} is .*: it must be .*[^.][.]$"):
         llm.generate_async([1], **arguments)
+    for refusal in watcher.refusals:
+        assert isinstance(refusal.request_id, str) and refusal.enrollment is None and not refusal.context.client_id
     assert llm.generate([1]).finished
 
 
@@ -424,7 +428,7 @@ def test_observers_are_told_of_refusals(llm: LLM) -> None:
     with pytest.raises(PolicyError):
         llm.generate([[1], [2]], SamplingParams(adaptive_k_policy="none such"))
     with pytest.raises(RequestError, match="sampling_params"):
-        llm.generate_async([1], {"max_tokens": 3})  # type: ignore[arg-type]
+        llm.generate_async([1], {"max_tokens": 3}, request_id="two")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="2 prompts came with 1"):
         llm.generate([[1], [2]], [SamplingParams()])
     with pytest.raises(RequestError, match="a prompt is a text"):
@@ -445,7 +449,9 @@ def test_observers_are_told_of_refusals(llm: LLM) -> None:
     assert [(refusal.policy, refusal.error_kind) for refusal in others] == [
         *[(None, "request")] * 3, ("one", "request"), (None, "request"),
     ]  # fmt: skip
+    assert others[0].request_id == "two"
     assert (last.policy, last.error_kind) == ("one", "engine")
+    assert len({refusal.request_id for refusal in watcher.refusals} - {""}) == len(watcher.refusals)
     assert not watcher.ends
 
 
