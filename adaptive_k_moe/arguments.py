@@ -112,8 +112,12 @@ def _is_one(value: Any, kind: Any) -> bool:
     if origin is Mapping:
         key_kind, item_kind = get_args(kind)
         return isinstance(value, Mapping) and all(_is(k, key_kind) and _is(v, item_kind) for k, v in value.items())
-    items = isinstance(value, Collection) and not isinstance(value, str | bytes | Mapping)
-    return items and all(_is(item, get_args(kind)[0]) for item in value)
+    if not isinstance(value, Collection) or isinstance(value, str | bytes | Mapping):
+        return False
+    try:
+        return all(_is(item, get_args(kind)[0]) for item in value)
+    except TypeError:  # NumPy's array of no dimension
+        return False
 
 
 def _is_finite(value: Any) -> bool:

@@ -32,5 +32,5 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write a JSON file as `write_text` does."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """Write a JSON file as `write_text` does, in ASCII: a file's name may have what UTF-8 has not."""
+    write_text(path, json.dumps(content, indent=2) + "\n")

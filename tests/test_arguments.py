@@ -27,7 +27,7 @@ FIT: list[tuple[Any, list[Any], list[Any]]] = [
     (float, [0, 1.5, np.float32(2), Fraction(1, 3)], [float("nan"), float("inf"), 10**400, True, "1.5", None, 1j]),
     (bool, [True, False], [0, 1, None, "yes", np.True_]),
     (str | Sequence[str], ["", "a", [], ["a", ""], ("a",)], [b"a", ["a", 1], {"a": 1}, None, iter("a")]),
-    (Sequence[int] | None, [[], [1, 2], (3,), np.arange(3), {4}, None], ["12", [1.0], [True], b"12", 1]),
+    (Sequence[int] | None, [[], [1, 2], (3,), np.arange(3), {4}, None], ["12", [1.0], [True], b"12", 1, np.array(1)]),
     (Mapping[str, Any] | None, [{}, {"a": object()}, None], [{1: 2}, [("a", 1)], "a"]),
     (Literal["a", "b"] | None, ["a", None], ["c", [], 1]),
 ]

@@ -26,6 +26,12 @@ def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["policy.json"]
 
 
+def test_json_may_hold_the_name_of_any_file(tmp_path: Path) -> None:
+    content = {"text": os.fsdecode(b"\xff.txt"), "policy": "\u00fc\U0001f600"}
+    write_json(tmp_path / "file.json", content)
+    assert json.loads((tmp_path / "file.json").read_bytes()) == content
+
+
 def test_what_cannot_be_written_leaves_the_old_file_and_nothing_beside(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_text(path, "old")
