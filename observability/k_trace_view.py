@@ -26,8 +26,9 @@ def show(trace: KTrace, console: Console) -> None:
         trace: what to show.
         console: where to; it knows its width and whether it has colours.
     """
-    title = f"{trace.model}, policy {trace.policy}: a bar's height is the entropy (full at {trace.largest_entropy:.2f} "
-    console.print(Text(f"{title}nats), the number beside it k (trained top-{trace.full_k})"))
+    names = f"{_escaped(trace.model)}, policy {_escaped(trace.policy)}"
+    bar = f"a bar's height is the entropy (full at {trace.largest_entropy:.2f} nats)"
+    console.print(Text(f"{names}: {bar}, the number beside it k (trained top-{trace.full_k})"))
     cell = 1 + max((len(str(k)) for token in trace.tokens for k in token.k), default=1)
     room = console.width - len(" prompt  mean ")
     width = min(_TEXT_WIDTH, max(_LEAST_TEXT_WIDTH, room - (cell + 1)))
@@ -53,11 +54,15 @@ def show(trace: KTrace, console: Console) -> None:
 def _row(token: TokenTrace, width: int) -> Text:
     """A token's row up to its layers; wide characters take two of the `width` columns of its text."""
     mean = sum(token.k) / len(token.k) if token.k else float("nan")
-    # Control characters would act on the terminal.
-    shown = repr(token.text)[1:-1]
+    shown = _escaped(token.text)
     if cell_len(shown) > width:
         shown = f"{set_cell_size(shown, width - 1)}…"
     return Text(f"{set_cell_size(shown, width)} {token.part:<6} {mean:5.2f}")
+
+
+def _escaped(text: str) -> str:
+    """A text without control characters, which would act on the terminal."""
+    return repr(text)[1:-1]
 
 
 def _summary(trace: KTrace) -> Text:

@@ -121,7 +121,9 @@ def test_wide_characters_take_two_columns(
     texts = ["a", "漢字", "漢字仮名交じり文の長い例", "e\u0301", "\U0001f600", "\u202eabc"]
     monkeypatch.setenv("COLUMNS", "80")
     assert trace("--open", _saved(tmp_path, texts)) == 0
-    rows = [line for line in capsys.readouterr().out.splitlines() if " prompt " in line]
+    shown = capsys.readouterr().out
+    rows = [line for line in shown.splitlines() if " prompt " in line]
+    assert "policy p\\x1b[2J:" in shown
     assert len(rows) == len(texts) and {cell_len(row.partition(" prompt ")[0]) for row in rows} == {18}
     assert "\u202e" not in "".join(rows)
 
@@ -158,7 +160,7 @@ def test_a_terminal_without_blocks_has_heights_too(encoding: str, tmp_path: Path
 def _saved(directory: Path, texts: list[str]) -> Path:
     """A saved trace of tokens with these texts: four layers, entropies from 0 to the most, k 1 and 2 in turns."""
     token = {"id": 1, "part": "prompt", "k": [1, 2, 1, 2], "entropy": [0.0, math.log(8), 1.1, 0.6]}
-    content = {"model": "m", "policy": "p", "num_experts": 8, "full_k": 2}
+    content = {"model": "m", "policy": "p\x1b[2J", "num_experts": 8, "full_k": 2}
     path = directory / "trace.json"
     path.write_text(json.dumps({**content, "tokens": [{**token, "text": text} for text in texts]}))
     return path
