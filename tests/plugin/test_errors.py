@@ -79,6 +79,7 @@ def integers(hidden: int, intermediate: int, groups: int = 1, weight_bits: int =
         ),
         ({"gate_up_scales": np.ones((4, 16, 1), np.float32)}, "gate_up_scales and down_scales must be given both"),
         (integers(16, 16, weight_bits=3), "weight_bits is 3 but must be 4 or 8"),
+        ({**integers(16, 16), "weight_bits": "8"}, "weight_bits is '8' but must be 4 or 8"),
         ({**integers(16, 16), "gate_up": np.zeros((4, 32, 16), np.float32)}, "gate_up is float32 but must be int8"),
         (integers(16, 8), "intermediate size must be multiples of 16 for int8 weights, but one is 8"),
         (integers(32, 16, weight_bits=4), "intermediate size must be multiples of 32 for int4 weights, but one is 16"),

@@ -242,7 +242,7 @@ def moe(
     if (gate_up_scales is None) != (down_scales is None):
         raise ValueError("AdaptiveKMoe: inputs gate_up_scales and down_scales must be given both, or neither")
     if weight_bits not in (4, 8):
-        raise ValueError(f"AdaptiveKMoe: weight_bits is {weight_bits} but must be 4 or 8")
+        raise ValueError(f"AdaptiveKMoe: weight_bits is {weight_bits!r} but must be 4 or 8")
     integers = None if gate_up_scales is None else f"int{weight_bits}"
     up_bits, weight_format = _weights("gate_up", gate_up, integers)
     down_bits, down_format = _weights("down", down, integers)
