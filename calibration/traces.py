@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the full model did on a text, collected once and streamed to disk; and what candidates scored.
 
-Both live in one work folder and survive being killed: traces record how many windows are whole, and
-evaluations are lines of a file, of which an unfinished last one is ignored. Everything is keyed by the
-engine's files and the text's tokens, so another model or text never meets old figures.
+Both live in one work folder and survive being killed: traces record how many windows are whole, and evaluations are
+lines of a file, of which an unfinished last one is ignored. Everything is keyed by the engine's files, the
+processor's instruction set and the text's tokens, so another model, other kernels or another text never meet old
+figures.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import TOP_TOKENS, Evaluator, Progress, Reference, Scores, take
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.files import write_json
+from adaptive_k_moe.plugin import instruction_set
 
 FORMAT = 1
 """Changes whenever old files could not be read any more."""
@@ -122,9 +124,12 @@ class EvaluationCache:
 
 
 def engine_fingerprint(evaluator: Evaluator) -> str:
-    """SHA-256 over the hashes of the engine's files: its weights, not its policies."""
+    """SHA-256 over the hashes of the engine's files (its weights, not its policies) and the kernels' instruction set.
+
+    Sets differ in the last bits, and with bfloat16 experts in more: AMX rounds their activations.
+    """
     files = sorted((name, entry.sha256) for name, entry in evaluator.config.files.items())
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([files, instruction_set()]).encode()).hexdigest()
 
 
 def top_tokens(log_probs: npt.NDArray[np.float32], count: int) -> Reference:

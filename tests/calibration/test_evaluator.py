@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adaptive_k_moe.calibration import traces
 from adaptive_k_moe.calibration.bootstrap import difference, mean
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Reference, kl_divergence, log_softmax, random_rows
@@ -73,6 +74,13 @@ def test_kl_divergence_is_the_definition_over_kept_tokens_and_the_rest() -> None
 
 def test_top_tokens_name_the_first_of_equals() -> None:
     assert top_tokens(np.zeros((1, 3, 10), np.float32), 4).ids[..., 0].tolist() == [[0, 0, 0]]
+
+
+def test_figures_of_other_kernels_are_others(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = traces.engine_fingerprint(evaluator)
+    assert traces.engine_fingerprint(evaluator) == here
+    monkeypatch.setattr(traces, "instruction_set", lambda: "another")
+    assert traces.engine_fingerprint(evaluator) != here
 
 
 def test_a_window_beyond_the_engine_is_refused(evaluator: Evaluator) -> None:
