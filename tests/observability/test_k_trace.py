@@ -95,6 +95,8 @@ def test_a_narrow_terminal_and_colours(
     assert "layers 0 to " in shown and " to 39" in shown
     assert "\x1b" not in shown  # nor what a token's text may hold
     monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     assert trace("--open", path) == 0
     coloured = capsys.readouterr().out
     assert "\x1b[32m" in coloured and r"\x1b[31m<b>[red]\n" in coloured
