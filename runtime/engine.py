@@ -119,14 +119,17 @@ class Engine:
         enrollment: Enrollment | None = None,
         context: RequestContext = NO_CONTEXT,
         background: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> Request:
         """Check a request and make it ready for `add`; changes nothing.
+
+        With `chat_template_kwargs`, which are given to the model's chat template, the prompt has to be a conversation.
 
         Raises:
             RequestError: the prompt or a parameter asks for something impossible here.
             PolicyError: there is no policy of that name.
         """
-        text, token_ids = self._encode(prompt, params)
+        text, token_ids = self._encode(prompt, params, chat_template_kwargs or {})
         session, max_seq_len = self._session, self.limits.max_seq_len
         if not token_ids:
             raise RequestError("the prompt is empty: give at least one token.")
@@ -520,9 +523,13 @@ class Engine:
             raise RequestError("a conversation needs the engine's own tokenizer, and this engine was opened without.")
         return self.tokenizer.apply_chat_template(messages, **variables)
 
-    def _encode(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
-        if not isinstance(prompt, str) and isinstance(prompt, SequenceOf) and prompt and isinstance(prompt[0], Mapping):
-            text = self.apply_chat_template(cast("SequenceOf[Message]", prompt))
+    def _encode(
+        self, prompt: Prompt, params: SamplingParams, template_variables: Mapping[str, Any]
+    ) -> tuple[str | None, list[int]]:
+        is_text = isinstance(prompt, str)
+        is_chat = not is_text and isinstance(prompt, SequenceOf) and prompt and isinstance(prompt[0], Mapping)
+        if is_chat or template_variables:
+            text = self.apply_chat_template(cast("SequenceOf[Message]", prompt), **template_variables)
             assert self.tokenizer is not None  # or there would be no text
             return text, self.tokenizer.encode(text, add_special_tokens=False)  # it has them
         if isinstance(prompt, str):

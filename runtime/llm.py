@@ -9,7 +9,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -222,21 +222,7 @@ class LLM:
         with self._telling_of_a_refusal(_new_id()):
             single, prompts = _prompts_in(inputs)
             params = _params_for(len(prompts), sampling_params)
-        requests = []
-        for prompt, param in zip(prompts, params, strict=True):
-            request_id = _new_id()
-            with self._telling_of_a_refusal(request_id, param):
-                requests.append(self._engine.prepare(prompt, param, request_id))
-        handles: list[GenerationHandle] = []
-        try:
-            for request in requests:
-                with self._telling_of_a_refusal(request.request_id, request.params):
-                    handles.append(self._worker.submit(request, None, self))
-            outputs = [handle.result() for handle in handles]
-        except BaseException:
-            for handle in handles:
-                handle.abort()
-            raise
+        outputs = self._generate(prompts, params)
         return outputs[0] if single else outputs
 
     @overload
@@ -286,13 +272,8 @@ class LLM:
         conversations: list[Any] = [messages] if single else list(messages)
         with self._telling_of_a_refusal(_new_id()):
             params = _params_for(len(conversations), sampling_params)
-            options = {"add_generation_prompt": add_generation_prompt, **_template_variables(chat_template_kwargs)}
-        prompts = []
-        for place, conversation in enumerate(conversations):
-            with self._telling_of_a_refusal(_new_id(), params[place]):
-                prompt, params[place] = self._render(conversation, params[place], options)
-                prompts.append(prompt)
-        outputs = self.generate(prompts, params)
+            variables = {"add_generation_prompt": add_generation_prompt, **_template_variables(chat_template_kwargs)}
+        outputs = self._generate(conversations, params, variables)
         return outputs[0] if single else outputs
 
     def apply_chat_template(
@@ -352,8 +333,6 @@ class LLM:
             check_arguments(RequestError, Callable | None, on_output=on_output)
             params = _params_for(1, sampling_params)[0]
         with told(params):
-            if variables := _template_variables(chat_template_kwargs):
-                inputs, params = self._render(inputs, params, variables)
             request = self._engine.prepare(
                 inputs,
                 params,
@@ -362,6 +341,7 @@ class LLM:
                 enrollment=enrollment,
                 context=context,
                 background=background,
+                chat_template_kwargs=_template_variables(chat_template_kwargs),
             )
             return self._worker.submit(request, on_output, self)
 
@@ -407,12 +387,25 @@ class LLM:
                 self._engine.observers.request_refused(refusal)
             raise
 
-    def _render(
-        self, messages: Any, params: SamplingParams, variables: Mapping[str, Any]
-    ) -> tuple[str, SamplingParams]:
-        """A conversation as a text with its special tokens, and the parameters that add none."""
-        text = self._engine.apply_chat_template(messages, **variables)
-        return text, replace(params, add_special_tokens=False)
+    def _generate(
+        self, prompts: Sequence[Prompt], params: Sequence[SamplingParams], variables: Mapping[str, Any] | None = None
+    ) -> list[RequestOutput]:
+        """Answer prompts, each with its parameters; with variables of the chat template they are conversations."""
+        requests = []
+        for prompt, param in zip(prompts, params, strict=True):
+            request_id = _new_id()
+            with self._telling_of_a_refusal(request_id, param):
+                requests.append(self._engine.prepare(prompt, param, request_id, chat_template_kwargs=variables))
+        handles: list[GenerationHandle] = []
+        try:
+            for request in requests:
+                with self._telling_of_a_refusal(request.request_id, request.params):
+                    handles.append(self._worker.submit(request, None, self))
+            return [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.abort()
+            raise
 
     def reload_policies(self) -> None:
         """Read the engine directory's policies again; running requests keep following theirs by name.
