@@ -64,6 +64,8 @@ def check_fields(instance: Any, error: type[AdaptiveKError]) -> None:
     kinds = kinds_of(dataclass)
     for field in fields(instance):
         value, kind = getattr(instance, field.name), kinds[field.name]
+        if value is field.default:  # most are, and a request is not to wait for them
+            continue
         check_arguments(error, kind, **{field.name: value})
         object.__setattr__(instance, field.name, _plain(value, kind))
 
