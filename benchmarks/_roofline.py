@@ -18,6 +18,9 @@ import numpy as np
 import openvino as ov
 from openvino import opset13 as ops
 
+BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+"""Of a weight as it is read, without its share of a scale."""
+
 
 def seconds(call: Callable[[], object], *, repeats: int = 5, warmup: int = 1) -> float:
     """Median wall time of a call."""

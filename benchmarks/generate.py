@@ -31,11 +31,9 @@ from adaptive_k_moe.policy import PolicySet
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
 from _results import cpu_name, write_results
-from _roofline import read_bandwidth
+from _roofline import BITS, read_bandwidth
 
 PREFILL, PROMPT, DECODE = 512, 128, 32
-
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 
 Measure = Callable[[], dict[str, float]]
 

@@ -30,7 +30,7 @@ import numpy.typing as npt
 from adaptive_k_moe.plugin import instruction_set, moe, route
 
 from _results import cpu_name, write_results
-from _roofline import GemmProbe, ReadProbe
+from _roofline import BITS, GemmProbe, ReadProbe
 
 Array = npt.NDArray[Any]
 
@@ -79,7 +79,6 @@ class Result:
     relative_to_twice_k: float | None = None
 
 
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
 INT4_GROUP = 64
 
 
