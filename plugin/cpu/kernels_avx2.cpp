@@ -23,19 +23,12 @@ struct Simd {
     const __m128i values = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(values));
   }
-  struct ScaledInt4 {
-    V scale;
-    void set_scale(float s) { scale = broadcast(s); }
-    static V arrange(V x) { return x; }
-    static V restore(V x) { return x; }
-    V load(const Int4Pair* p) const {
-      // Eight values in every lane: the lane's own goes to the top and comes down with its sign.
-      const __m256i eights = _mm256_broadcastd_epi32(_mm_loadu_si32(p));
-      const __m256i shifts = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
-      const __m256i values = _mm256_srai_epi32(_mm256_sllv_epi32(eights, shifts), 28);
-      return mul(_mm256_cvtepi32_ps(values), scale);
-    }
-  };
+  static V load(const Int4Pair* p) {
+    // Eight values in every lane: the lane's own goes to the top and comes down with its sign.
+    const __m256i eights = _mm256_broadcastd_epi32(_mm_loadu_si32(p));
+    const __m256i shifts = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(eights, shifts), 28));
+  }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }

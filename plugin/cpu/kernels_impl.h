@@ -4,11 +4,12 @@
 // instruction sets, and no function of one may stand in for another's at link time.
 //
 // Simd has: V (the vector type), kLanes, kTileRows (token rows in a register tile), zero(),
-// load(const float*), load(const uint16_t*) (bfloat16), load(const int8_t*), store(float*, V),
-// mul(a, b), fma(a, b, c) = a * b + c, and reduce4(const V[4], float[4]), which sums the lanes of
-// four vectors by the same tree; and ScaledInt4, whose load(const Int4Pair*) gives kLanes values
-// times the scale that set_scale(float) gave it, in an order of lanes into which arrange(V) brings
-// others and from which restore(V) brings them back.
+// load(const float*), load(const uint16_t*) (bfloat16), load(const int8_t*), load(const Int4Pair*),
+// store(float*, V), mul(a, b), fma(a, b, c) = a * b + c, and reduce4(const V[4], float[4]), which
+// sums the lanes of four vectors by the same tree. In the place of load(const Int4Pair*) it may
+// have ScaledInt4, whose load(const Int4Pair*) gives kLanes values times the scale that
+// set_scale(float) gave it, in an order of lanes into which arrange(V) brings others and from which
+// restore(V) brings them back.
 #pragma once
 
 #include <cstdint>
@@ -51,17 +52,27 @@ struct Reader : InOrder {
   static constexpr bool kQuantised = false;
   V load(const W* w) const { return Simd::load(w); }
 };
-template <>
-struct Reader<int8_t> : InOrder {
+
+template <typename W>
+struct ScaledReader : InOrder {
   static constexpr bool kQuantised = true;
   V scale;
   void set_scale(float s) { scale = Simd::broadcast(s); }
-  V load(const int8_t* w) const { return Simd::mul(Simd::load(w), scale); }
+  V load(const W* w) const { return Simd::mul(Simd::load(w), scale); }
 };
-template <>
-struct Reader<Int4Pair> : Simd::ScaledInt4 {
+
+// The set's own way with int4, if it has one.
+template <typename Set, typename = void>
+struct Int4Reader : ScaledReader<Int4Pair> {};
+template <typename Set>
+struct Int4Reader<Set, std::void_t<typename Set::ScaledInt4>> : Set::ScaledInt4 {
   static constexpr bool kQuantised = true;
 };
+
+template <>
+struct Reader<int8_t> : ScaledReader<int8_t> {};
+template <>
+struct Reader<Int4Pair> : Int4Reader<Simd> {};
 
 // What element k of a row lies at, where k is even.
 template <typename W>

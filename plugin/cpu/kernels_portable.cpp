@@ -35,16 +35,10 @@ struct Simd {
   static V load(const int8_t* p) {
     return __builtin_convertvector((Integers{p[0], p[1], p[2], p[3]}), V);
   }
-  struct ScaledInt4 {
-    V scale;
-    void set_scale(float s) { scale = broadcast(s); }
-    static V arrange(V x) { return x; }
-    static V restore(V x) { return x; }
-    V load(const Int4Pair* p) const {
-      const Integers values = {p[0].bits & 15, p[0].bits >> 4, p[1].bits & 15, p[1].bits >> 4};
-      return mul(__builtin_convertvector((values ^ 8) - 8, V), scale);
-    }
-  };
+  static V load(const Int4Pair* p) {
+    const Integers values = {p[0].bits & 15, p[0].bits >> 4, p[1].bits & 15, p[1].bits >> 4};
+    return __builtin_convertvector((values ^ 8) - 8, V);
+  }
   static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
   static V mul(V a, V b) { return a * b; }
   static V fma(V a, V b, V c) {
