@@ -164,6 +164,26 @@ def test_a_full_disk_is_one_sentence_and_no_more(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_a_request_that_ends_between_the_last_look_and_the_close_is_recorded() -> None:
+    seen: list[str] = []
+    looked, closing = threading.Event(), threading.Event()
+
+    class SlowAfterALook(RequestRecords):
+        def _record_waiting(self) -> None:
+            super()._record_waiting()
+            looked.set()
+            closing.wait()
+
+    records = SlowAfterALook([lambda trace: seen.append(trace.request_id)])
+    records.on_request_finished(make_output(context=RequestContext(client_id="first")))
+    looked.wait()
+    records.on_request_finished(make_output(context=RequestContext(client_id="second")))
+    records.close(0.0)
+    closing.set()
+    records.close()
+    assert seen == ["first", "second"]
+
+
 def test_records_come_in_order_and_a_failing_sink_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     seen: list[str] = []
 
