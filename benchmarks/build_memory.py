@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmarks" / "build_memory.json")
     args = parser.parse_args()
 
-    sys.path.insert(0, str(ROOT / "tests"))  # the tests' checkpoints are written here too
+    sys.path.insert(0, str(ROOT / "tests" / "support"))  # the tests' checkpoints are written here too
     from checkpoints import make_sparse_checkpoint
 
     changes = {} if args.num_hidden_layers is None else {"num_hidden_layers": args.num_hidden_layers}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +20,9 @@ from adaptive_k_moe.calibration.routers import DECIMALS, RouterTraces, collect_r
 from adaptive_k_moe.calibration.windows import Windows, make_windows, read_text
 from adaptive_k_moe.engine_builder import build
 
+import oracle
 from checkpoints import BUNDLED_MODELS, MIXTRAL_SMALL
 from rounded_models import PRECISIONS, quantise_reference
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugin"))
-
-import oracle
 
 
 @pytest.mark.parametrize("checkpoint", BUNDLED_MODELS, ids=lambda path: path.name)

@@ -12,6 +12,8 @@ import pytest
 from cuda_build import ROOT, build
 from cuda_launcher import Interpreter
 
+from checkpoints import SUPPORT
+
 CHECKS = {
     "exchange": "ok",
     "exchange_without_barrier": "wrong with seed",
@@ -66,7 +68,7 @@ def test_sanitizers_see_an_access_past_shared_memory(sanitized: Path) -> None:
 
 def test_kernels_are_clean_under_sanitizers(sanitized: Path) -> None:
     """Every kernel and path once, in a process of its own, on arrays that end where the allocation ends."""
-    script = Path(__file__).with_name("sanitized_run.py")
+    script = SUPPORT / "sanitized_run.py"
     done = subprocess.run(
         [sys.executable, script, sanitized / "libadaptive_k_simt.so"],
         env=environment(), capture_output=True, text=True, check=False,

@@ -18,6 +18,7 @@ import onnxruntime as ort
 import pytest
 import safetensors.numpy
 import torch
+from cases import quantise as kernels_quantise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lowered import SIZES, Lowered, assert_mamba_steps_equal_transformers, assert_steps_equal_transformers
@@ -101,9 +102,6 @@ def test_how_much_is_rounded_at_once_changes_nothing(size: int, monkeypatch: pyt
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
 def test_the_stored_form_is_that_of_the_kernels_tests(bits: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels and the plugin are held against the form that their tests write: the builder's is the same."""
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "plugin")
-    from cases import quantise as kernels_quantise
-
     monkeypatch.setitem(weight_only._SHRINKS, bits, (1.0,))  # they round in the plain way
     weights = np.random.default_rng(3).standard_normal((3, 4, 96)).astype(np.float32)
     for groups in (1, 3):

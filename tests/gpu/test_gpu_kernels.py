@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,8 @@ import pytest
 from cuda_cases import check_all, make_inputs
 from cuda_launcher import ACTIVATIONS, Layer
 from gpu_device import DeviceLayer, Gpu
+
+from checkpoints import SUPPORT
 
 
 def run_and_check(gpu: Gpu, layer: Layer, seed: int, logits: str = "plain", **options: Any) -> None:
@@ -176,7 +177,7 @@ def test_compute_sanitizer(gpu: Gpu, tool: str) -> None:
     program = shutil.which("compute-sanitizer")
     if program is None:
         pytest.skip("compute-sanitizer is not installed (it comes with the CUDA toolkit)")
-    script = Path(__file__).with_name("sanitized_launches.py")
+    script = SUPPORT / "sanitized_launches.py"
     done = subprocess.run(
         [program, "--tool", tool, "--error-exitcode", "9", sys.executable, script],
         capture_output=True, text=True, check=False,

@@ -20,11 +20,8 @@ from adaptive_k_moe.errors import PolicyError
 from adaptive_k_moe.policy import PolicySet, PolicyTables
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
-from checkpoints import Shape, make_checkpoint
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugin"))
-
 import oracle
+from checkpoints import Shape, make_checkpoint
 
 POLICIES: dict[str, Any] = {
     "one": {"kind": "fixed", "k": 1},

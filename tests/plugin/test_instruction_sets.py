@@ -14,11 +14,11 @@ import pytest
 from cases import policies, tokens, weights
 
 import oracle
+from checkpoints import SUPPORT
 
 SCRIPT = """
 import sys
 import numpy as np
-sys.path.insert(0, sys.argv[1])
 from cases import policies, quantised, tokens, weights
 from adaptive_k_moe.plugin import instruction_set, moe
 results = {}
@@ -39,16 +39,15 @@ for activation in ("swiglu", "relu2"):
         up, down, arguments, dense = quantised(4, 1152, 96, activation, bits, group)
         found = check(f"{bits} {group} {activation}", 1152, up, down, activation=activation, **arguments)
         assert (found == check("", 1152, *dense, activation=activation)).all()
-np.savez(sys.argv[2], **results)
+np.savez(sys.argv[1], **results)
 print(instruction_set())
 """
 
 
 def run(isa: str, output: Path) -> Any:
-    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), str(output)]
-    return subprocess.run(
-        command, env={**os.environ, "ADAPTIVE_K_ISA": isa}, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", SCRIPT, str(output)]
+    environment = {**os.environ, "ADAPTIVE_K_ISA": isa, "PYTHONPATH": str(SUPPORT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 
 from adaptive_k_moe import plugin
 
+from checkpoints import SUPPORT
 from mamba_oracle import CASES, Array, Case, assert_close, copied, cut, make_inputs, oracle
 
 
@@ -181,7 +181,7 @@ def test_every_instruction_set_is_the_oracles(isa: str) -> None:
     )
     run = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "ADAPTIVE_K_ISA": isa, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "ADAPTIVE_K_ISA": isa, "PYTHONPATH": str(SUPPORT)},
         capture_output=True,
         text=True,
     )

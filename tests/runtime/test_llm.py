@@ -33,6 +33,7 @@ from adaptive_k_moe.runtime import (
 )
 from adaptive_k_moe.runtime.llm import _watchers, watch_llms
 
+from checkpoints import SUPPORT
 from waiting import eventually
 
 FOREVER = SamplingParams(max_tokens=50, end_id=-1)
@@ -513,9 +514,7 @@ def test_an_interpreter_with_a_running_request_exits_at_once() -> None:
         "next(handle)\n"
     )
     started = time.monotonic()
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=30
-    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=SUPPORT, capture_output=True, text=True, timeout=30)
     assert (result.returncode, result.stderr) == (0, "")
     assert time.monotonic() - started < 8
 

@@ -4,14 +4,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from functools import partial
 
 import plugin_harness as h
 import pytest
-
-# The operator's specification, which the tests of all its faces share.
-sys.path.insert(0, str(h.REPOSITORY / "tests" / "plugin"))
 
 
 @pytest.fixture(scope="session")

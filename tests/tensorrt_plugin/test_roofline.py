@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import plugin_harness as h
 import pytest
-
-sys.path.insert(0, str(h.REPOSITORY / "benchmarks"))
-
 import roofline as r
 
 MIXTRAL, NEMOTRON = r.MODELS["mixtral-8x7b"], r.MODELS["nemotron-3-nano"]

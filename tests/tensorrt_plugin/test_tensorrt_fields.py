@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from typing import Any
 import plugin_harness as h
 import pytest
 from plugin_harness import Field, PluginLibrary
+
+from checkpoints import SUPPORT
 
 ATTRIBUTES: dict[str, Any] = {
     "activation": "relu2",
@@ -259,10 +262,9 @@ def test_without_a_logger_errors_go_to_stderr(library: PluginLibrary, capfd: pyt
 OTHER_MAJOR = """
 import sys
 
-sys.path.insert(0, sys.argv[1])
 import plugin_harness as h
 
-library = h.PluginLibrary(*map(h.Path, sys.argv[2:]))
+library = h.PluginLibrary(*map(h.Path, sys.argv[1:]))
 assert library.create(activation="swish") is None
 assert library.create(activation="geglu") is not None
 assert library.log() == []
@@ -275,10 +277,11 @@ def test_the_other_major_version_gets_its_errors_on_stderr(
 ) -> None:
     """The logger's layout differs between 10 and 11; a call into the wrong one would end the process."""
     plugin = recording_libraries[f"own{built_for}"].path
-    arguments = [str(h.HERE), str(plugin), str(h.build_harness(loaded_by))]
+    arguments = [str(plugin), str(h.build_harness(loaded_by))]
     done = subprocess.run(
-        [sys.executable, "-c", OTHER_MAJOR, *arguments], capture_output=True, text=True, check=False, timeout=60
-    )
+        [sys.executable, "-c", OTHER_MAJOR, *arguments], env={**os.environ, "PYTHONPATH": str(SUPPORT)},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     [sentence] = done.stderr.splitlines()
     assert sentence.startswith("AdaptiveKMoe: layer layers.0.moe: field activation is 'swish'")

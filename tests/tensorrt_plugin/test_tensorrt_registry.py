@@ -17,6 +17,8 @@ import plugin_harness as h
 import pytest
 from plugin_harness import PluginLibrary
 
+from checkpoints import SUPPORT
+
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx_bindings") is None, reason="TensorRT for RTX is not installed"
 )
@@ -45,7 +47,7 @@ def encounter(library: PluginLibrary | None, **task: Any) -> list[list[Any]]:
     path = str(library.path) if library else ""
     argument = json.dumps({"library": path, "loads": 1 if library else 0, **task})
     done = subprocess.run(
-        [sys.executable, h.HERE / "rtx_probe.py", argument], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, SUPPORT / "rtx_probe.py", argument], capture_output=True, text=True, timeout=120, check=False
     )
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
     ended_at_the_network = any(end in told for end in ENDS) and "terminate called" in done.stderr

@@ -19,7 +19,8 @@ from adaptive_k_moe.errors import ClientError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
-HERE = Path(__file__).resolve().parent
+from checkpoints import SUPPORT
+
 PROMPTS = ["And it came to pass", "The king", "In those days there", "import os", "x", "He said unto them, go"]
 
 
@@ -41,10 +42,12 @@ def server(gpu_engine: Path, failures: Path, tmp_path_factory: pytest.TempPathFa
     models = tmp_path_factory.mktemp("models")
     # What lies beside a model is on its path.
     (models / "ensemble" / "1").mkdir(parents=True)
-    shutil.copy(HERE / "fake_tensorrt_of_a_process.py", models / "ensemble" / "1" / "tensorrt.py")
+    beside = models / "ensemble" / "1"
+    shutil.copy(SUPPORT / "fake_tensorrt_of_a_process.py", beside / "tensorrt.py")
+    for name in ("fake_gpu.py", "fake_tensorrt.py"):
+        shutil.copy(SUPPORT / name, beside)
     options = {"http_port": 0, "grpc_port": 0, "metrics_port": 0, "kv_cache_max_tokens": 2 * 128}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FAKE_GPU_TESTS", str(HERE))
         patch.setenv("FAKE_GPU_FAILURES", str(failures))
         with TritonServer(gpu_engine, model_repository=models, log_file=models / "log", **options) as found:
             yield found

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
+SUPPORT = REPOSITORY / "tests" / "support"  # for scripts in processes of their own
 BUNDLED_MODELS = sorted((REPOSITORY / "examples" / "models").iterdir())
 """Checkpoints of the trained models in the repository; each has a policy file of its name beside them."""
 

@@ -4,16 +4,11 @@
 from __future__ import annotations
 
 import ctypes
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "plugin"))
-
 from cuda_launcher import DTYPES, ELEMENTS, Interpreter, Library
 
 from mamba_oracle import Case, make_inputs, oracle

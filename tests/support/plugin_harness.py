@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
+HERE = REPOSITORY / "tests" / "tensorrt_plugin"
 PLUGIN = REPOSITORY / "plugin"
 BUILD = REPOSITORY / "build" / "tests" / "tensorrt"
 

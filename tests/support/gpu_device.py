@@ -5,19 +5,15 @@ from __future__ import annotations
 
 import ctypes
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "cuda"))
-
-from cuda_launcher import DTYPES, POINTERS, Layer, Library, Result, read_workspace  # noqa: E402
+from cuda_launcher import DTYPES, POINTERS, Layer, Library, Result, read_workspace
 
 Array = npt.NDArray[Any]
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = Path(os.environ.get("ADAPTIVE_K_CUDA_LIBRARY", ROOT / "build" / "cuda" / "libadaptive_k_cuda.so"))
 
 

@@ -1,22 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel once, small, to be run under compute-sanitizer:
 
-compute-sanitizer --tool memcheck python tests/gpu/sanitized_launches.py
+compute-sanitizer --tool memcheck python tests/support/sanitized_launches.py
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
+from cuda_cases import check_all, make_inputs
+from cuda_launcher import Layer
+from cuda_mamba import CASES, check, make
 from gpu_device import Gpu
 from gpu_mamba import run
-
-from cuda_cases import check_all, make_inputs  # isort: skip
-from cuda_launcher import Layer  # isort: skip
-from cuda_mamba import CASES, check, make  # isort: skip
 
 LAYERS = [
     Layer(5, 40, 24, 5, path="decode"),

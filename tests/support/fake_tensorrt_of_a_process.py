@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module ``tensorrt`` of a process of its own, such as a Triton server's: lay it on its path under that name.
 
-It brings CUDA's module, too. ``FAKE_GPU_TESTS`` names this file's folder, and ``FAKE_GPU_FAILURES`` another: a file in
-it that is named as a function of CUDA lets that function fail once.
+It brings CUDA's module, too. `fake_gpu` and `fake_tensorrt` have to lie beside it. ``FAKE_GPU_FAILURES`` names a
+folder: a file in it that is named as a function of CUDA lets that function fail once.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-
-sys.path.insert(0, os.environ["FAKE_GPU_TESTS"])
 
 from fake_gpu import Error, Gpu
 from fake_tensorrt import make_tensorrt

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each kernel in libadaptive_k_cuda.so needs of a multiprocessor, read from the library itself.
 
-`python tests/cuda/cuda_resources.py` prints the table; with `--update` it becomes the one in resources.json that
+`python tests/support/cuda_resources.py` prints the table; with `--update` it becomes the one in resources.json that
 the test holds the library to. Needs cuobjdump (the nvidia-cuda-cuobjdump wheel, or a CUDA toolkit).
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "build" / "cuda" / "libadaptive_k_cuda.so"
-TABLE = Path(__file__).with_name("resources.json")
+TABLE = ROOT / "tests" / "cuda" / "resources.json"
 
 # Threads of a block and the dynamic shared memory that a launch asks for, by the kernel's name; the others
 # are CUTLASS's.
