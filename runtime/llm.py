@@ -450,7 +450,7 @@ def _show(llm: LLM, watcher: Callable[[LLM], None]) -> None:
     try:
         watcher(llm)
     except Exception:
-        logger.exception("who watches for LLMs could not take one")
+        logger.exception("a watcher of new LLMs raised; the LLM runs on without it")
 
 
 def error_kind_of(error: AdaptiveKError) -> ErrorKind:
