@@ -170,16 +170,16 @@ class Assumptions:
     launch_seconds: float = 2e-6
 
 
-# The launcher's choice between its two paths (plugin/cuda/launcher.cu).
+# The launcher's choice between its two paths (plugin/cuda/moe/launcher.cu).
 DECODE_TOKENS = 8
 MOST_DECODE_TOKENS = 128
 DECODE_ROWS_PER_EXPERT = 4
 PLAN_TOKENS = 128
-MIXED_TILE_ROWS = 64  # plugin/cuda/mixed.cu
+MIXED_TILE_ROWS = 64  # plugin/cuda/moe/mixed.cu
 
 ELEMENT_BYTES = 2  # of activations
 
-# The scan's (plugin/cuda/mamba_kernels.h, mamba_chunks.cu).
+# The scan's (plugin/cuda/mamba/kernels.h, chunks.cu).
 RECURRENT_TOKENS = 4
 SCAN_CHUNK = 32
 SCAN_COLUMNS = 32

@@ -3,7 +3,7 @@
 
 A row's values are integers times a scale, symmetric about zero: one scale a row, or one for `group_size`
 neighbours along it. Two int4 share a byte, the one with the even index in the low half, both in two's
-complement: so ONNX's own int4 has it, and the operator's weights too (``plugin/cuda/launcher.h``).
+complement: so ONNX's own int4 has it, and the operator's weights too (``plugin/cuda/moe/launcher.h``).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #if defined(ADAPTIVE_K_SIMT)
-#include "simt/simt.h"
+#include "testing/simt/simt.h"
 #else
 #include <cuda_runtime.h>
 #endif

@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "device.h"
-#include "launcher.h"
+#include "cuda/device.h"
+#include "cuda/moe/launcher.h"
 
 #if !defined(ADAPTIVE_K_SIMT)
 #include <cuda_bf16.h>

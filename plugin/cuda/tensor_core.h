@@ -2,8 +2,8 @@
 // The tensor-core product of a warp, and copies to shared memory that run beside it.
 #pragma once
 
-#include "device.h"
-#include "numeric.h"
+#include "cuda/device.h"
+#include "cuda/numeric.h"
 
 namespace adaptive_k::cuda {
 

@@ -5,8 +5,8 @@
 #include <openvino/core/op_extension.hpp>
 #include <openvino/frontend/onnx/extension/conversion.hpp>
 
-#include "adaptive_k_moe.h"
-#include "mamba2.h"
+#include "openvino/mamba/op.h"
+#include "openvino/moe/op.h"
 
 namespace {
 

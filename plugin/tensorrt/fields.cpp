@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "fields.h"
+#include "tensorrt/fields.h"
 
 #include <cmath>
 #include <cstring>
@@ -7,7 +7,7 @@
 #include <set>
 #include <sstream>
 
-#include "guard.h"
+#include "tensorrt/guard.h"
 
 namespace adaptive_k::tensorrt {
 namespace {

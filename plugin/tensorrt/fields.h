@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "adaptive_k/params.h"
+#include "operator/moe/params.h"
 
 namespace adaptive_k::tensorrt {
 

@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "log.h"
+#include "tensorrt/log.h"
 
 namespace adaptive_k::tensorrt {
 

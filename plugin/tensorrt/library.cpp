@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-#include "adaptive_k_plugin.h"
-#include "log.h"
-#include "mamba_plugin.h"
+#include "tensorrt/log.h"
+#include "tensorrt/mamba/plugin.h"
+#include "tensorrt/moe/plugin.h"
 
 #define ADAPTIVE_K_EXPORT extern "C" __attribute__((visibility("default")))
 

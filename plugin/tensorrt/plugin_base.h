@@ -13,8 +13,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "guard.h"
-#include "log.h"
+#include "tensorrt/guard.h"
+#include "tensorrt/log.h"
 
 namespace adaptive_k::tensorrt {
 

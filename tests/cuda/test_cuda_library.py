@@ -33,7 +33,7 @@ def library() -> Path:
         where = "" if shutil.which("nvcc") else " (nvcc is not installed here)"
         reason = f"{resources.LIBRARY.relative_to(resources.ROOT)} is not built: make cuda{where}"
     else:
-        folders = ("plugin/cuda", "plugin/include")
+        folders = ("plugin/cuda", "plugin/operator")
         sources = [
             path for folder in folders for path in (resources.ROOT / folder).rglob("*") if path.suffix in (".cu", ".h")
         ]

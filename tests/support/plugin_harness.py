@@ -21,11 +21,9 @@ PLUGIN = REPOSITORY / "plugin"
 BUILD = REPOSITORY / "build" / "tests" / "tensorrt"
 
 PLUGIN_SOURCES = [
-    *sorted((PLUGIN / "tensorrt").glob("*.cpp")),
-    PLUGIN / "cpu" / "mamba_shapes.cpp",
-    PLUGIN / "cpu" / "shapes.cpp",
+    *sorted((PLUGIN / "tensorrt").rglob("*.cpp")),
+    *sorted((PLUGIN / "operator").rglob("*.cpp")),
 ]
-INCLUDES = [PLUGIN / "tensorrt", PLUGIN / "cuda", PLUGIN / "cpu", PLUGIN / "include"]
 
 # Values of TensorRT's enumerations.
 FLOAT, HALF, INT8, INT32, BOOL, BF16, INT64 = 0, 1, 2, 3, 4, 7, 8
@@ -51,7 +49,7 @@ class Headers:
                 "-DADAPTIVE_K_SIMT",
                 f"-DNV_TENSORRT_MAJOR={self.major}",
                 f"-I{self.include}",
-                f"-I{PLUGIN / 'testing'}",
+                f"-I{PLUGIN}",
             ]
         return [f"-isystem{self.include}", f"-isystem{cuda_include()}"]
 
@@ -98,11 +96,10 @@ if isinstance(REAL_HEADERS, Headers):
 
 
 def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared: bool = True) -> Path:
-    """Compile once per content: the sources, everything in the include folders, and the flags."""
+    """Compile once per content: the sources, all of the plugin's headers, and the flags."""
     compiler = os.environ.get("CXX", "g++")
     digest = hashlib.sha256(repr((compiler, flags)).encode())
-    headers = [path for folder in (*INCLUDES, PLUGIN / "testing") for path in folder.rglob("*.h")]
-    for path in sorted({*sources, *headers}):
+    for path in sorted({*sources, *PLUGIN.rglob("*.h")}):
         digest.update(path.read_bytes())
     result = BUILD / f"{name}-{digest.hexdigest()[:16]}"
     if shared:
@@ -125,7 +122,7 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared
 
 def build_plugin(name: str, headers: Headers, launcher: Sequence[Path], extra: Sequence[str] = ()) -> Path:
     """The plugin's library with some launcher in place of the kernels."""
-    flags = ["-O0", *headers.flags(), *(f"-I{d}" for d in INCLUDES), *extra]
+    flags = ["-O0", *headers.flags(), f"-I{PLUGIN}", *extra]
     return compiled(f"libadaptive_k_tensorrt_{name}_{headers.name}", [*PLUGIN_SOURCES, *launcher], flags)
 
 

@@ -3,8 +3,8 @@
 // given and answers as it was told.
 #include <stdexcept>
 
-#include "launcher.h"
-#include "mamba_launcher.h"
+#include "cuda/mamba/launcher.h"
+#include "cuda/moe/launcher.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 

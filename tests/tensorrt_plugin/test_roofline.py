@@ -199,8 +199,8 @@ def test_launches_are_what_small_experts_cannot_save() -> None:
 
 
 def test_the_paths_are_the_launchers() -> None:
-    launcher = (h.PLUGIN / "cuda" / "launcher.cu").read_text()
-    plan = (h.PLUGIN / "cuda" / "plan.h").read_text()
+    launcher = (h.PLUGIN / "cuda" / "moe" / "launcher.cu").read_text()
+    plan = (h.PLUGIN / "cuda" / "moe" / "plan.h").read_text()
 
     def constant(text: str, name: str) -> int:
         found = re.search(rf"constexpr \w+ {name} = (\d+);", text)
@@ -211,7 +211,7 @@ def test_the_paths_are_the_launchers() -> None:
     assert constant(launcher, "kMostDecodeTokens") == r.MOST_DECODE_TOKENS
     assert constant(launcher, "kDecodeRowsPerExpert") == r.DECODE_ROWS_PER_EXPERT
     assert constant(plan, "kPlanTokens") == r.PLAN_TOKENS
-    assert constant((h.PLUGIN / "cuda" / "mixed.cu").read_text(), "kTileRows") == r.MIXED_TILE_ROWS
+    assert constant((h.PLUGIN / "cuda" / "moe" / "mixed.cu").read_text(), "kTileRows") == r.MIXED_TILE_ROWS
 
 
 @pytest.mark.parametrize(("tokens", "decode"), [(1, True), (8, True), (16, True), (17, False), (200, False)])
@@ -288,16 +288,16 @@ def test_the_scan_in_prefill_reads_its_states_once_and_multiplies_in_chunks() ->
 
 
 def test_the_scans_constants_are_the_kernels() -> None:
-    folder = h.REPOSITORY / "plugin" / "cuda"
+    folder = h.REPOSITORY / "plugin" / "cuda" / "mamba"
 
     def constant(name: str, file: str) -> int:
         found = re.search(rf"constexpr (?:int32_t|int) {name} = (\d+);", (folder / file).read_text())
         assert found
         return int(found[1])
 
-    assert constant("kRecurrentTokens", "mamba_kernels.h") == r.RECURRENT_TOKENS
-    assert constant("kChunk", "mamba_chunks.cu") == r.SCAN_CHUNK
-    assert constant("kColumns", "mamba_chunks.cu") == r.SCAN_COLUMNS
+    assert constant("kRecurrentTokens", "kernels.h") == r.RECURRENT_TOKENS
+    assert constant("kChunk", "chunks.cu") == r.SCAN_CHUNK
+    assert constant("kColumns", "chunks.cu") == r.SCAN_COLUMNS
 
 
 def test_the_scans_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -18,7 +18,7 @@
 #include <cstdint>
 
 #if defined(ADAPTIVE_K_SIMT)
-#include "simt/runtime.h"  // a host stand-in for cudaStream_t
+#include "testing/simt/runtime.h"  // a host stand-in for cudaStream_t
 #else
 #include <cuda_runtime_api.h>
 #endif

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "simt/simt.h"
+#include "testing/simt/simt.h"
 
 #include <sys/mman.h>
 

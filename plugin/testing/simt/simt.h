@@ -18,7 +18,7 @@
 #include <string>
 #include <type_traits>
 
-#include "simt/runtime.h"
+#include "testing/simt/runtime.h"
 
 #define __global__
 #define __device__

@@ -1,0 +1,321 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/moe/compute.h"
+
+#include <tbb/blocked_range.h>
+#include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/moe/kernels/kernels.h"
+#include "cpu/moe/plan.h"
+#include "cpu/moe/scratch.h"
+#include "operator/moe/routing.h"
+
+namespace adaptive_k::cpu {
+namespace {
+
+// Work below this many weight bytes (each counted once for every kRowsPerRead token rows) stays on
+// the calling thread: handing it out would cost more than it saves.
+constexpr int64_t kSerialBytes = 192 << 10;
+constexpr int64_t kRowsPerRead = 16;
+// Weight bytes that are worth a task of their own.
+constexpr int64_t kTaskBytes = 64 << 10;
+// The most panels that a task takes: activations come into the second-level cache once for all.
+constexpr int64_t kMaxPanels = 8;
+// Tokens are taken in chunks whose intermediate results stay below about this many floats.
+constexpr int64_t kChunkFloats = 64 << 20;
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// Calls body(i) for i in [0, n), `grain` calls to a task.
+template <typename Body>
+void parallel_for(int64_t n, int64_t grain, bool serial, const Body& body) {
+  if (serial || n <= grain) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  tbb::parallel_for(
+      tbb::blocked_range<int64_t>(0, n, grain),
+      [&](const tbb::blocked_range<int64_t>& range) {
+        for (int64_t i = range.begin(); i < range.end(); ++i) body(i);
+      },
+      tbb::simple_partitioner());
+}
+
+// One of the layer's weights: for each expert `rows` rows of K values.
+struct Matrix {
+  WeightFormat format;
+  const void* values;
+  const float* scales;  // null unless quantised
+  int64_t rows, K;
+  int64_t group_size;
+
+  Matrix(WeightFormat format, const void* values, const float* scales, int64_t rows, int64_t K,
+         int64_t group_size)
+      : format(format),
+        values(values),
+        scales(scales),
+        rows(rows),
+        K(K),
+        group_size(group_size == 0 ? K : group_size) {}
+
+  int64_t row_bytes() const { return K * bits_of(format) / 8; }
+};
+
+// The weight rows of an expert that a task multiplies with. Missing rows repeat the last, so that
+// the kernels need no edge case.
+class WeightRows {
+ public:
+  WeightRows(const Matrix& matrix, int64_t expert)
+      : matrix_(matrix), first_row_(expert * matrix.rows), row_bytes_(matrix.row_bytes()) {}
+
+  void add(int64_t first, int64_t count, int64_t end) {
+    for (int64_t r = 0; r < count; ++r, ++size_) {
+      const int64_t row = first_row_ + std::min(first + r, end - 1);
+      rows_[size_] = static_cast<const char*>(matrix_.values) + row * row_bytes_;
+      if (matrix_.scales != nullptr)
+        scales_[size_] = matrix_.scales + row * (matrix_.K / matrix_.group_size);
+    }
+  }
+  int size() const { return size_; }
+  Weights weights() const {
+    return {matrix_.format, size_, rows_, matrix_.scales == nullptr ? nullptr : scales_,
+            matrix_.group_size};
+  }
+  int64_t K() const { return matrix_.K; }
+
+ private:
+  const Matrix& matrix_;
+  int64_t first_row_, row_bytes_;
+  const void* rows_[kMaxPanels * kPanelRows];
+  const float* scales_[kMaxPanels * kPanelRows];
+  int size_ = 0;
+};
+
+// How many of `units` pieces of work of unit_bytes a task takes, so that tasks are worth their cost
+// and there are enough of them to keep all threads busy to the end.
+int64_t units_per_task(int64_t units, int64_t unit_bytes, int64_t at_most) {
+  const int64_t threads = tbb::this_task_arena::max_concurrency();
+  const int64_t worth = divide_up(kTaskBytes, unit_bytes);
+  return std::clamp<int64_t>(std::max(units / (8 * threads), worth), 1, at_most);
+}
+
+// Token rows that are multiplied together: as many as let a part of their activations fill half the
+// second-level cache.
+int block_rows(const Kernels& kernels) {
+  const int64_t fit = second_level_cache_bytes() / 2 / (int64_t{kPart} * kernels.activation_bytes);
+  return static_cast<int>(std::clamp<int64_t>(fit, 24, kernels.max_block_rows));
+}
+
+// One call of the operator on one chunk of tokens.
+class Layer {
+ public:
+  Layer(const MoeParams& params, const ExpertArguments& args, Scratch& scratch)
+      : params_(params),
+        args_(args),
+        kernels_(kernels(params.weight_format)),
+        scratch_(scratch),
+        plan_(scratch.plan),
+        gated_(is_gated(params.activation)),
+        up_(params.weight_format, args.up, args.up_scales, (gated_ ? 2 : 1) * args.intermediate,
+            args.hidden, args.group_size),
+        down_(params.weight_format, args.down, args.down_scales, args.hidden, args.intermediate,
+              args.group_size),
+        padded_hidden_(round_up(args.hidden, kernels_.lanes)),
+        padded_intermediate_(round_up(args.intermediate, kernels_.lanes)) {}
+
+  void run(const float* hidden_states, float* output) {
+    const int64_t expert_bytes = up_.rows * up_.row_bytes() + down_.rows * down_.row_bytes();
+    serial_ =
+        expert_bytes * (plan_.num_experts_used + plan_.num_rows() / kRowsPerRead) < kSerialBytes;
+    gather(hidden_states);
+    project_up();
+    project_down(output);
+  }
+
+ private:
+  static char* reserve(FloatBuffer& buffer, int64_t bytes) {
+    return reinterpret_cast<char*>(buffer.reserve(divide_up(bytes, sizeof(float))));
+  }
+
+  // Packs the tokens' rows in the order of the plan; a lone whole row is used where it lies.
+  void gather(const float* hidden_states) {
+    const std::vector<Plan::TileRange>& tiles = plan_.tiles;
+    x_tiles_ = &scratch_.x_tiles;
+    h_tiles_ = &scratch_.h_tiles;
+    x_tiles_->resize(tiles.size());
+    h_tiles_->resize(tiles.size());
+    const bool in_place =
+        padded_hidden_ == args_.hidden && kernels_.activation_bytes == sizeof(float);
+    bool all_in_place = in_place;
+    for (const Plan::TileRange& tile : tiles) all_in_place = all_in_place && tile.rows == 1;
+    const int64_t x_bytes = padded_hidden_ * kernels_.activation_bytes;
+    const int64_t h_bytes = padded_intermediate_ * kernels_.activation_bytes;
+    char* packed = all_in_place ? nullptr : reserve(scratch_.x, plan_.num_rows() * x_bytes);
+    char* h = reserve(scratch_.h, plan_.num_rows() * h_bytes);
+    for (size_t i = 0; i < tiles.size(); ++i)
+      (*h_tiles_)[i] = {h + tiles[i].first_row * h_bytes, tiles[i].rows};
+    const int64_t grain = std::max<int64_t>(1, 8192 / args_.hidden);
+    parallel_for(tiles.size(), grain, serial_ || all_in_place, [&](int64_t i) {
+      const Plan::TileRange& tile = tiles[i];
+      const float* rows[kMaxTileRows];
+      for (int r = 0; r < tile.rows; ++r)
+        rows[r] = hidden_states + plan_.row_token[tile.first_row + r] * args_.hidden;
+      if (tile.rows == 1 && in_place) {
+        (*x_tiles_)[i] = {rows[0], 1};
+        return;
+      }
+      char* to = packed + tile.first_row * x_bytes;
+      kernels_.pack(rows, tile.rows, args_.hidden, to);
+      (*x_tiles_)[i] = {to, tile.rows};
+    });
+  }
+
+  // c [rows of the block, weight rows] = products of the block's rows of `tiles`.
+  void multiply(const Plan::Block& block, const std::vector<Tile>& tiles, const WeightRows& weights,
+                float* c) const {
+    kernels_.multiply(tiles.data() + block.first_tile, block.num_tiles, weights.weights(),
+                      weights.K(), second_level_cache_bytes(), c);
+  }
+
+  // A task computes some panels of neurons for one block.
+  void project_up() const {
+    const int64_t intermediate = args_.intermediate;
+    const int neurons = gated_ ? kPanelRows / 2 : kPanelRows;
+    const int64_t panels = divide_up(intermediate, neurons);
+    const int64_t num_blocks = static_cast<int64_t>(plan_.blocks.size());
+    const int64_t per_task =
+        units_per_task(num_blocks * panels, kPanelRows * up_.row_bytes(), kMaxPanels);
+    const int64_t strips = divide_up(panels, per_task);
+    parallel_for(num_blocks * strips, 1, serial_, [&](int64_t i) {
+      // Blocks of one expert take a strip one after the other: it is still in some cache then.
+      const Plan::Block& block = plan_.blocks[i / strips];
+      const int64_t begin = i % strips * per_task, end = std::min(begin + per_task, panels);
+      WeightRows weights(up_, block.expert);
+      for (int64_t p = begin; p < end; ++p) {
+        weights.add(p * neurons, neurons, intermediate);
+        if (gated_) weights.add(intermediate + p * neurons, neurons, 2 * intermediate);
+      }
+      float* c = thread_floats(block.num_rows * weights.size());
+      multiply(block, *x_tiles_, weights, c);
+      for (int t = 0; t < block.num_tiles; ++t) {
+        const Tile& tile = (*h_tiles_)[block.first_tile + t];
+        for (int64_t p = begin; p < end; ++p)
+          kernels_.activate(params_.activation, c + (p - begin) * kPanelRows, weights.size(),
+                            tile.rows, p * neurons, intermediate, padded_intermediate_,
+                            const_cast<void*>(tile.x));
+        c += tile.rows * weights.size();
+      }
+    });
+  }
+
+  // A task takes a strip of the output's columns through all experts, so that it can add up each
+  // token's experts itself, in the order of their rank.
+  void project_down(float* output) const {
+    const int64_t hidden = args_.hidden;
+    constexpr int64_t kColumns = 16;
+    const int64_t units = divide_up(hidden, kColumns);
+    const int64_t columns =
+        kColumns * units_per_task(units, plan_.num_experts_used * kColumns * down_.row_bytes(),
+                                  kMaxPanels * kPanelRows / kColumns);
+    parallel_for(divide_up(hidden, columns), 1, serial_, [&](int64_t i) {
+      const int64_t first = i * columns;
+      const int count = static_cast<int>(std::min(columns, hidden - first));
+      const int64_t width = round_up(count, kColumns);
+      float* c = thread_floats(plan_.num_rows() * width);
+      for (const Plan::Block& block : plan_.blocks) {
+        WeightRows weights(down_, block.expert);
+        weights.add(first, width, hidden);
+        multiply(block, *h_tiles_, weights, c + block.first_row * width);
+      }
+      for (int64_t t = 0; t < plan_.num_tokens; ++t) {
+        const int64_t begin = plan_.token_begin[t];
+        const int k = static_cast<int>(plan_.token_begin[t + 1] - begin);
+        const float* y[kMaxKLimit];
+        for (int j = 0; j < k; ++j) y[j] = c + plan_.token_rows[begin + j] * width;
+        kernels_.combine(y, plan_.token_weights.data() + begin, k, count,
+                         output + t * hidden + first);
+      }
+    });
+  }
+
+  // Room for intermediate results. Only a task without nested parallelism may hold it.
+  static float* thread_floats(int64_t count) {
+    static thread_local FloatBuffer* buffer = nullptr;
+    if (buffer == nullptr) buffer = new FloatBuffer;  // lives as long as the thread pool
+    constexpr int64_t kReadAhead = 16;                // of Kernels::combine
+    return buffer->reserve(count + kReadAhead);
+  }
+
+  const MoeParams& params_;
+  const ExpertArguments& args_;
+  const Kernels& kernels_;
+  Scratch& scratch_;
+  const Plan& plan_;
+  const bool gated_;
+  const Matrix up_, down_;
+  const int64_t padded_hidden_, padded_intermediate_;
+  bool serial_ = false;
+  std::vector<Tile>* x_tiles_ = nullptr;
+  std::vector<Tile>* h_tiles_ = nullptr;
+};
+
+}  // namespace
+
+void route(const MoeParams& params, const RoutingArguments& args, int32_t* k, float* entropy,
+           int32_t* experts, float* weights) {
+  const int32_t capacity = largest_k(params, args.experts);
+  const bool serial = args.tokens * args.experts < 2048;
+  const int64_t grain = std::max<int64_t>(1, 1024 / args.experts);
+  parallel_for(args.tokens, grain, serial, [&](int64_t t) {
+    static thread_local RoutingBuffers* buffers = nullptr;
+    if (buffers == nullptr) buffers = new RoutingBuffers;
+    const int64_t p = std::clamp<int64_t>(args.policy_index[t], 0, args.policies - 1);
+    const PolicyRow row = {args.policy_kind[p], args.thresholds + p * (args.choices - 1),
+                           args.k_values + p * args.choices, args.choices};
+    int32_t* chosen = experts + t * capacity;
+    float* weight = weights + t * capacity;
+    k[t] = route_token(params, args.router_logits + t * args.experts, args.experts,
+                       args.correction_bias, args.expert_norms, row,
+                       buffers->get(args.experts, params.n_group), capacity, chosen, weight,
+                       entropy + t);
+    std::fill(chosen + k[t], chosen + capacity, -1);
+    std::fill(weight + k[t], weight + capacity, 0.0f);
+  });
+}
+
+void moe(const MoeParams& params, const RoutingArguments& routing, const ExpertArguments& args,
+         float* output, int32_t* k, float* entropy) {
+  if (routing.tokens == 0) return;
+  const ScratchLease lease;
+  Scratch& scratch = *lease;
+  const int32_t capacity = largest_k(params, routing.experts);
+  scratch.experts.resize(routing.tokens * capacity);
+  scratch.weights.resize(routing.tokens * capacity);
+  route(params, routing, k, entropy, scratch.experts.data(), scratch.weights.data());
+  if (routing.expert_load != nullptr) {
+    for (int64_t t = 0; t < routing.tokens; ++t)
+      for (int32_t i = 0; i < k[t]; ++i) ++routing.expert_load[scratch.experts[t * capacity + i]];
+  }
+
+  const Kernels& layer_kernels = kernels(params.weight_format);
+  Layer layer(params, args, scratch);
+  int64_t begin = 0;
+  while (begin < routing.tokens) {
+    int64_t end = begin, rows = 0;
+    while (end < routing.tokens &&
+           (end == begin || (rows + k[end]) * (args.hidden + args.intermediate) <= kChunkFloats))
+      rows += k[end++];
+    scratch.plan.build(end - begin, routing.experts, capacity, layer_kernels.tile_rows,
+                       block_rows(layer_kernels), k + begin,
+                       scratch.experts.data() + begin * capacity,
+                       scratch.weights.data() + begin * capacity);
+    layer.run(args.hidden_states + begin * args.hidden, output + begin * args.hidden);
+    begin = end;
+  }
+}
+
+}  // namespace adaptive_k::cpu

@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// The loops over weights, one set for each instruction set, chosen at run time.
+//
+// Every product of a token's row with a weight row is summed in one order, whatever else is
+// computed beside it: K is taken in parts of kPart elements; in a part, element k goes to lane k %
+// lanes of one vector accumulator, lanes take their elements in rising order by fused multiply-add
+// and are added by one fixed tree; the parts' sums are added in rising order. So a token's result
+// has the same bits alone and in any batch. (AMX has another order with that property: see
+// amx.cpp, which also says how it packs activations.)
+//
+// A quantised weight is its value times its scale, rounded to float32 as it is read, wherever that
+// is.
+//
+// Activations are packed: a tile of m <= tile_rows rows is stored [padded K / lanes][m][lanes],
+// zeros after K.
+#pragma once
+
+#include <cstdint>
+
+#include "operator/moe/params.h"
+
+namespace adaptive_k::cpu {
+
+constexpr int kPart = 1024;
+
+// Weight rows are processed in panels of this many: 16 neurons of a gated expert (16 gate rows,
+// then 16 up rows) or 32 neurons of a plain one.
+constexpr int kPanelRows = 32;
+
+// The largest tile_rows.
+constexpr int kMaxTileRows = 16;
+
+// A tile of packed activations, floats or what the kernels pack them as, and the number of rows.
+struct Tile {
+  const void* x;
+  int rows;
+};
+
+// Two neighbours of a row of int4, the one with the even index in the low half.
+struct Int4Pair {
+  uint8_t bits;
+};
+
+// The weight rows of one product, wherever they lie.
+struct Weights {
+  WeightFormat format;
+  int num_rows;             // a multiple of 16
+  const void* const* rows;  // [num_rows] of K values each
+  // Of quantised formats alone: each row's scales, one for each group_size values. A group is the
+  // whole row or a multiple of 32 values; K is a multiple of 16 for int8 and of 32 for int4.
+  const float* const* scales;
+  int64_t group_size;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;
+  int tile_rows;
+  int max_block_rows;    // the most token rows that are worth multiplying together
+  int activation_bytes;  // of a packed element: 4 is float32, of which a lone row needs no packing
+
+  // Packs m rows of K floats into one tile.
+  void (*pack)(const float* const* rows, int m, int64_t K, void* packed);
+
+  // c[i * num_rows + r] = dot(row i of the tiles, weight row r), r < num_rows. Weights are read
+  // once, straight from where they lie. cache_bytes is the size of the second-level cache:
+  // activations beyond half of it are taken part by part.
+  void (*multiply)(const Tile* tiles, int num_tiles, const Weights& weights, int64_t K,
+                   int64_t cache_bytes, float* c);
+
+  // Applies the activation to a panel of a tile's products, whose rows are c_stride apart, and
+  // writes its neurons, from number `first` on, into the packed tile of padded length padded_I.
+  // Neurons at or beyond I become zeros; the last panel's call fills the padding.
+  void (*activate)(Activation activation, const float* c, int64_t c_stride, int rows, int64_t first,
+                   int64_t I, int64_t padded_I, void* tile);
+
+  // out[0 .. n) = sum over j of weights[j] * y[j][0 .. n), in the order of j. Up to 15 floats after
+  // the end of y[j] are read.
+  void (*combine)(const float* const* y, const float* weights, int k, int n, float* out);
+};
+
+// The instruction set in use: the best that this machine runs, or the one that the environment
+// variable ADAPTIVE_K_ISA names (portable, avx2, avx512, amx). Throws std::invalid_argument when it
+// cannot be had.
+const char* instruction_set();
+
+// Its kernels for weights of a format. Those of amx multiply bfloat16 alone.
+const Kernels& kernels(WeightFormat format);
+
+// Bytes of a core's second-level cache.
+int64_t second_level_cache_bytes();
+
+extern const Kernels kPortableKernels;
+#if defined(ADAPTIVE_K_X86)
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAmxKernels;
+#endif
+
+}  // namespace adaptive_k::cpu

@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// For any processor: vectors of four floats in the compiler's own extension (SSE2 on x86-64, NEON
+// on ARM).
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/moe/kernels/kernels.h"
+
+#if defined(__ARM_NEON) && defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace adaptive_k::cpu {
+namespace {
+
+struct Simd {
+  typedef float V __attribute__((vector_size(16)));
+  typedef uint32_t Bits __attribute__((vector_size(16)));
+  typedef int32_t Integers __attribute__((vector_size(16)));
+  static constexpr int kLanes = 4;
+  static constexpr int kTileRows = 3;
+  static V zero() { return V{0, 0, 0, 0}; }
+  static V broadcast(float x) { return V{x, x, x, x}; }
+  static V load(const float* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static V load(const uint16_t* p) {
+    const Bits bits = Bits{p[0], p[1], p[2], p[3]} << 16;
+    V v;
+    std::memcpy(&v, &bits, sizeof v);
+    return v;
+  }
+  static V load(const int8_t* p) {
+    return __builtin_convertvector((Integers{p[0], p[1], p[2], p[3]}), V);
+  }
+  static V load(const Int4Pair* p) {
+    const Integers values = {p[0].bits & 15, p[0].bits >> 4, p[1].bits & 15, p[1].bits >> 4};
+    return __builtin_convertvector((values ^ 8) - 8, V);
+  }
+  static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+  static V mul(V a, V b) { return a * b; }
+  static V fma(V a, V b, V c) {
+#if defined(__ARM_NEON) && defined(__aarch64__)
+    return vfmaq_f32(c, a, b);
+#else
+    return a * b + c;  // rounded twice: the build turns contraction off
+#endif
+  }
+  static void reduce4(const V* a, float* sums) {
+    for (int r = 0; r < 4; ++r) sums[r] = (a[r][0] + a[r][2]) + (a[r][1] + a[r][3]);
+  }
+};
+
+}  // namespace
+}  // namespace adaptive_k::cpu
+
+#define ADAPTIVE_K_TILE_ROWS 3
+#include "cpu/moe/kernels/impl.h"
+
+namespace adaptive_k::cpu {
+const Kernels kPortableKernels = {"portable", kLanes,   kTileRows, kMaxBlockRows, sizeof(float),
+                                  pack,       multiply, activate,  combine};
+}  // namespace adaptive_k::cpu

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/moe/plan.h"
+
+#include <algorithm>
+
+namespace adaptive_k::cpu {
+
+void Plan::build(int64_t tokens, int32_t num_experts, int32_t capacity, int tile_rows,
+                 int block_rows, const int32_t* k, const int32_t* experts, const float* weights) {
+  num_tokens = tokens;
+  next_row_.assign(num_experts, 0);
+  token_begin.resize(tokens + 1);
+  token_begin[0] = 0;
+  for (int64_t t = 0; t < tokens; ++t) {
+    token_begin[t + 1] = token_begin[t] + k[t];
+    for (int32_t j = 0; j < k[t]; ++j) ++next_row_[experts[t * capacity + j]];
+  }
+
+  blocks.clear();
+  tiles.clear();
+  num_experts_used = 0;
+  int64_t row = 0;
+  for (int32_t e = 0; e < num_experts; ++e) {
+    const int64_t rows = next_row_[e];
+    next_row_[e] = row;
+    if (rows == 0) continue;
+    ++num_experts_used;
+    const int64_t num_blocks = (rows + block_rows - 1) / block_rows;
+    for (int64_t b = 0; b < num_blocks; ++b) {
+      const int64_t begin = row + rows * b / num_blocks, end = row + rows * (b + 1) / num_blocks;
+      const int64_t num_tiles = (end - begin + tile_rows - 1) / tile_rows;
+      blocks.push_back({e, static_cast<int32_t>(num_tiles), static_cast<int64_t>(tiles.size()),
+                        begin, end - begin});
+      for (int64_t t = 0; t < num_tiles; ++t) {
+        const int64_t first = begin + (end - begin) * t / num_tiles;
+        const int64_t last = begin + (end - begin) * (t + 1) / num_tiles;
+        tiles.push_back({first, static_cast<int>(last - first)});
+      }
+    }
+    row += rows;
+  }
+
+  row_token.resize(row);
+  token_rows.resize(row);
+  token_weights.resize(row);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int32_t j = 0; j < k[t]; ++j) {
+      const int64_t to = next_row_[experts[t * capacity + j]]++;
+      row_token[to] = t;
+      token_rows[token_begin[t] + j] = to;
+      token_weights[token_begin[t] + j] = weights[t * capacity + j];
+    }
+  }
+}
+
+}  // namespace adaptive_k::cpu

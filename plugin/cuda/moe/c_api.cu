@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstring>
+
+#include "cuda/moe/c_api.h"
+#include "cuda/moe/workspace.h"
+
+namespace {
+
+using namespace adaptive_k;        // NOLINT
+using namespace adaptive_k::cuda;  // NOLINT
+
+MoeParams params_of(const AdaptiveKLayer& layer) {
+  MoeParams params;
+  params.activation = static_cast<Activation>(layer.activation);
+  params.scoring = static_cast<Scoring>(layer.scoring);
+  params.norm_topk_prob = layer.norm_topk_prob != 0;
+  params.routed_scaling_factor = layer.routed_scaling_factor;
+  params.n_group = layer.n_group;
+  params.topk_group = layer.topk_group;
+  params.max_k = layer.max_k;
+  return params;
+}
+
+MoeShape shape_of(const AdaptiveKLayer& layer) {
+  MoeShape shape;
+  shape.tokens = layer.tokens;
+  shape.hidden = layer.hidden;
+  shape.intermediate = layer.intermediate;
+  shape.experts = layer.experts;
+  shape.policies = layer.policies;
+  shape.choices = layer.choices;
+  shape.element = static_cast<ElementType>(layer.element);
+  shape.weights = static_cast<WeightStorage>(layer.weights);
+  shape.group_size = layer.group_size;
+  shape.path = static_cast<Path>(layer.path);
+  return shape;
+}
+
+}  // namespace
+
+const char* adaptive_k_cuda_check(const AdaptiveKLayer* layer) {
+  return check(params_of(*layer), shape_of(*layer));
+}
+
+size_t adaptive_k_cuda_workspace_size(const AdaptiveKLayer* layer) {
+  return workspace_size(params_of(*layer), shape_of(*layer));
+}
+
+int adaptive_k_cuda_launch(const AdaptiveKLayer* layer, const AdaptiveKPointers* p, void* workspace,
+                           void* stream) {
+  MoeArguments a;
+  a.hidden_states = p->hidden_states;
+  a.router_logits = static_cast<const float*>(p->router_logits);
+  a.policy_index = static_cast<const int32_t*>(p->policy_index);
+  a.policy_kind = static_cast<const int32_t*>(p->policy_kind);
+  a.thresholds = static_cast<const float*>(p->thresholds);
+  a.k_values = static_cast<const int32_t*>(p->k_values);
+  a.up = p->up;
+  a.down = p->down;
+  a.up_scales = p->up_scales;
+  a.down_scales = p->down_scales;
+  a.correction_bias = static_cast<const float*>(p->correction_bias);
+  a.expert_norms = static_cast<const float*>(p->expert_norms);
+  a.output = p->output;
+  a.k = static_cast<int32_t*>(p->k);
+  a.entropy = static_cast<float*>(p->entropy);
+  return static_cast<int>(
+      launch(params_of(*layer), shape_of(*layer), a, workspace, static_cast<cudaStream_t>(stream)));
+}
+
+int adaptive_k_cuda_path(const AdaptiveKLayer* layer) {
+  return static_cast<int>(choose_path(params_of(*layer), shape_of(*layer)));
+}
+
+int64_t adaptive_k_cuda_workspace_offset(const AdaptiveKLayer* layer, const char* name) {
+  const MoeParams params = params_of(*layer);
+  const MoeShape shape = shape_of(*layer);
+  const Workspace w = lay_out(params, shape, choose_path(params, shape));
+  const struct {
+    const char* name;
+    size_t at;
+  } parts[] = {{"experts", w.experts},       {"weights", w.weights},
+               {"offsets", w.offsets},       {"active", w.active},
+               {"num_active", w.num_active}, {"row_token", w.row_token},
+               {"token_rows", w.token_rows}};
+  for (const auto& part : parts)
+    if (std::strcmp(part.name, name) == 0) return static_cast<int64_t>(part.at);
+  return -1;
+}

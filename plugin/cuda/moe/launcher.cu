@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/device.h"
+#include "cuda/moe/decode.h"
+#include "cuda/moe/grouped_gemm.h"
+#include "cuda/moe/launcher.h"
+#include "cuda/moe/mixed.h"
+#include "cuda/moe/plan.h"
+#include "cuda/moe/route.h"
+#include "cuda/moe/route_and_plan.h"
+#include "cuda/moe/rows.h"
+#include "cuda/moe/workspace.h"
+#include "cuda/numeric.h"
+
+namespace adaptive_k::cuda {
+namespace {
+
+// Up to this many tokens always decode.
+constexpr int64_t kDecodeTokens = 8;
+// Never more than this many tokens decode, however many experts share them.
+constexpr int64_t kMostDecodeTokens = 128;
+// In between, as long as an expert has on average at most this many rows.
+constexpr int64_t kDecodeRowsPerExpert = 4;
+
+bool decodes(int64_t tokens, int32_t capacity, int32_t experts) {
+  return tokens <= kDecodeTokens ||
+         (tokens <= kMostDecodeTokens && tokens * capacity <= kDecodeRowsPerExpert * experts);
+}
+
+bool can_prefill(const MoeShape& shape) {
+  return shape.weights == WeightStorage::kElement ? grouped_gemm_supports(shape.element)
+                                                  : shape.element != ElementType::kFloat32;
+}
+
+bool is_one_of(int32_t value, int32_t last) { return value >= 0 && value <= last; }
+
+}  // namespace
+
+const char* check(const MoeParams& params, const MoeShape& s) {
+  if (s.experts < 1) return "there must be at least one expert";
+  if (s.experts > kMaxExperts) return "there may be at most 512 experts";
+  if (const char* wrong = check_attributes(params, s.experts)) return wrong;
+  if (largest_k(params, s.experts) > kMaxSelected)
+    return "max_k must be at most 32 on CUDA devices";
+  if (s.policies < 1) return "policy_kind needs at least one row";
+  if (s.choices < 1) return "k_values needs at least one column";
+  if (s.hidden < 1 || s.intermediate < 1) return "hidden and intermediate size must be positive";
+  if (!is_one_of(static_cast<int32_t>(s.element), 2)) return "the element type is unknown";
+  if (!is_one_of(static_cast<int32_t>(s.weights), 2)) return "the weight storage is unknown";
+  if (!is_one_of(static_cast<int32_t>(s.path), 2)) return "the path is unknown";
+  if (s.hidden % 8 != 0 || s.intermediate % 8 != 0)
+    return "hidden and intermediate size must be multiples of 8, for 16-byte loads";
+  if (s.weights == WeightStorage::kInt8) {
+    if (s.hidden % 16 != 0 || s.intermediate % 16 != 0)
+      return "hidden and intermediate size must be multiples of 16 for int8 weights";
+  }
+  if (s.weights == WeightStorage::kInt4) {
+    if (s.hidden % 32 != 0 || s.intermediate % 32 != 0)
+      return "hidden and intermediate size must be multiples of 32 for int4 weights";
+  }
+  if (s.weights != WeightStorage::kElement && (s.group_size < 0 || s.group_size % 32 != 0))
+    return "group_size must be 0 or a multiple of 32";
+  if (s.weights != WeightStorage::kElement && s.group_size > 0 &&
+      (s.hidden % s.group_size != 0 || s.intermediate % s.group_size != 0))
+    return "group_size must divide the hidden and the intermediate size";
+  if (s.path == Path::kPrefill && !can_prefill(s))
+    return "the prefill path takes float16 and bfloat16 only";
+  if (s.tokens < 0) return "the number of tokens must not be negative";
+  if (s.tokens * largest_k(params, s.experts) >= int64_t{1} << 31)
+    return "tokens times max_k must stay below 2^31";
+  return nullptr;
+}
+
+Path choose_path(const MoeParams& params, const MoeShape& s) {
+  if (s.path != Path::kAuto) return s.path;
+  if (!can_prefill(s)) return Path::kDecode;
+  return decodes(s.tokens, largest_k(params, s.experts), s.experts) ? Path::kDecode
+                                                                    : Path::kPrefill;
+}
+
+Workspace lay_out(const MoeParams& params, const MoeShape& s, Path path) {
+  const int64_t rows = s.tokens * largest_k(params, s.experts);
+  const int64_t element = element_bytes(s.element);
+  const int64_t chunks = divide_up(s.tokens, kPlanTokens);
+  Workspace w = {};
+  const auto reserve = [&w](int64_t bytes) {
+    const size_t at = w.size;
+    w.size += static_cast<size_t>(divide_up(bytes, 256) * 256);
+    return at;
+  };
+  w.experts = reserve(rows * 4);
+  w.weights = reserve(rows * 4);
+  w.chunk_counts = reserve(chunks * s.experts * 4);
+  w.offsets = reserve((s.experts + int64_t{1}) * 4);
+  w.active = reserve(s.experts * int64_t{4});
+  w.num_active = reserve(4);
+  w.row_token = reserve(rows * 4);
+  w.token_rows = reserve(rows * 4);
+  w.h = reserve(rows * s.intermediate * element);
+  if (path == Path::kDecode) {
+    w.y = reserve(rows * s.hidden * 4);
+  } else if (s.weights != WeightStorage::kElement) {
+    w.y = reserve(rows * s.hidden * element);
+    w.tiles = reserve(mixed_max_tiles(rows, s.experts) * static_cast<int64_t>(sizeof(RowTile)));
+    w.num_tiles = reserve(4);
+  } else {
+    w.x = w.y = reserve(rows * s.hidden * element);
+    if (is_gated(params.activation)) w.u = reserve(rows * s.intermediate * element * 2);
+    w.gemm = reserve(static_cast<int64_t>(grouped_gemm_workspace(s.experts)));
+  }
+  return w;
+}
+
+size_t workspace_size(const MoeParams& params, const MoeShape& s) {
+  // A call with fewer tokens may take the other path, so room for both: decode's for the most
+  // tokens that may take it.
+  size_t size = 0;
+  if (choose_path(params, s) == Path::kPrefill) size = lay_out(params, s, Path::kPrefill).size;
+  if (s.path != Path::kPrefill) {
+    MoeShape few = s;
+    const int32_t capacity = largest_k(params, s.experts);
+    if (s.path == Path::kAuto && can_prefill(s))
+      while (few.tokens > 0 && !decodes(few.tokens, capacity, s.experts))
+        few.tokens = few.tokens > kMostDecodeTokens ? kMostDecodeTokens : few.tokens - 1;
+    const size_t decode = lay_out(params, few, Path::kDecode).size;
+    size = size > decode ? size : decode;
+  }
+  return size;
+}
+
+cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArguments& a,
+                   void* workspace, cudaStream_t stream) {
+  if (check(params, s) != nullptr) return cudaErrorInvalidValue;
+  if (s.tokens == 0) return cudaSuccess;
+  const bool quantised = s.weights != WeightStorage::kElement;
+  if (a.hidden_states == nullptr || a.router_logits == nullptr || a.policy_index == nullptr ||
+      a.policy_kind == nullptr || (a.thresholds == nullptr && s.choices > 1) ||
+      a.k_values == nullptr || a.up == nullptr || a.down == nullptr ||
+      (quantised && (a.up_scales == nullptr || a.down_scales == nullptr)) || a.output == nullptr ||
+      a.k == nullptr || a.entropy == nullptr || workspace == nullptr)
+    return cudaErrorInvalidValue;
+
+  const Path path = choose_path(params, s);
+  const Workspace w = lay_out(params, s, path);
+  char* const base = static_cast<char*>(workspace);
+  const auto integers = [base](size_t at) { return reinterpret_cast<int32_t*>(base + at); };
+  const auto floats = [base](size_t at) { return reinterpret_cast<float*>(base + at); };
+  const int32_t capacity = largest_k(params, s.experts);
+
+  RouteArguments r = {};
+  r.params = params;
+  r.tokens = s.tokens;
+  r.num_experts = s.experts;
+  r.num_policies = s.policies;
+  r.num_choices = s.choices;
+  r.capacity = capacity;
+  r.logits = a.router_logits;
+  r.policy_index = a.policy_index;
+  r.policy_kind = a.policy_kind;
+  r.thresholds = a.thresholds;
+  r.k_values = a.k_values;
+  r.correction_bias = a.correction_bias;
+  r.expert_norms = a.expert_norms;
+  r.k = a.k;
+  r.entropy = a.entropy;
+  r.experts = integers(w.experts);
+  r.weights = floats(w.weights);
+
+  PlanArguments p = {};
+  p.tokens = s.tokens;
+  p.num_experts = s.experts;
+  p.capacity = capacity;
+  p.k = a.k;
+  p.experts = r.experts;
+  p.chunk_counts = integers(w.chunk_counts);
+  p.offsets = integers(w.offsets);
+  p.active = integers(w.active);
+  p.num_active = integers(w.num_active);
+  p.row_token = integers(w.row_token);
+  p.token_rows = integers(w.token_rows);
+  if (route_and_plan_fits(s.tokens, s.experts)) {
+    ADAPTIVE_K_RETURN_IF(route_and_plan(r, p, stream));
+  } else {
+    ADAPTIVE_K_RETURN_IF(route(r, stream));
+    ADAPTIVE_K_RETURN_IF(plan(p, stream));
+  }
+
+  const int64_t max_rows = s.tokens * capacity;
+  if (path == Path::kDecode || quantised) {
+    const PlannedRows rows = {p.offsets, p.active, p.num_active, p.row_token, s.experts, max_rows};
+    DecodeUpArguments up = {};
+    up.element = s.element;
+    up.storage = s.weights;
+    up.activation = params.activation;
+    up.hidden = s.hidden;
+    up.intermediate = s.intermediate;
+    up.group_size = s.group_size;
+    up.rows = rows;
+    up.x = a.hidden_states;
+    up.up = a.up;
+    up.up_scales = a.up_scales;
+    up.h = base + w.h;
+    DecodeDownArguments down = {};
+    down.element = s.element;
+    down.storage = s.weights;
+    down.hidden = s.hidden;
+    down.intermediate = s.intermediate;
+    down.group_size = s.group_size;
+    down.rows = rows;
+    down.h = up.h;
+    down.down = a.down;
+    down.down_scales = a.down_scales;
+    down.y = base + w.y;
+    if (path == Path::kDecode) {
+      ADAPTIVE_K_RETURN_IF(decode_up(up, stream));
+      ADAPTIVE_K_RETURN_IF(decode_down(down, stream));
+    } else {
+      auto* tiles = reinterpret_cast<RowTile*>(base + w.tiles);
+      int32_t* num_tiles = integers(w.num_tiles);
+      ADAPTIVE_K_RETURN_IF(mixed_tiles(rows, tiles, num_tiles, stream));
+      ADAPTIVE_K_RETURN_IF(mixed_up(up, tiles, num_tiles, stream));
+      ADAPTIVE_K_RETURN_IF(mixed_down(down, tiles, num_tiles, stream));
+    }
+  } else {
+    const int32_t* num_rows = p.offsets + s.experts;
+    ADAPTIVE_K_RETURN_IF(gather_rows(s.element, a.hidden_states, p.row_token, num_rows, max_rows,
+                                     s.hidden, base + w.x, stream));
+    GroupedGemm gemm = {};
+    gemm.element = s.element;
+    gemm.experts = s.experts;
+    gemm.n = s.intermediate * (is_gated(params.activation) ? 2 : 1);
+    gemm.k = s.hidden;
+    gemm.tokens = s.tokens;
+    gemm.max_rows = max_rows;
+    gemm.offsets = p.offsets;
+    gemm.a = base + w.x;
+    gemm.b = a.up;
+    // A gated activation needs two columns that lie I apart, which no tile has both of.
+    const bool gated = is_gated(params.activation);
+    gemm.c = base + (gated ? w.u : w.h);
+    gemm.activated = !gated;
+    gemm.activation = params.activation;
+    ADAPTIVE_K_RETURN_IF(grouped_gemm(gemm, base + w.gemm, stream));
+    if (gated)
+      ADAPTIVE_K_RETURN_IF(activate_rows(s.element, params.activation, base + w.u, num_rows,
+                                         max_rows, s.intermediate, base + w.h, stream));
+    gemm.activated = false;
+    gemm.n = s.hidden;
+    gemm.k = s.intermediate;
+    gemm.a = base + w.h;
+    gemm.b = a.down;
+    gemm.c = base + w.y;
+    ADAPTIVE_K_RETURN_IF(grouped_gemm(gemm, base + w.gemm, stream));
+  }
+  return combine_rows(s.element, path == Path::kDecode, base + w.y, p.token_rows, r.weights, a.k,
+                      s.tokens, capacity, s.hidden, a.output, stream);
+}
+
+}  // namespace adaptive_k::cuda

@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// The expert products for many tokens with int8 or int4 weights: tensor-core tiles whose weights
+// become 16-bit numbers on the way from shared memory to the registers.
+#pragma once
+
+#include "cuda/moe/decode.h"
+#include "cuda/moe/launcher.h"
+
+namespace adaptive_k::cuda {
+
+// A tile's rows all belong to one expert.
+struct RowTile {
+  int32_t expert;
+  int32_t first_row;
+  int32_t num_rows;
+};
+
+// No more tiles than this.
+int64_t mixed_max_tiles(int64_t max_rows, int32_t num_experts);
+
+// The tiles of the planned rows, in order, and their number. For mixed_up() and mixed_down().
+cudaError_t mixed_tiles(const PlannedRows& rows, RowTile* tiles, int32_t* num_tiles,
+                        cudaStream_t stream);
+
+// As decode_up() and decode_down(), for float16 and bfloat16 with quantised weights; y, the result
+// of the second, is of the element type.
+cudaError_t mixed_up(const DecodeUpArguments& up, const RowTile* tiles, const int32_t* num_tiles,
+                     cudaStream_t stream);
+cudaError_t mixed_down(const DecodeDownArguments& down, const RowTile* tiles,
+                       const int32_t* num_tiles, cudaStream_t stream);
+
+}  // namespace adaptive_k::cuda
