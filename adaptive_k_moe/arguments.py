@@ -25,6 +25,8 @@ _WORDS: dict[Any, str] = {
     os.PathLike: "a path",
     Sequence[int]: "a list of integers",
     Sequence[str]: "a list of texts",
+    Sequence[str | Sequence[int]]: "a list of texts or of lists of token ids",
+    Mapping[int | str, float]: "a dictionary of token ids or texts, with finite numbers",
     Mapping[str, Any]: "a dictionary with names as keys",
     Mapping[str, str]: "a dictionary of texts",
     Any: "anything",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adaptive_k_moe.errors import ServerError
-from adaptive_k_moe.model_repository.contract import BLS, ENSEMBLE, KV_CACHE_PARAMETER, render_config
+from adaptive_k_moe.model_repository.contract import ENSEMBLE, KV_CACHE_PARAMETER, MODELS, render_config
 
 
 def write_model_repository(
@@ -37,11 +37,11 @@ def write_model_repository(
     if kv_cache_max_tokens is not None:
         engine[KV_CACHE_PARAMETER] = str(kv_cache_max_tokens)
     try:
-        for model, its_parameters in ((ENSEMBLE, engine), (BLS, {})):
+        for model in MODELS:
             version = directory / model / "1"
             version.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(__file__).parent / model / "1" / "model.py", version / "model.py")
             config = version.parent / "config.pbtxt"
-            config.write_text(render_config(model, its_parameters), encoding="utf-8")
+            config.write_text(render_config(model, engine if model == ENSEMBLE else None), encoding="utf-8")
     except OSError as error:
         raise ServerError(f"cannot write the model repository {directory}: {error.strerror}.") from None

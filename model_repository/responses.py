@@ -10,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.engine_config import EngineConfig
+from adaptive_k_moe.model_repository.contract import PERF_METRICS
 from adaptive_k_moe.model_repository.requests import GenerationRequest
 from adaptive_k_moe.policy import PolicyTables
-from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestOutput
+from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 Outputs = dict[str, npt.NDArray[Any]]
 
@@ -70,16 +71,15 @@ class ResponseBuilder:
 
     def _tensors(self, output: RequestOutput, completion: CompletionOutput, sent: int) -> Outputs:
         request = self._request
-        text = completion.text_diff if request.streaming else completion.text
         tensors: Outputs = {
-            "text_output": _text(f"{request.prompt}{text}" if request.repeat_prompt else text),
+            **(self._token_ids(output, completion, sent) if request.returns_token_ids else self._text(completion)),
             "batch_index": _scalar(request.batch_index, np.int32),
             "sequence_index": _scalar(completion.index, np.int32),
             "adaptive_k_avg_k": _scalar(self.avg_k, np.float32),
             "adaptive_k_compute_saved_ratio": _scalar(self.compute_saved_ratio, np.float32),
         }
         if output.variant is not None:
-            tensors["adaptive_k_variant"] = _text(output.variant)
+            tensors["adaptive_k_variant"] = _string(output.variant)
         if request.return_adaptive_k:
             tensors["adaptive_k_k"] = completion.k[None, sent:].astype(np.int32)
             tensors["adaptive_k_entropy"] = completion.entropy[None, sent:].astype(np.float32)
@@ -91,17 +91,34 @@ class ResponseBuilder:
             tensors["generation_logits"] = completion.generation_logits[None, None, sent:].astype(np.float32)
         if output.context_logits is not None and not self._context_logits_sent:
             tensors["context_logits"] = output.context_logits[None].astype(np.float32)
-            # A stream says it once; of several whole sequences each has it.
-            self._context_logits_sent = request.streaming
+            # A stream of text says it once, and of several whole sequences each has it. Readers of token ids keep
+            # what the last response brought.
+            self._context_logits_sent = request.streaming and not request.returns_token_ids
         if request.return_num_input_tokens:
             tensors["num_input_tokens"] = _scalar(len(output.prompt_token_ids), np.int32)
         if request.return_num_output_tokens:
             tensors["num_output_tokens"] = _scalar(len(completion.token_ids) - sent, np.int32)
         if request.return_perf_metrics:
-            for name in ("arrival_time", "first_scheduled_time", "first_token_time", "last_token_time"):
-                seconds = getattr(output.metrics, name)
-                tensors[f"{name}_ns"] = _scalar(0 if seconds is None else round(seconds * 1e9), np.int64)
+            tensors |= _perf_metrics(output.metrics)
         return tensors
+
+    def _text(self, completion: CompletionOutput) -> Outputs:
+        request = self._request
+        text = completion.text_diff if request.streaming else completion.text
+        text = f"{request.prompt}{text}" if request.repeat_prompt else text
+        # Without the batch axis that other outputs have: TensorRT-LLM's clients read `text_output[0].decode()`.
+        return {"text_output": np.array([text.encode()], dtype=object)}
+
+    def _token_ids(self, output: RequestOutput, completion: CompletionOutput, sent: int) -> Outputs:
+        token_ids = completion.token_ids[sent:]
+        if completion.finish_reason == "stop" and completion.stop_reason is None:
+            token_ids = token_ids[:-1]  # the end token is, as in TensorRT-LLM, not part of the answer
+        if self._request.repeat_prompt:
+            token_ids = [*output.prompt_token_ids, *token_ids]
+        return {
+            "output_ids": np.array([[token_ids]], np.int32),
+            "sequence_length": _scalar(len(token_ids), np.int32),
+        }
 
 
 def describe_engine(config: EngineConfig, policies: PolicyTables) -> Outputs:
@@ -114,12 +131,24 @@ def describe_engine(config: EngineConfig, policies: PolicyTables) -> Outputs:
         "num_experts": model.num_experts,
         "num_experts_per_tok": model.num_experts_per_tok,
     }
-    return {"adaptive_k_engine": _text(json.dumps(description))}
+    return {"adaptive_k_engine": _string(json.dumps(description))}
+
+
+def _perf_metrics(metrics: RequestMetrics) -> Outputs:
+    """Figures of one request. There is neither reuse of KV blocks nor speculation, so theirs are 0."""
+    known: dict[str, float] = {
+        "kv_cache_alloc_new_blocks": metrics.num_kv_blocks,
+        "kv_cache_alloc_total_blocks": metrics.num_kv_blocks,
+    }
+    for name in ("arrival_time", "first_scheduled_time", "first_token_time", "last_token_time"):
+        known[f"{name}_ns"] = round((getattr(metrics, name) or 0.0) * 1e9)
+    dtypes = {"INT32": np.int32, "INT64": np.int64, "FP32": np.float32}
+    return {name: _scalar(known.get(name, 0), dtypes[data_type]) for name, data_type, *_ in PERF_METRICS}
 
 
 def _scalar(value: float, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     return np.array([[value]], dtype)
 
 
-def _text(text: str) -> npt.NDArray[Any]:
+def _string(text: str) -> npt.NDArray[Any]:
     return np.array([[text.encode()]], dtype=object)

@@ -24,7 +24,7 @@ from typing import IO
 from adaptive_k_moe.arguments import check_arguments
 from adaptive_k_moe.engine_config import read_engine_config
 from adaptive_k_moe.errors import ServerError
-from adaptive_k_moe.model_repository.contract import BLS, ENSEMBLE
+from adaptive_k_moe.model_repository.contract import MODELS
 from adaptive_k_moe.model_repository.installation import find_tritonserver
 from adaptive_k_moe.model_repository.observation_options import ObservationOptions
 from adaptive_k_moe.model_repository.repository import write_model_repository
@@ -274,7 +274,7 @@ class TritonServer:
         deadline = time.monotonic() + self._ready_timeout
         while time.monotonic() < deadline:
             self._check_alive("did not start")
-            if all(_is_ready(f"http://{self.http_url}/v2/models/{model}/ready") for model in (ENSEMBLE, BLS)):
+            if all(_is_ready(f"http://{self.http_url}/v2/models/{model}/ready") for model in MODELS):
                 return True
             if stop_asked is None:
                 time.sleep(_POLL_SECONDS)

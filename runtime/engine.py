@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -145,11 +145,7 @@ class Engine:
                 f"the prompt has {len(token_ids)} tokens, but max_input_len is {max_input_len} here: shorten the "
                 "prompt or build the engine with a larger --max_input_len."
             )
-        for token_id in (min(token_ids), max(token_ids)):
-            if not 0 <= token_id < session.vocab_size:
-                raise RequestError(
-                    f"the prompt has token id {token_id}, but the model's are 0 to {session.vocab_size - 1}."
-                )
+        self._check_token_ids("the prompt", (min(token_ids), max(token_ids)))
         # The last token is never computed: nothing follows it.
         longest = min(len(token_ids) + params.max_tokens, max_seq_len) - 1
         if self._blocks.blocks_for(longest) > self._blocks.num_blocks:
@@ -165,6 +161,9 @@ class Engine:
             raise RequestError("stop strings need the tokenizer, and this engine was opened without one.")
         end_ids = self._end_ids(params)
         bad_words = self._bad_words(params)
+        for word in params.stop_words:
+            self._check_token_ids("stop", word)
+        logit_bias = self._logit_bias(params)
         policy_index = self.policies.index(params.adaptive_k_policy)
         request = Request(
             request_id=request_id,
@@ -185,7 +184,14 @@ class Engine:
             request.prompt_text = text if text is not None else self._decode(token_ids, params)
         for index in range(params.n):
             sampling = SamplingState(
-                params, session.vocab_size, list(token_ids), index=index, end_ids=end_ids, bad_words=bad_words
+                params,
+                session.vocab_size,
+                list(token_ids),
+                index=index,
+                end_ids=end_ids,
+                bad_words=bad_words,
+                stop_words=params.stop_words,
+                logit_bias=logit_bias,
             )
             answer = AnswerText(
                 self.tokenizer,
@@ -480,6 +486,8 @@ class Engine:
             sequence.finish("stop", token_id if named else None)
         elif (stop := sequence.text.append(token_id, sequence.num_generated)) is not None:
             sequence.finish("stop", stop)
+        elif (word := sequence.sampling.stop_word) is not None:
+            sequence.finish("stop", word)
         elif sequence.num_generated >= params.max_tokens or len(sequence.token_ids) >= self.limits.max_seq_len:
             sequence.finish("length")
         if sequence.finish_reason is not None:
@@ -561,11 +569,11 @@ class Engine:
                 )
         return frozenset(asked) | (self._eos_token_ids if params.end_id is None else frozenset())
 
-    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
-        """The token sequences of the strings in `bad`, as a word's beginning and within a text."""
+    def _bad_words(self, params: SamplingParams) -> list[SequenceOf[int]]:
+        """The token sequences in `bad`; those of a string as a word's beginning and within a text."""
         if params.bad_strings and self.tokenizer is None:
             raise RequestError("bad words need the tokenizer, and this engine was opened without one.")
-        words: list[list[int]] = []
+        words: list[SequenceOf[int]] = [*params.bad_words]
         for string in params.bad_strings:
             assert self.tokenizer is not None
             found = [
@@ -577,6 +585,31 @@ class Engine:
             if not found:
                 raise RequestError(f"the bad word {string!r} has no tokens in this model's vocabulary: leave it out.")
             words += found
-        if words and max(max(word) for word in words) >= self._session.vocab_size:
-            raise RequestError("a bad word has tokens outside the model's vocabulary: leave it out.")
+        for word in words:
+            self._check_token_ids("bad", word)
         return words
+
+    def _logit_bias(self, params: SamplingParams) -> dict[int, float]:
+        """What is added to each token's logit; a text in `logit_bias` adds to each of its tokens."""
+        bias: dict[int, float] = {}
+        for key, value in (params.logit_bias or {}).items():
+            token_ids = [int(key)] if not isinstance(key, str) else self._tokens_of_word(key)
+            for token_id in token_ids:
+                bias[token_id] = bias.get(token_id, 0.0) + value
+        self._check_token_ids("logit_bias", bias)
+        return bias
+
+    def _tokens_of_word(self, word: str) -> list[int]:
+        if self.tokenizer is None:
+            raise RequestError("texts in logit_bias need the tokenizer, and this engine was opened without one.")
+        token_ids = self.tokenizer.encode(word, add_special_tokens=False)
+        if not token_ids or self.tokenizer.unk_token_id in token_ids:
+            raise RequestError(f"{word!r} in logit_bias has no tokens in this model's vocabulary: leave it out.")
+        return token_ids
+
+    def _check_token_ids(self, name: str, token_ids: Iterable[int]) -> None:
+        for token_id in token_ids:
+            if not 0 <= token_id < self._session.vocab_size:
+                raise RequestError(
+                    f"{name} has token id {token_id}, but the model's are 0 to {self._session.vocab_size - 1}."
+                )

@@ -58,7 +58,7 @@ class CompletionOutput:
         cumulative_logprob: sum of the chosen tokens' log-probabilities; None unless `logprobs` was asked.
         logprobs: n dictionaries, token id to log-probability; the chosen token is in each.
         finish_reason: None while it runs; "stop", "length", "cancelled" or "error" after.
-        stop_reason: the stop string or stop token id that ended it, if one did.
+        stop_reason: the stop string, stop token id or list of token ids that ended it, if one did.
         k: [n, L] experts that ran in the forward pass that produced each token.
         entropy: [n, L] the router's entropy in that pass, in nats.
         generation_logits: [n, V] if asked for.
@@ -74,7 +74,7 @@ class CompletionOutput:
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, float]] | None = None
     finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
+    stop_reason: str | int | tuple[int, ...] | None = None
     generation_logits: npt.NDArray[np.float32] | None = None
 
 
@@ -89,6 +89,7 @@ class RequestMetrics:
         last_token_time: its last generated token was there.
         finished_time: it ended, for whatever reason.
         num_preemptions: times that its KV blocks were taken away.
+        num_kv_blocks: KV blocks that it was given, those that it was given again after a preemption among them.
     """
 
     arrival_time: float
@@ -97,6 +98,7 @@ class RequestMetrics:
     last_token_time: float | None = None
     finished_time: float | None = None
     num_preemptions: int = 0
+    num_kv_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """From logits to tokens: each sequence by its own parameters, its own history and its own generator.
 
-Order, as in Hugging Face's `generate`: repetition, presence and frequency penalties; bad words; no end
+Order, as in Hugging Face's `generate`: logit bias; repetition, presence and frequency penalties; bad words; no end
 before `min_tokens`; temperature; top-k; top-p; min-p; draw. Log-probabilities are those of the model:
 the log-softmax of the raw logits, before all of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -53,6 +53,8 @@ class SamplingState:
         index: which of the request's `n` sequences; each has its own generator.
         end_ids: tokens that must not come before `min_tokens`.
         bad_words: token sequences that must not come.
+        stop_words: token sequences that end the answer.
+        logit_bias: token id to what is added to its logit.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class SamplingState:
         index: int = 0,
         end_ids: Iterable[int] = (),
         bad_words: Sequence[Sequence[int]] = (),
+        stop_words: Sequence[tuple[int, ...]] = (),
+        logit_bias: Mapping[int, float] | None = None,
     ) -> None:
         self.params = params
         self.greedy = params.greedy
@@ -71,6 +75,10 @@ class SamplingState:
         self.num_generated = 0
         self.end_ids = np.array(sorted(end_ids), np.int64)
         self.bad_words = [tuple(word) for word in bad_words]
+        self.stop_words = stop_words
+        self._biased = np.fromiter(logit_bias or (), np.int64)
+        # As certain as can be, and no infinity, which would be no number next to another one.
+        self._bias = np.fromiter((logit_bias or {}).values(), np.float64).clip(-1e30, 1e30).astype(np.float32)
         spawn_key = (index,) if index else ()
         self.generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(params.seed, spawn_key=spawn_key)))
         self._seen: npt.NDArray[np.bool_] | None = None
@@ -80,7 +88,9 @@ class SamplingState:
         self._counts: npt.NDArray[np.int32] | None = None
         if params.presence_penalty or params.frequency_penalty:
             self._counts = np.zeros(vocab_size, np.int32)
-        self._always_plain = self._seen is None and self._counts is None and not self.bad_words
+        self._always_plain = (
+            self._seen is None and self._counts is None and not self.bad_words and not len(self._biased)
+        )
 
     def append(self, token_id: int) -> None:
         """The answer goes on with this token."""
@@ -90,6 +100,14 @@ class SamplingState:
             self._seen[token_id] = True
         if self._counts is not None:
             self._counts[token_id] += 1
+
+    @property
+    def stop_word(self) -> tuple[int, ...] | None:
+        """The stop word that the answer ends in, once it may end; None without one."""
+        if self.num_generated < self.params.min_tokens:
+            return None
+        answer = self.token_ids[len(self.token_ids) - self.num_generated :]
+        return next((word for word in self.stop_words if tuple(answer[-len(word) :]) == word), None)
 
     @property
     def changes_logits(self) -> bool:
@@ -102,9 +120,10 @@ class SamplingState:
         return self.num_generated < self.params.min_tokens and len(self.end_ids) > 0
 
     def processed(self, logits: FloatArray) -> FloatArray:
-        """A copy of the logits [V] with penalties applied and forbidden tokens at -inf."""
+        """A copy of the logits [V] with bias and penalties applied and forbidden tokens at -inf."""
         params = self.params
         scores = logits.copy()
+        scores[self._biased] += self._bias
         if self._seen is not None:
             seen = np.flatnonzero(self._seen)
             values = scores[seen]

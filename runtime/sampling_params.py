@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from adaptive_k_moe.arguments import check_fields
@@ -31,9 +31,11 @@ class SamplingParams:
         seed: of this request's own generator; without one it is drawn at random.
         n: sequences to generate from the prompt, each with its own generator; at most `MAX_N`.
         stop: strings that end the answer; the answer does not hold them unless
-            `include_stop_str_in_output`.
+            `include_stop_str_in_output`. A list of token ids in the place of a string ends it after these tokens.
         stop_token_ids: tokens that end the answer, besides `end_id`.
-        bad: strings that must not be generated (as token sequences).
+        bad: strings that must not be generated (as token sequences), or lists of token ids.
+        logit_bias: added to the logits of token ids, before anything else acts on them. A text in the place of an
+            id stands for each of its tokens, as in `embedding_bias_words` of TensorRT-LLM's Triton models.
         end_id: the token that ends an answer; None is the model's own, -1 is none.
         pad_id: accepted for compatibility; nothing is padded.
         logprobs: number of likeliest tokens whose log-probabilities are returned with each token;
@@ -64,9 +66,10 @@ class SamplingParams:
     min_tokens: int = 0
     seed: int | None = None
     n: int = 1
-    stop: str | Sequence[str] | None = None
+    stop: str | Sequence[str | Sequence[int]] | None = None
     stop_token_ids: Sequence[int] | None = None
-    bad: str | Sequence[str] | None = None
+    bad: str | Sequence[str | Sequence[int]] | None = None
+    logit_bias: Mapping[int | str, float] | None = None
     end_id: int | None = None
     pad_id: int | None = None
     logprobs: int | None = None
@@ -93,8 +96,8 @@ class SamplingParams:
         self._check("logprobs", self.logprobs is None or self.logprobs >= 0, "0 or more")
         self._check("prompt_logprobs", self.prompt_logprobs is None or self.prompt_logprobs >= 0, "0 or more")
         self._check("seed", self.seed is None or 0 <= self.seed < 2**64, "between 0 and 2**64 - 1")
-        self._check("stop", "" not in self.stop_strings, "strings that are not empty")
-        self._check("bad", "" not in self.bad_strings, "strings that are not empty")
+        for name in ("stop", "bad"):
+            self._check(name, all(len(word) for word in _as_tuple(getattr(self, name))), "words that are not empty")
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
@@ -107,16 +110,30 @@ class SamplingParams:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple."""
-        return _as_tuple(self.stop)
+        """The strings in `stop`."""
+        return tuple(word for word in _as_tuple(self.stop) if isinstance(word, str))
+
+    @property
+    def stop_words(self) -> tuple[tuple[int, ...], ...]:
+        """The lists of token ids in `stop`."""
+        return _token_words(self.stop)
 
     @property
     def bad_strings(self) -> tuple[str, ...]:
-        """`bad` as a tuple."""
-        return _as_tuple(self.bad)
+        """The strings in `bad`."""
+        return tuple(word for word in _as_tuple(self.bad) if isinstance(word, str))
+
+    @property
+    def bad_words(self) -> tuple[tuple[int, ...], ...]:
+        """The lists of token ids in `bad`."""
+        return _token_words(self.bad)
 
 
-def _as_tuple(strings: str | Sequence[str] | None) -> tuple[str, ...]:
-    if strings is None:
+def _as_tuple(words: str | Sequence[str | Sequence[int]] | None) -> tuple[str | Sequence[int], ...]:
+    if words is None:
         return ()
-    return (strings,) if isinstance(strings, str) else tuple(strings)
+    return (words,) if isinstance(words, str) else tuple(words)
+
+
+def _token_words(words: str | Sequence[str | Sequence[int]] | None) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(int(i) for i in word) for word in _as_tuple(words) if not isinstance(word, str))

@@ -157,10 +157,11 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> bool:
         """Blocks for a sequence's first tokens, at the expense of the background; False if there are too few."""
-        grow = self.block_manager.grow
-        return grow(sequence.block_table, num_tokens) or (
-            self._take_from_background() and grow(sequence.block_table, num_tokens)
-        )
+        grow, table = self.block_manager.grow, sequence.block_table
+        held = len(table)
+        grown = grow(table, num_tokens) or (self._take_from_background() and grow(table, num_tokens))
+        sequence.request.metrics.num_kv_blocks += len(table) - held
+        return grown
 
     def _take_from_background(self) -> bool:
         """Take what the background holds, which it will compute again; whether it held anything."""

@@ -217,7 +217,7 @@ class Sequence:
         self.logprobs: list[dict[int, float]] = []
         self.last_token_time: float | None = None
         self.finish_reason: FinishReason | None = None
-        self.stop_reason: str | int | None = None
+        self.stop_reason: str | int | tuple[int, ...] | None = None
         with_prompt = not params.exclude_input_from_output
         self._first_token = 0 if with_prompt else self.num_prompt_tokens
         self._first_text = request.prompt_text if with_prompt else ""
@@ -259,7 +259,7 @@ class Sequence:
         self.k.append(k[known:])
         self.entropy.append(entropy[known:])
 
-    def finish(self, reason: FinishReason, stop_reason: str | int | None = None) -> None:
+    def finish(self, reason: FinishReason, stop_reason: str | int | tuple[int, ...] | None = None) -> None:
         """End the answer; text that was held back comes out, and a stop string in it still counts."""
         matched = None
         if reason != "error":  # text may be what the error is about

@@ -29,7 +29,7 @@ from adaptive_k_moe.errors import ClientError
 def _piece(text: str) -> Any:
     response = service_pb2.ModelStreamInferResponse()
     arrays = {
-        "text_output": np.array([[text.encode()]], dtype=object),
+        "text_output": np.array([text.encode()], dtype=object),
         "num_output_tokens": np.array([[1]], np.int32),
         "num_input_tokens": np.array([[3]], np.int32),
         "adaptive_k_avg_k": np.array([[1.5]], np.float32),

@@ -50,7 +50,7 @@ def test_the_page_walks_from_checkpoint_to_answer(tmp_path: Path) -> None:
     assert "data: {" in done.stdout  # the same over HTTP
     assert re.search(r"^adaptive_k_requests_total\{.*\} [12]$", done.stdout, re.MULTILINE)
     assert "engine_dir" in done.stdout
-    assert {path.name for path in (tmp_path / "models").iterdir()} == {"ensemble", "tensorrt_llm_bls"}
+    assert {path.name for path in (tmp_path / "models").iterdir()} == {"ensemble", "tensorrt_llm_bls", "tensorrt_llm"}
 
 
 def test_any_triton_serves_the_repository_that_was_written(engine_dir: Path, tmp_path: Path) -> None:

@@ -523,3 +523,65 @@ def test_prompts_may_be_arrays(llm: LLM) -> None:
     expected = llm.generate([1, 2, 3]).outputs[0].token_ids
     assert llm.generate(np.array([1, 2, 3])).outputs[0].token_ids == expected  # type: ignore[call-overload]
     assert llm.generate([np.array([1, 2, 3])])[0].outputs[0].token_ids == expected  # type: ignore[list-item, index]
+
+
+def test_words_of_token_ids_end_an_answer_after_them(llm: LLM) -> None:
+    whole = llm.generate([1, 2, 3], SamplingParams(max_tokens=12, end_id=-1)).outputs[0].token_ids
+    word = whole[3:5]
+    first = next(i for i in range(11) if whole[i : i + 2] == word) + 2  # the word may come earlier, too
+    answer = llm.generate([1, 2, 3], SamplingParams(max_tokens=12, end_id=-1, stop=[[49, 49, 49], word])).outputs[0]
+    assert (answer.token_ids, answer.finish_reason, answer.stop_reason) == (whole[:first], "stop", tuple(word))
+    late = SamplingParams(max_tokens=12, end_id=-1, stop=[word], min_tokens=first + 1)
+    assert len(llm.generate([1, 2, 3], late).outputs[0].token_ids) > first
+    # The prompt's own tokens are no part of the answer.
+    asked = llm.generate([1, *word], SamplingParams(max_tokens=1, end_id=-1, stop=[word])).outputs[0]
+    assert asked.finish_reason == "length"
+
+
+def test_words_of_token_ids_can_be_forbidden(llm: LLM) -> None:
+    whole = llm.generate([1, 2, 3], SamplingParams(max_tokens=6, end_id=-1)).outputs[0].token_ids
+    other = llm.generate([1, 2, 3], SamplingParams(max_tokens=6, end_id=-1, bad=[whole[1:3]])).outputs[0].token_ids
+    assert other[:2] == whole[:2] and other[2] != whole[2]
+
+
+def test_a_biased_token_is_chosen(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=4, end_id=-1, logit_bias={np.int64(17): 100.0})
+    assert llm.generate([1, 2, 3], params).outputs[0].token_ids == [17] * 4
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        (dict(stop=[[1, 50]]), "stop has token id 50, but the model's are 0 to 49"),
+        (dict(bad=[[-1]]), "bad has token id -1, but"),
+        (dict(logit_bias={50: 1.0}), "logit_bias has token id 50, but"),
+        (dict(logit_bias={"word": 1.0}), "texts in logit_bias need the tokenizer"),
+    ],
+)
+def test_token_ids_outside_the_vocabulary_are_refused(llm: LLM, params: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        llm.generate([1], SamplingParams(**params))
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        (dict(stop=[1, 2]), "stop is .1, 2.: it must be text or a list of texts or of lists of token ids"),
+        (dict(stop=[[]]), "stop is .*: it must be words that are not empty"),
+        (dict(bad=[""]), "bad is .*: it must be words that are not empty"),
+        (dict(logit_bias={1: float("inf")}), "logit_bias is .*: it must be a dictionary of token ids or texts"),
+        (dict(logit_bias=[1.0]), "logit_bias is .*: it must be a dictionary of token ids or texts"),
+    ],
+)
+def test_unusable_words_and_biases_are_one_sentence(params: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        SamplingParams(**params)
+
+
+def test_kv_blocks_are_counted_for_each_request() -> None:
+    with open_llm(ToySession(block_size=4)) as llm:  # the last token's keys and values are never computed
+        for prompt, tokens, blocks in (([1], 1, 1), ([1, 2, 3], 6, 2), ([1] * 9, 1, 3)):
+            output = llm.generate(prompt, SamplingParams(max_tokens=tokens, end_id=-1))
+            assert output.metrics.num_kv_blocks == blocks
+        several = llm.generate([1] * 9, SamplingParams(max_tokens=1, end_id=-1, n=2, temperature=1.0))
+        assert several.metrics.num_kv_blocks == 6

@@ -16,6 +16,7 @@ from transformers import (
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -89,6 +90,25 @@ def test_the_repetition_penalty_is_hugging_faces(penalty: float) -> None:
     got = state(SamplingParams(repetition_penalty=penalty), token_ids, 2).processed(logits)
     expected = hugging_face(logits, token_ids, [RepetitionPenaltyLogitsProcessor(penalty)])
     np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_the_logit_bias_is_hugging_faces_and_comes_before_penalties(penalty: float) -> None:
+    logits, token_ids = random_logits(7), [3, 17, 17, 5]
+    bias = {3: 2.5, 17: -40.0, 200: 1e-3, 299: 12.0}
+    made = state(SamplingParams(repetition_penalty=penalty), token_ids, 2, logit_bias=bias)
+    processors: list[Any] = [SequenceBiasLogitsProcessor({(i,): value for i, value in bias.items()})]
+    if penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty))
+    np.testing.assert_allclose(made.processed(logits), hugging_face(logits, token_ids, processors), rtol=1e-6)
+
+
+def test_a_bias_beyond_float32_is_certain_and_no_error() -> None:
+    logits = random_logits(8)
+    for value, choose in ((1e300, np.argmax), (-1e300, np.argmin)):
+        made = state(SamplingParams(), [1], logit_bias={7: value})
+        assert np.isfinite(made.processed(logits)).all()
+        assert choose(made.processed(logits)) == 7
 
 
 @pytest.mark.parametrize("tail", [[1, 2], [4, 1, 2], [2, 1], [1, 1, 1], [9, 8, 7, 6]])

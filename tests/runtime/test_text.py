@@ -331,3 +331,16 @@ def test_a_tokenizer_is_read_from_a_directory(tmp_path: Any) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(EngineError, match="not a tokenizer"):
         Tokenizer.from_dir(tmp_path)
+
+
+def test_a_text_in_the_logit_bias_stands_for_each_of_its_tokens() -> None:
+    tokenizer = toy_tokenizers.byte_level()
+    token_ids = tokenizer.encode("ab", add_special_tokens=False)
+    assert len(token_ids) == 2
+    by_text = say("byte_level", " quick fox", logit_bias={"ab": 1000.0}, max_tokens=3, end_id=-1)[-1]
+    by_id = say("byte_level", " quick fox", logit_bias=dict.fromkeys(token_ids, 1000.0), max_tokens=3, end_id=-1)[-1]
+    assert by_text.outputs[0].token_ids == by_id.outputs[0].token_ids
+    assert set(by_id.outputs[0].token_ids) <= set(token_ids)
+    # What two keys say of one token adds up.
+    both = say("byte_level", " quick fox", logit_bias={"a": 1000.0, token_ids[0]: -1000.0}, max_tokens=3)[-1]
+    assert both.outputs[0].text == say("byte_level", " quick fox", max_tokens=3)[-1].outputs[0].text

@@ -21,7 +21,11 @@ from adaptive_k_moe.model_repository.policy_watch import PolicyWatch
 from adaptive_k_moe.model_repository.repository import write_model_repository
 from adaptive_k_moe.model_repository.requests import asks_to_stop, parse_request
 from adaptive_k_moe.model_repository.responses import ResponseBuilder
+from adaptive_k_moe.request_options import UNSUPPORTED_OPTIONS
 from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput
+
+REQUIRED_OF_TEXT = ["text_input", "max_tokens"]
+UNSUPPORTED = {name: option for option in UNSUPPORTED_OPTIONS for name in (*option.text, *option.tokens)}
 
 
 def _parsed(**inputs: Any) -> Any:
@@ -54,7 +58,7 @@ def _output(tokens: int, *, text: str, text_diff: str, finish: Any = None, n_pro
     )
 
 
-@pytest.mark.parametrize("model", [contract.ENSEMBLE, contract.BLS])
+@pytest.mark.parametrize("model", contract.MODELS)
 def test_the_shipped_configuration_is_what_the_tables_say(model: str) -> None:
     shipped = Path(package.__file__).parent / model / "config.pbtxt"
     assert shipped.read_text() == contract.shipped_configs()[model], (
@@ -62,8 +66,10 @@ def test_the_shipped_configuration_is_what_the_tables_say(model: str) -> None:
     )
     config = text_format.Parse(shipped.read_text(), model_config_pb2.ModelConfig())
     assert config.model_transaction_policy.decoupled
-    assert [tensor.name for tensor in config.input if not tensor.optional] == ["text_input", "max_tokens"]
-    assert len({tensor.name for tensor in config.input}) == len(config.input)
+    required = ["input_ids", "input_lengths", "request_output_len"] if model == contract.TOKENS else REQUIRED_OF_TEXT
+    assert [tensor.name for tensor in config.input if not tensor.optional] == required
+    for tensors_of_it in (config.input, config.output):
+        assert len({tensor.name for tensor in tensors_of_it}) == len(tensors_of_it)
 
 
 def test_any_engine_path_survives_the_configuration(tmp_path: Path) -> None:
@@ -164,11 +170,10 @@ def test_options_that_are_off_may_be_sent(inputs: dict[str, Any]) -> None:
     _parsed(**inputs)
 
 
-@pytest.mark.parametrize("name", [tensor.name for tensor in contract.UNSUPPORTED_INPUTS])
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_every_unsupported_input_is_refused_by_name(name: str) -> None:
-    (tensor,) = [tensor for tensor in contract.UNSUPPORTED_INPUTS if tensor.name == name]
-    shape = [1, *(size if size > 0 else 1 for size in tensor.dims)]
-    value = np.full(shape, "x", object) if tensor.data_type == "TYPE_STRING" else np.ones(shape, np.float32)
+    shape = [1, *(size if size > 0 else 1 for size in UNSUPPORTED[name].dims)]
+    value = np.full(shape, "x", object) if UNSUPPORTED[name].data_type == "STRING" else np.ones(shape, np.float32)
     with pytest.raises(RequestError, match=f"'{name}' is not supported"):
         _parsed(**{name: value})
 
@@ -178,6 +183,77 @@ def test_unknown_parameters_are_refused_and_tritons_own_are_not() -> None:
     parse_request(inputs, {"triton_enable_empty_final_response": True})
     with pytest.raises(RequestError, match="'temprature' is not an input"):
         parse_request(inputs, {"temprature": 1.0})
+
+
+def _tokens(**inputs: Any) -> dict[str, np.ndarray]:
+    numbers = {"input_lengths": [[3]], "request_output_len": [[8]]}
+    made = {name: np.array(value, np.int32) for name, value in numbers.items()}
+    return {"input_ids": np.array([[5, 6, 7, 0]], np.int32), **made, **inputs}
+
+
+def test_token_ids_take_and_give_token_ids() -> None:
+    (request,) = parse_request(_tokens())
+    assert (request.prompt, request.returns_token_ids, request.repeat_prompt) == ([5, 6, 7], True, True)
+    assert (request.sampling_params.max_tokens, request.sampling_params.greedy) == (8, True)
+    (request,) = parse_request(
+        _tokens(
+            streaming=np.array([[True]]),
+            runtime_top_k=np.array([[4]], np.int32),
+            runtime_top_p=np.array([[0.5]], np.float32),
+            seed=np.array([[9]], np.uint64),
+            random_seed=np.array([[8]], np.uint64),
+        ),
+        {"Streaming": True},
+    )
+    params = request.sampling_params
+    assert (params.top_k, params.top_p, params.seed) == (4, 0.5, 9)  # the present name goes before the older one
+    assert request.streaming and not request.repeat_prompt
+    for length in (0, 5, -1):
+        with pytest.raises(RequestError, match=f"input_lengths is {length}: it must be between 1 and 4"):
+            parse_request(_tokens(input_lengths=np.array([[length]], np.int32)))
+
+
+@pytest.mark.parametrize(
+    ("word_list", "words"),
+    [
+        ([[7, 8, 9, 0], [2, 3, -1, -1]], [[7, 8], [9]]),
+        ([[7, 8], [2, -1]], [[7, 8]]),
+        ([[0], [-1]], None),
+        ([[], []], None),
+        ([[7, 8, 0], [0, 2, 2]], [[7, 8]]),
+    ],
+)
+def test_words_of_token_ids_are_read_in_tensorrt_llms_format(word_list: Any, words: Any) -> None:
+    for name, attribute in (("stop_words_list", "stop"), ("bad_words_list", "bad")):
+        (request,) = parse_request(_tokens(**{name: np.array([word_list], np.int32)}))
+        assert getattr(request.sampling_params, attribute) == words
+
+
+@pytest.mark.parametrize("ends", [[3, 2], [1, 9], [-5, 1]])
+def test_words_of_token_ids_that_end_nowhere_are_refused(ends: list[int]) -> None:
+    word_list = np.array([[[7, 8], ends]], np.int32)
+    with pytest.raises(RequestError, match=r"stop_words_list has the word ends .*: they must rise, up to 2 at most"):
+        parse_request(_tokens(stop_words_list=word_list))
+
+
+def test_biases_are_by_word_or_by_token_id() -> None:
+    bias = _parsed(
+        embedding_bias_words=["a", "", "b", "a"], embedding_bias_weights=[1.0, 9.0, -2.0, 0.5]
+    ).sampling_params.logit_bias
+    assert bias == {"a": 1.5, "b": -2.0}
+    dense = np.array([[0, 2.5, 0, -1]], np.float32)
+    (request,) = parse_request(_tokens(embedding_bias=dense))
+    assert request.sampling_params.logit_bias == {1: 2.5, 3: -1.0}
+    (request,) = parse_request(_tokens(embedding_bias=np.zeros((1, 0), np.float32)))
+    assert request.sampling_params.logit_bias is None
+    for inputs in (
+        {"embedding_bias_words": ["a"]},
+        {"embedding_bias_words": ["a"], "embedding_bias_weights": [1.0, 2.0]},
+    ):
+        with pytest.raises(RequestError, match="embedding_bias_words has 1 words and embedding_bias_weights"):
+            _parsed(**inputs)
+    with pytest.raises(RequestError, match="logit_bias is"):
+        _parsed(embedding_bias_words=["a"], embedding_bias_weights=[float("nan")])
 
 
 def test_stop_is_a_request_of_its_own() -> None:
