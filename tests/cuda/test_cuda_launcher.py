@@ -37,6 +37,8 @@ GOOD = Layer(4, 64, 64, 8, max_k=4)
         ({"element": "float32", "weights": "int8", "path": "prefill"}, "float16 and bfloat16 only"),
         ({"tokens": -1}, "must not be negative"),
         ({"tokens": 1 << 30}, "below 2^31"),
+        ({"tokens": 1 << 25, "hidden": 1024, "path": "decode"}, "too large for the decode path"),
+        ({"tokens": 1 << 24, "intermediate": 512, "path": "decode"}, "too large for the decode path"),
     ],
 )
 def test_wrong_shapes_are_refused_in_a_sentence(interpreter: Interpreter, change: dict[str, Any], words: str) -> None:
@@ -49,6 +51,7 @@ def test_good_shapes_are_accepted(interpreter: Interpreter) -> None:
     assert interpreter.check(GOOD) is None
     assert interpreter.check(replace(GOOD, tokens=0)) is None
     assert interpreter.check(replace(GOOD, experts=512, max_k=32)) is None
+    assert interpreter.check(replace(GOOD, tokens=1 << 25, hidden=1024)) is None  # prefill counts in 64 bits
 
 
 @pytest.mark.parametrize("missing", [name for name in POINTERS if name not in OPTIONAL])

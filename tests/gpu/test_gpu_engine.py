@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_checks import assert_answers_equal_transformers, assert_policies_are_followed
-from gpu_engines import POLICIES
-
-from adaptive_k_moe.engine_builder import build
-from adaptive_k_moe.policy import PolicySet
-from adaptive_k_moe.runtime import LLM, SamplingParams
-
-from checkpoints import MIXTRAL_SMALL, Shape, make_checkpoint
-from nemotron_models import Nemotron, make_nemotron
 
 ROOT = Path(__file__).resolve().parents[2]
+
+pytest.importorskip("adaptive_k_moe", reason="this package is not installed: pip install .[engine,tensorrt]")
+
+from engine_checks import assert_answers_equal_transformers, assert_policies_are_followed  # noqa: E402
+from gpu_engines import POLICIES  # noqa: E402
+
+from adaptive_k_moe.engine_builder import build  # noqa: E402
+from adaptive_k_moe.policy import PolicySet  # noqa: E402
+from adaptive_k_moe.runtime import LLM, SamplingParams  # noqa: E402
+
+from checkpoints import MIXTRAL_SMALL, Shape, make_checkpoint  # noqa: E402
+from nemotron_models import Nemotron, make_nemotron  # noqa: E402
+
 LIBRARY = Path(os.environ.get("ADAPTIVE_K_TENSORRT_LIBRARY", ROOT / "build" / "cuda" / "libadaptive_k_tensorrt.so"))
 SIZES: dict[str, Any] = {"max_batch_size": 3, "max_seq_len": 160, "max_num_tokens": 24}
 # TensorRT's attention has kernels for some head sizes only, and each of its addresses is a multiple of 256.

@@ -79,6 +79,14 @@ def make_policies(rng: np.random.Generator, experts: int, most: int) -> tuple[Ar
     return kind, thresholds, k_values
 
 
+def random_weights(rng: np.random.Generator, experts: int, n: int, k: int) -> Array:
+    """Normal numbers [experts, n, k], of variance 1 / k. A large layer repeats a piece whose length is a prime, so that
+    drawing a billion numbers takes a second and no two experts are alike."""
+    count = experts * n * k
+    piece = rng.standard_normal(min(count, 4_194_301)).astype(np.float32) / np.sqrt(np.float32(k))
+    return np.resize(piece, (experts, n, k))
+
+
 def make_inputs(
     layer: Layer, seed: int, *, logits: str = "plain", bias: bool = False, most: int = 8
 ) -> tuple[Inputs, Inputs]:
@@ -102,7 +110,7 @@ def make_inputs(
     }
     exact: Inputs = dict(inputs)
     for name, n, k in (("up", wide * layer.intermediate, layer.hidden), ("down", layer.hidden, layer.intermediate)):
-        weights = rng.standard_normal((layer.experts, n, k)).astype(np.float32) / np.sqrt(np.float32(k))
+        weights = random_weights(rng, layer.experts, n, k)
         if layer.weights == "element":
             inputs[name] = weights.astype(dtype)
             exact[name] = inputs[name]

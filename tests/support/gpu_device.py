@@ -17,8 +17,18 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = Path(os.environ.get("ADAPTIVE_K_CUDA_LIBRARY", ROOT / "build" / "cuda" / "libadaptive_k_cuda.so"))
 
 
+DRIVER = os.environ.get("ADAPTIVE_K_LIBCUDA", "libcuda.so.1")
+
+
 class CudaError(RuntimeError):
-    """A driver call failed."""
+    """A call of the driver or the library failed; the message ends in the error's name and number."""
+
+
+def error_name(status: int) -> str:
+    """CUDA's name and number of an error (a cudaError_t is a CUresult, but for a few that never reach a launch)."""
+    name = ctypes.c_char_p()
+    found = ctypes.CDLL(DRIVER).cuGetErrorName(status, ctypes.byref(name)) == 0 and name.value
+    return f"{found.decode() if found else 'error'} ({status})"
 
 
 def missing() -> str | None:
@@ -26,20 +36,24 @@ def missing() -> str | None:
     if not LIBRARY.exists():
         return f"{LIBRARY} is not built: make cuda"
     try:
-        driver = ctypes.CDLL(os.environ.get("ADAPTIVE_K_LIBCUDA", "libcuda.so.1"))
+        driver = ctypes.CDLL(DRIVER)
     except OSError:
-        return "no NVIDIA driver here (libcuda.so.1)"
+        return f"no NVIDIA driver here ({DRIVER})"
     count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
-        return "no NVIDIA GPU here"
-    return None
+    if (status := driver.cuInit(0)) != 0 or (status := driver.cuDeviceGetCount(ctypes.byref(count))) != 0:
+        return f"no NVIDIA GPU here: {error_name(status)}"
+    return None if count.value else "no NVIDIA GPU here"
 
 
 class Driver:
-    """The few driver calls that tests and benchmarks need, on device 0's primary context."""
+    """The few driver calls that tests and benchmarks need, on device 0's primary context.
+
+    fill() and write() have ended on the device when they return: the driver puts both on the default stream, which
+    the streams of launches do not wait for.
+    """
 
     def __init__(self) -> None:
-        self._driver = ctypes.CDLL(os.environ.get("ADAPTIVE_K_LIBCUDA", "libcuda.so.1"))
+        self._driver = ctypes.CDLL(DRIVER)
         self._call("cuInit", 0)
         device = ctypes.c_int()
         self._call("cuDeviceGet", ctypes.byref(device), 0)
@@ -57,7 +71,18 @@ class Driver:
     def _call(self, function: str, *arguments: Any) -> None:
         status = getattr(self._driver, function)(*arguments)
         if status != 0:
-            raise CudaError(f"{function} returned {status}")
+            raise CudaError(f"{function} returned {error_name(status)}")
+
+    def broken(self) -> str | None:
+        """The error that this process's context is lost to, or None; waits for all work."""
+        status = self._driver.cuCtxSynchronize()
+        return error_name(status) if status else None
+
+    def version(self) -> str:
+        """The newest CUDA that the driver knows."""
+        number = ctypes.c_int()
+        self._call("cuDriverGetVersion", ctypes.byref(number))
+        return f"{number.value // 1000}.{number.value % 1000 // 10}"
 
     def free_memory(self) -> int:
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
@@ -74,12 +99,14 @@ class Driver:
 
     def fill(self, address: int, byte: int, size: int) -> None:
         self._call("cuMemsetD8_v2", ctypes.c_uint64(address), ctypes.c_ubyte(byte), ctypes.c_size_t(size))
+        self._call("cuCtxSynchronize")
 
     def write(self, address: int, array: Array) -> None:
         array = np.ascontiguousarray(array)
         if array.nbytes:
             size = ctypes.c_size_t(array.nbytes)
             self._call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), ctypes.c_void_p(array.ctypes.data), size)
+            self._call("cuCtxSynchronize")
 
     def read(self, address: int, size: int) -> bytes:
         buffer = ctypes.create_string_buffer(size)
@@ -158,7 +185,7 @@ class DeviceLayer:
     def launch(self, stream: int) -> None:
         status = self.gpu.launch(self.layer, self.pointers, self.workspace, stream)
         if status != 0:
-            raise CudaError(f"launch returned {status}")
+            raise CudaError(f"launch returned {error_name(status)}")
 
     def result(self) -> Result:
         layer, read = self.layer, self.gpu.driver.read

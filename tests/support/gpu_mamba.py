@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gpu_device import CudaError, Gpu
+from gpu_device import CudaError, Gpu, error_name
 
 from cuda_launcher import DTYPES  # isort: skip
 from cuda_mamba import MambaLayer, MambaLibrary, layer_of  # isort: skip
@@ -34,7 +34,9 @@ class DeviceMamba:
         size = self._size("y")
         self.pointers["y"] = driver.allocate(size)
         driver.fill(self.pointers["y"] or 0, 0xC5, max(size, 1))
-        self.workspace = driver.allocate(self.library.workspace_size(layer))
+        size = self.library.workspace_size(layer)
+        self.workspace = driver.allocate(size)
+        driver.fill(self.workspace, 0xC5, max(size, 1))
 
     def _size(self, name: str) -> int:
         shape, dtype = self._shapes[name]
@@ -47,7 +49,7 @@ class DeviceMamba:
         states = {f"present_{name}": self.pointers[name] for name in ("conv_state", "ssm_state")}
         status = self.library.launch(self.layer, {**self.pointers, **states}, self.workspace, stream)
         if status != 0:
-            raise CudaError(f"launch returned {status}")
+            raise CudaError(f"launch returned {error_name(status)}")
 
     def result(self) -> tuple[Array, Array, Array]:
         """y, convolution and scan states as they are now."""

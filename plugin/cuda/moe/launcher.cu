@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <algorithm>
+
 #include "cuda/device.h"
 #include "cuda/moe/decode.h"
 #include "cuda/moe/grouped_gemm.h"
@@ -67,6 +69,12 @@ const char* check(const MoeParams& params, const MoeShape& s) {
   if (s.tokens < 0) return "the number of tokens must not be negative";
   if (s.tokens * largest_k(params, s.experts) >= int64_t{1} << 31)
     return "tokens times max_k must stay below 2^31";
+  // The decode kernels count the 16-byte pieces of activation rows in 32 bits.
+  const int64_t numbers =
+      std::max(s.tokens * s.hidden, s.tokens * largest_k(params, s.experts) * s.intermediate);
+  const int64_t pieces = numbers * element_bytes(s.element) / 16;
+  if (choose_path(params, s) == Path::kDecode && pieces >= int64_t{1} << 32)
+    return "the activations are too large for the decode path: use fewer tokens a launch";
   return nullptr;
 }
 
