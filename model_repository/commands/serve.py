@@ -101,7 +101,6 @@ def run(args: argparse.Namespace) -> int:
         num_threads=args.num_threads,
         kv_cache_max_tokens=args.kv_cache_max_tokens,
         observation=observation,
-        end_with_thread=True,
     )
     try:
         if server.start(stop_asked):
