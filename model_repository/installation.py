@@ -5,20 +5,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from adaptive_k_moe.errors import DependencyError
-from adaptive_k_moe.model_repository.python_library import python_library, what_to_install
-
-WHEEL = "nvidia-pytriton==0.7.0"
-"""A wheel with a Triton server inside. Nothing of ours imports its Python code, and what that asks for (NumPy below 2)
-shall not decide what users may have, so it is installed with --no-deps and no extra names it."""
-
-_STUB = "triton_python_backend_stub"
+from adaptive_k_moe.model_repository import triton_wheel
 
 
 class Installation(NamedTuple):
@@ -36,10 +29,10 @@ class Installation(NamedTuple):
         """Refuse a server that cannot run this Python.
 
         Raises:
-            DependencyError: the wheel has no Python backend for this version, or this Python has no shared library.
+            DependencyError: why, and what to install.
         """
         if self.wheel_dir is not None:
-            _stub_and_library(self.wheel_dir)
+            triton_wheel.check(self.wheel_dir)
 
     def prepare(self, directory: Path) -> tuple[list[str], dict[str, str]]:
         """What this server needs besides its model repository.
@@ -53,28 +46,10 @@ class Installation(NamedTuple):
         Raises:
             DependencyError: as `check` does.
         """
+        options, environment = ([], {}) if self.wheel_dir is None else triton_wheel.prepare(self.wheel_dir, directory)
         # The backend's stub process finds its packages through the `bin` that leads PATH.
-        environment = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
-        if self.wheel_dir is None:
-            return [], environment
-        stub, library = _stub_and_library(self.wheel_dir)
-        # The wheel ships the stubs apart from the backend; they are joined outside site-packages.
-        backend, libraries = directory / "backends" / "python", directory / "libraries"
-        backend.mkdir(parents=True)
-        libraries.mkdir()
-        for source in [*(self.wheel_dir / "backends" / "python").iterdir(), stub]:
-            if source.is_file():
-                shutil.copy2(source, backend)
-        (backend / _STUB).chmod(0o755)
-        _keep_environments_here(backend / "libtriton_python.so")
-        # A link to this Python's library, as its folder may have others that the server must not load. The stub for
-        # 3.13 names one that the wheel brings: it gets this Python's too, as the modules are this Python's.
-        for name in set(re.findall(rb"libpython3[\w.-]*\.so\.1\.0", stub.read_bytes())):
-            (libraries / name.decode()).symlink_to(library)
-        search = [libraries, self.wheel_dir.parent.parent / "nvidia_pytriton.libs", os.environ.get("LD_LIBRARY_PATH")]
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(str(folder) for folder in search if folder)
-        # This build has no GPU support to report on.
-        return [f"--backend-directory={backend.parent}", "--allow-gpu-metrics=false"], environment
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        return options, environment
 
 
 def find_tritonserver(program: str | Path | None = None) -> Installation:
@@ -95,7 +70,7 @@ def find_tritonserver(program: str | Path | None = None) -> Installation:
         if (wheel_program := Path(location, "tritonserver", "bin", "tritonserver")).is_file():
             return _installation(wheel_program)
     raise DependencyError(
-        f"there is no Triton server here: install one with pip install --no-deps {WHEEL}, "
+        f"there is no Triton server here: install one with pip install --no-deps {triton_wheel.WHEEL}, "
         "or run inside NVIDIA's Triton container."
     )
 
@@ -103,34 +78,3 @@ def find_tritonserver(program: str | Path | None = None) -> Installation:
 def _installation(program: Path) -> Installation:
     home = program.resolve().parent.parent
     return Installation(program, home if (home / "python_backend_stubs").is_dir() else None)
-
-
-def _stub_and_library(wheel_dir: Path) -> tuple[Path, Path]:
-    """The wheel's Python backend for this Python, and this Python's shared library, which it loads.
-
-    Raises:
-        DependencyError: one of them is missing.
-    """
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = wheel_dir / "python_backend_stubs" / version / _STUB
-    if not stub.is_file():
-        raise DependencyError(
-            f"the nvidia-pytriton wheel has no Python backend for Python {version}: use one of "
-            f"{', '.join(sorted(path.name for path in stub.parent.parent.glob('3.*')))}, "
-            "or install NVIDIA's Triton server."
-        )
-    library = python_library()
-    if library is None:
-        raise DependencyError(what_to_install())
-    return stub, library
-
-
-def _keep_environments_here(backend: Path) -> None:
-    """Have a copy of Triton's Python backend make its folder for environments where the server starts.
-
-    It makes one in /tmp whatever TMPDIR says, and a server that is killed leaves it. No other backend is changed.
-    """
-    absolute, relative = b"/tmp/python_env_", b"././/python_env_"
-    code = backend.read_bytes()
-    if code.count(absolute) == 1:
-        backend.write_bytes(code.replace(absolute, relative))
