@@ -24,8 +24,8 @@ _STUB = "triton_python_backend_stub"
 
 # What is replaced in the copies: old bytes, how often they are there, new bytes.
 #
-# The stub was built for NumPy 1 and reads the size of an array's elements at byte 32 of a `PyArray_Descr`, where NumPy 2
-# has flags; the size is at byte 40. The instructions are movslq 0x20(%rax),%rax where outputs are sent, and where inputs
+# The stub was built for NumPy 1 and reads the size of an array's elements at byte 32 of a `PyArray_Descr`. NumPy 2 has
+# it at byte 40, and flags at 32. The instructions are movslq 0x20(%rax),%rax where outputs are sent, and where inputs
 # come mov %rax,%r14; mov (%rsi),%rax; mov 0x20(%rax),%eax; mov %eax,...
 _NUMPY_2 = {
     b"\x48\x63\x40\x20": (4, b"\x48\x63\x40\x28"),
