@@ -26,7 +26,8 @@ _STUB = "triton_python_backend_stub"
 #
 # The stub was built for NumPy 1 and reads the size of an array's elements at byte 32 of a `PyArray_Descr`. NumPy 2 has
 # it at byte 40, and flags at 32. The instructions are movslq 0x20(%rax),%rax where outputs are sent, and where inputs
-# come mov %rax,%r14; mov (%rsi),%rax; mov 0x20(%rax),%eax; mov %eax,...
+# come mov %rax,%r14; mov (%rsi),%rax; mov 0x20(%rax),%eax; mov %eax,... (In source, it is pull request 384 of Triton's
+# python_backend, which later servers have.)
 _NUMPY_2 = {
     b"\x48\x63\x40\x20": (4, b"\x48\x63\x40\x28"),
     b"\x49\x89\xc6\x48\x8b\x06\x8b\x40\x20\x89": (1, b"\x49\x89\xc6\x48\x8b\x06\x8b\x40\x28\x89"),
