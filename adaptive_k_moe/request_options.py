@@ -98,7 +98,7 @@ REQUEST_OPTIONS = (
         ("runtime_top_p",),
         metavar="P",
     ),
-    RequestOption("min_p", "FP32", "drop tokens below this share of the likeliest one's probability", metavar="P"),
+    _both("min_p", "FP32", "drop tokens below this share of the likeliest one's probability", metavar="P"),
     _both("seed", "UINT64", "of the request's own random generator", "random_seed", metavar="N"),
     RequestOption("stop", "STRING", "strings that end the answer", ("stop_words",), dims=_ANY, metavar="TEXT"),
     RequestOption(
@@ -186,6 +186,9 @@ REQUEST_OPTIONS = (
     RequestOption("early_stopping", "BOOL", "of no effect: it acts on beam search", tokens=("early_stopping",)),
 )
 """Each option in each of its forms, in the order of the documentation."""
+
+OPTIONS_BY_NAME = {option.name: option for option in REQUEST_OPTIONS if option.text}
+"""Each option in its first form, which is that of the models that take text."""
 
 
 def _unsupported(data_type: str, *names: str, dims: tuple[int, ...] = (1,), where: str = "both") -> list[RequestOption]:
