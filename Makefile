@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TRITON := nvidia-pytriton==0.7.0
 CPP := $(shell find plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format cuda engine-env test-env prometheus clean
+.PHONY: demo test lint format cuda engine-env test-env prometheus litellm clean
 
 MODEL ?= mixtral-small
 
@@ -85,6 +85,13 @@ build/debian/prometheus:
 	mkdir -p build/debian && rm -f build/debian/prometheus_*.deb
 	cd build/debian && apt-get download prometheus && dpkg -x prometheus_*.deb unpacked
 	mv build/debian/unpacked $@
+
+# LiteLLM, in an environment of its own, for it is large: a test has its provider triton/ ask a server.
+litellm: build/litellm/bin/litellm
+
+build/litellm/bin/litellm:
+	mkdir -p build && $(PYTHON) -m venv build/litellm
+	build/litellm/bin/python -m pip --disable-pip-version-check --quiet install litellm==1.110.2
 
 clean:
 	rm -rf build $(VENV) demo_output

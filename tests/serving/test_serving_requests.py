@@ -72,6 +72,14 @@ def test_the_shipped_configuration_is_what_the_tables_say(model: str) -> None:
         assert len({tensor.name for tensor in tensors_of_it}) == len(tensors_of_it)
 
 
+def test_the_page_on_serving_has_the_tables_inputs(repository: Path) -> None:
+    page = (repository / "docs" / "serving.md").read_text()
+    assert contract.input_table() in page, "write contract.input_table() to docs/serving.md"
+    for model in contract.MODELS:
+        for tensor in contract.outputs_of(model):
+            assert f"`{tensor.name}`" in page
+
+
 def test_any_engine_path_survives_the_configuration(tmp_path: Path) -> None:
     engine_dir = tmp_path / 'an "odd" \\ päth'
     write_model_repository(tmp_path / "models", engine_dir, num_threads=3, kv_cache_max_tokens=4096)
