@@ -200,7 +200,8 @@ class Workshop:
         dtype = ("--dtype", "bfloat16" if integers else weights)
         weight_only = ("--use_weight_only", "--weight_only_precision", weights) if integers else ()
         sizes = ("--max_seq_len", "1024", "--max_batch_size", "16")
-        build = (sys.executable, "-m", "adaptive_k_moe.cli", "build", "--checkpoint_dir", self.checkpoint(model))
+        program = Path(sys.executable).with_name("adaptive-k")
+        build = (program, "build", "--checkpoint_dir", self.checkpoint(model))
         self.command(log, *build, "--output_dir", target, *dtype, *weight_only, *sizes, "--force")
         return target
 
