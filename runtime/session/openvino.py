@@ -54,7 +54,6 @@ class OpenVinoSession:
         self._compile(Path(engine_dir), num_threads)
         self._allocate_cache(kv_cache_max_tokens)
         self._allocate_states()
-        self.set_policies(config.policy_tables())
 
     @property
     def block_size(self) -> int:

@@ -81,7 +81,6 @@ class TensorRtSession:
             self._prefill = self._engine.create_context(PREFILL, self._stream)
             self._decode = DecodeRunner(self._engine, self._cuda, self._stream)
             self._allocate(table)
-            self.set_policies(config.policy_tables())
         except DeviceMemoryError as error:
             self.close()
             slot = sum(binding.slot_bytes for binding in table if binding.in_place_of is not None)
