@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ class ExpertRuns:
     choices: int = 0
 
     @classmethod
-    def of(cls, full_k: int, k: npt.NDArray[np.integer]) -> ExpertRuns:
+    def of(cls, full_k: int, k: npt.NDArray[np.integer[Any]]) -> ExpertRuns:
         """The runs of an array that has an entry for each choice."""
         return cls(full_k, int(k.sum()), k.size)
 
