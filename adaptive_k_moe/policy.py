@@ -28,10 +28,10 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from adaptive_k_moe.errors import PolicyError
-from adaptive_k_moe.validation import describe_first_error
+from adaptive_k_moe.validation import FileModel, describe_first_error
 
 FULL = "full"
 """Name of the policy that runs the trained top-k for every token; it exists in every engine."""
@@ -54,11 +54,7 @@ _Share = Annotated[float, Field(gt=0, le=1)]
 _Ratio = Annotated[float, Field(ge=0, le=1)]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class EntropyChoices(_Model):
+class EntropyChoices(FileModel):
     """Choices by entropy: `k[i]` for the first i with entropy < `thresholds[i]`, else the last k."""
 
     thresholds: list[float]
@@ -75,7 +71,7 @@ class EntropyChoices(_Model):
         return self
 
 
-class EntropyPolicy(_Model):
+class EntropyPolicy(FileModel):
     """k by the router's entropy: one rule for all layers, rules for single layers, or both."""
 
     kind: Literal["entropy"]
@@ -102,14 +98,14 @@ class EntropyPolicy(_Model):
         return EntropyChoices(thresholds=[], k=[full_k])
 
 
-class FixedPolicy(_Model):
+class FixedPolicy(FileModel):
     """The same k for every token."""
 
     kind: Literal["fixed"]
     k: Annotated[int, Field(ge=1)]
 
 
-class ShareChoices(_Model):
+class ShareChoices(FileModel):
     """The fewest experts that reach the share `p`, within [k_min, k_max]; without k_max up to the trained top-k."""
 
     p: _Share
@@ -122,7 +118,7 @@ class ShareChoices(_Model):
         return self.p
 
 
-class RatioChoices(_Model):
+class RatioChoices(FileModel):
     """The experts that reach `ratio`, within [k_min, k_max]; without k_max up to the trained top-k."""
 
     ratio: _Ratio
@@ -135,7 +131,7 @@ class RatioChoices(_Model):
         return self.ratio
 
 
-class _SharePolicy(_Model):
+class _SharePolicy(FileModel):
     """A share to reach: one for all layers, single layers' own, or both."""
 
     kind: str
@@ -178,7 +174,7 @@ class ContributionPolicy(_SharePolicy):
     kind: Literal["contribution"]
 
 
-class RatioPolicy(_Model):
+class RatioPolicy(FileModel):
     """The experts whose score is at least `ratio` times the best one's, within [k_min, k_max]."""
 
     kind: Literal["ratio"]
@@ -223,7 +219,7 @@ Policy = Annotated[
 _KINDS = {"top_p": KIND_TOP_P, "ratio": KIND_RATIO, "contribution": KIND_CONTRIBUTION}
 
 
-class PolicySet(_Model):
+class PolicySet(FileModel):
     """A policy file: named policies, the unit of their thresholds, and which one is the default.
 
     Attributes:

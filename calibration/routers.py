@@ -20,8 +20,8 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Progress
 from adaptive_k_moe.calibration.traces import engine_fingerprint, open_arrays, read_json
 from adaptive_k_moe.calibration.windows import Windows
-from adaptive_k_moe.engine_config import MoeConfig, PretrainedConfig
 from adaptive_k_moe.files import write_json
+from adaptive_k_moe.model_config import MoeConfig, PretrainedConfig
 from adaptive_k_moe.policy import KIND_ENTROPY
 from adaptive_k_moe.runtime.session.expert_load import moe_operators
 from adaptive_k_moe.runtime.session.openvino import OpenVinoSession

@@ -22,14 +22,13 @@ from adaptive_k_moe.engine_builder.targets import lower
 from adaptive_k_moe.engine_config import (
     ENGINE_VERSION,
     BuildConfig,
-    Dtype,
     EngineConfig,
-    PretrainedConfig,
     Target,
     file_entry,
     write_engine_config,
 )
 from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import Dtype, PretrainedConfig
 from adaptive_k_moe.policy import PolicySet, read_policy_file
 
 if TYPE_CHECKING:

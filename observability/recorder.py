@@ -20,6 +20,7 @@ import numpy.typing as npt
 from adaptive_k_moe.observability import definitions
 from adaptive_k_moe.observability.definitions import MAX_POLICY_LABELS, METRICS, NO_POLICY, OTHER_POLICIES, Metric
 from adaptive_k_moe.observability.histogram import Histograms, HistogramValue
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
 from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, Refusal, StepRecord
 
 if TYPE_CHECKING:
@@ -269,9 +270,9 @@ class Recorder(Observer):
                 continue
             for layer, value in enumerate(values):
                 yield Sample(definitions.EXPERTS_PER_TOKEN, (str(layer), policy), value)
-            avg_k = sum(value.sum for value in values) / choices
-            yield Sample(definitions.AVG_K, (policy,), avg_k)
-            yield Sample(definitions.COMPUTE_SAVED, (policy,), 1.0 - avg_k / self._full_k)
+            runs = ExpertRuns(self._full_k, int(sum(value.sum for value in values)), choices)
+            yield Sample(definitions.AVG_K, (policy,), runs.avg_k)
+            yield Sample(definitions.COMPUTE_SAVED, (policy,), runs.compute_saved_ratio)
 
 
 def _by_policies(steps: Sequence[StepRecord]) -> Iterator[tuple[Sequence[str], Sequence[StepRecord]]]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.runtime.detokenizer import AnswerText
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
 from adaptive_k_moe.runtime.outputs import (
     NO_CONTEXT,
     CompletionOutput,
@@ -144,12 +145,12 @@ class Request:
             policy=self.policy,
             prompt_k=first.k.view(0, num_prompt_tokens),
             prompt_entropy=first.entropy.view(0, num_prompt_tokens),
+            expert_runs=sum((sequence.expert_runs() for sequence in self.sequences), ExpertRuns(self.full_k)),
             metrics=self.metrics,
             context_logits=None if first.context_logits is None else first.context_logits.view(),
             error=self.error,
             error_kind=self.error_kind,
             context=self.context,
-            full_k=self.full_k,
             enrollment=self.enrollment,
             prompt_logprobs=None if first.prompt_logprobs is None else list(first.prompt_logprobs.entries),
         )
@@ -198,6 +199,8 @@ class Sequence:
         capacity = self.num_prompt_tokens + min(params.max_tokens, 64)
         self.k = RowBuffer(num_layers, np.int32, capacity)
         self.entropy = RowBuffer(num_layers, np.float32, capacity)
+        # The prompt's runs are those of the first sequence.
+        self._expert_runs, self._rows_counted = ExpertRuns(request.full_k), self.num_prompt_tokens if index else 0
         self.context_logits = (
             RowBuffer(vocab_size, np.float32, self.num_prompt_tokens)
             if params.return_context_logits and index == 0
@@ -258,6 +261,12 @@ class Sequence:
         self.num_computed += len(k)
         self.k.append(k[known:])
         self.entropy.append(entropy[known:])
+
+    def expert_runs(self) -> ExpertRuns:
+        """The experts run so far for the answer's tokens, and in the first sequence for the prompt's."""
+        self._expert_runs += ExpertRuns.of(self.request.full_k, self.k.view(self._rows_counted))
+        self._rows_counted = max(self._rows_counted, len(self.k))
+        return self._expert_runs
 
     def finish(self, reason: FinishReason, stop_reason: str | int | tuple[int, ...] | None = None) -> None:
         """End the answer; text that was held back comes out, and a stop string in it still counts."""

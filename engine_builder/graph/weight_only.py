@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from adaptive_k_moe.engine_config import PretrainedConfig, QuantizationConfig
 from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import PretrainedConfig, QuantizationConfig
 
 GROUP_SIZES = (128, 64, 32)
 """The sizes of groups that the kernels and TensorRT have, the usual one first."""

@@ -19,9 +19,9 @@ from adaptive_k_moe.engine_builder.graph import DOMAIN, GraphBuilder, make_moe_f
 from adaptive_k_moe.engine_builder.graph.moe_function import GATED_ACTIVATIONS, OP_TYPE, moe_attributes
 from adaptive_k_moe.engine_builder.models.expert_tensors import ExpertTensors
 from adaptive_k_moe.engine_builder.models.rope import rope_tables
-from adaptive_k_moe.engine_config import (
+from adaptive_k_moe.engine_config import BuildConfig
+from adaptive_k_moe.model_config import (
     AttentionConfig,
-    BuildConfig,
     Dtype,
     MlpConfig,
     MoeConfig,

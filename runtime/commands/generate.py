@@ -78,7 +78,7 @@ def _figures(output: RequestOutput) -> str:
     decode = metrics.last_token_time - metrics.first_token_time
     speed = f"{(count - 1) / decode:.1f} tokens/s" if count > 1 and decode > 0 else "one token"
     return (
-        f"[{output.policy}] avg_k {output.avg_k:.3f} of {output.full_k}, expert runs saved "
+        f"[{output.policy}] avg_k {output.avg_k:.3f} of {output.expert_runs.full_k}, expert runs saved "
         f"{output.compute_saved_ratio:.1%} (a count); {len(output.prompt_token_ids)} prompt tokens, "
         f"first token after {first:.3f} s, {count} tokens in {first + decode:.3f} s, decode {speed}"
     )

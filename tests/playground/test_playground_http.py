@@ -88,7 +88,7 @@ def test_pieces_are_what_the_client_gets(page: str, server: TritonServer, policy
     np.testing.assert_allclose([row for _, piece in pieces for row in piece["entropy"]], answer.entropy, atol=1e-4)
     last = pieces[-1][1]
     assert last["avg_k"] == pytest.approx(answer.avg_k, abs=1e-3)
-    assert last["saved_ratio"] == pytest.approx(answer.compute_saved_ratio, abs=1e-3)
+    assert last["compute_saved_ratio"] == pytest.approx(answer.compute_saved_ratio, abs=1e-3)
     assert last["prompt_tokens"] == answer.num_input_tokens
     times = [data["seconds"] for _, data in [*pieces, end]]
     assert times == sorted(times) and times[0] > 0

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from toy_session import ToySession, toy_policies
 
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
-from adaptive_k_moe.runtime.outputs import RequestOutput
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
+from adaptive_k_moe.runtime.outputs import RequestOutput, rows_of_passes
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 
 Ask = tuple[list[int], SamplingParams]
@@ -38,6 +39,10 @@ def assert_same(got: RequestOutput, expected: RequestOutput) -> None:
     assert got.policy == expected.policy
     np.testing.assert_array_equal(got.prompt_k, expected.prompt_k)
     np.testing.assert_array_equal(got.prompt_entropy, expected.prompt_entropy)
+    # However often a step was cut or repeated, each pass counts once.
+    passes = rows_of_passes(got.prompt_k, *(each.k for each in got.outputs))
+    assert got.expert_runs == expected.expert_runs == ExpertRuns.of(2, passes)
+    assert len(passes) == len(got.prompt_token_ids) + sum(len(each.token_ids) - 1 for each in got.outputs)
     if expected.context_logits is not None:
         assert got.context_logits is not None
         np.testing.assert_array_equal(got.context_logits, expected.context_logits)

@@ -17,6 +17,7 @@ from fake_gpu import Error, Gpu
 from gpu_engines import make_engine, poison
 
 from adaptive_k_moe.engine_config import read_engine_config
+from adaptive_k_moe.engine_format.tensorrt import Binding, Limits, make_bindings
 from adaptive_k_moe.errors import DependencyError, DeviceError, DeviceMemoryError, EngineError
 from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
@@ -24,7 +25,6 @@ from adaptive_k_moe.runtime.outputs import RequestOutput
 from adaptive_k_moe.runtime.session import create_session
 from adaptive_k_moe.runtime.session.tensorrt import session as session_module
 from adaptive_k_moe.runtime.session.tensorrt.engine import Context
-from adaptive_k_moe.tensorrt_bindings import Binding, Limits, make_bindings
 
 from checkpoints import Shape, make_checkpoint
 

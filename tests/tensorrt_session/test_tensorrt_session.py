@@ -83,6 +83,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with Gpu(seed=3).installed() as gpu:
         session = create_session(directory / "gpu", config)
         found = Model(gpu, config, session, reference, config.policy_tables(), texts, [])
+        session.set_policies(found.tables)
+        reference.set_policies(reference_config.policy_tables())
         for index, text in enumerate(texts):
             found.expected.append(reference.step(whole(text, found.policy_of(index), reference)))
         yield found
@@ -349,6 +351,7 @@ def test_a_chunk_that_asks_for_many_logits_takes_several_executions(
         monkeypatch.setattr(session_module, "_LOGITS_BYTES", rows * 101 * 4)
         with Gpu().installed():
             session = create_session(tmp_path / "gpu", config)
+            session.set_policies(config.policy_tables())
             results.append(session.step(step))
             session.close()
     for other in results[1:]:
