@@ -131,8 +131,8 @@ def test_a_process_whose_benchmark_is_killed_ends(engine_dir: Path, tmp_path: Pa
     settings = json.dumps({"model": str(engine_dir), "threads": 2, "vocab_size": 1000})
     program = (
         "import json, os, signal, sys; from pathlib import Path; from _peers.worker import Worker\n"
-        f"w = Worker(Path(sys.executable), 'serve_adaptive_k.py', json.loads({settings!r}), Path({str(tmp_path)!r}, 'l'),"
-        " environment={})\n"
+        f"log = Path({str(tmp_path)!r}, 'l')\n"
+        f"w = Worker(Path(sys.executable), 'serve_adaptive_k.py', json.loads({settings!r}), log, environment={{}})\n"
         "print(w._process.pid, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     benchmarks = Path(peers.__file__).parent
