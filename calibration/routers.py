@@ -151,7 +151,8 @@ def relative_norms(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64
     # A layer whose experts add nothing at all has no norms to tell them apart by.
     usable = ran & (layer_means > 0)
     relative = np.divide(means, layer_means, out=np.ones_like(means), where=usable)
-    return np.round(relative, DECIMALS)
+    rounded: npt.NDArray[np.float64] = np.round(relative, DECIMALS)
+    return rounded
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,7 +35,7 @@ PROMPT = "And it came to pass"
 
 
 def _metric(server: TritonServer, name: str, **labels: str) -> float:
-    text = urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10).read().decode()
+    text = urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=60).read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
 

@@ -93,7 +93,7 @@ def kill_at(way: str, end: str, moment: float, engine_dir: Path) -> Killed:
                 stdout=terminal,
                 stderr=terminal,
                 start_new_session=True,
-                preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+                preexec_fn=_sit_at_terminal,
             )
             os.close(terminal)
             os.set_blocking(ours, False)
@@ -125,6 +125,12 @@ def kill_at(way: str, end: str, moment: float, engine_dir: Path) -> Killed:
             for region in Path("/dev/shm").glob(f"{name}_*"):
                 region.unlink(missing_ok=True)
         return Killed(way, end, moment, status, left, seconds)
+
+
+def _sit_at_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGHUP):  # ignored where this runs in the background
+        signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

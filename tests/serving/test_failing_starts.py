@@ -74,7 +74,7 @@ def _signal_the_engines_stub(server: TritonServer, number: signal.Signals) -> th
     """Send a signal to the process that loads the engine, once it is there; that takes it a second."""
 
     def send() -> None:
-        assert eventually(lambda: server.pid and "ensemble" in _stubs(server), 60)
+        assert eventually(lambda: server.pid and "ensemble" in _stubs(server))
         os.kill(_stubs(server)["ensemble"], number)
 
     thread = threading.Thread(target=send)

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from kill_at_random import ENDS, WAYS, kill_many
 
 
-@pytest.mark.timeout(900)
 def test_nothing_is_left_by_serve_the_demo_and_the_playground(engine_dir: Path) -> None:
     killed = list(kill_many(len(WAYS) * len(ENDS), seed=13, engine_dir=engine_dir))
     assert {(each.way, each.end) for each in killed} == {(way, end) for way in WAYS for end in ENDS}

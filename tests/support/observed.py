@@ -32,7 +32,7 @@ def read_page(page: str) -> Samples:
 
 
 def scrape(url: str) -> Samples:
-    with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{url}/metrics", timeout=60) as answer:
         return read_page(answer.read().decode())
 
 
