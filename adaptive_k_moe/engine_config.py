@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from adaptive_k_moe.errors import EngineError
+from adaptive_k_moe.errors import EngineError, PolicyError
 from adaptive_k_moe.files import write_json
 from adaptive_k_moe.model_config import PretrainedConfig
-from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies
+from adaptive_k_moe.policy import MAX_K, PolicySet, PolicyTables, compile_policies
 from adaptive_k_moe.validation import FileModel, describe_first_error
 
 ENGINE_VERSION = "1"
@@ -38,6 +38,8 @@ class BuildConfig(FileModel):
         max_input_len: most tokens of a prompt; None is as many as `max_seq_len` leaves room for.
         max_seq_len: most tokens of a sequence, prompt and answer together.
         max_num_tokens: most tokens in one step, over all sequences.
+        max_k: most experts that a token may run: the largest k of the policies that the engine was built with, `full`
+            among them. None is an engine of an earlier release, whose operators take min(num_experts, 32).
     """
 
     target: Target
@@ -45,12 +47,17 @@ class BuildConfig(FileModel):
     max_input_len: int | None = Field(default=None, ge=1)
     max_seq_len: int = Field(ge=1)
     max_num_tokens: int = Field(ge=1)
+    max_k: int | None = Field(default=None, ge=1)
 
     @property
     def longest_prompt(self) -> int:
         """Most tokens that a request's prompt may have, with room for one of the answer."""
         longest = self.max_seq_len - 1
         return longest if self.max_input_len is None else min(longest, self.max_input_len)
+
+    def capacity(self, model: PretrainedConfig) -> int:
+        """Most experts that a token may run: the operator's attribute `max_k`."""
+        return self.max_k or min(model.num_experts, MAX_K)
 
 
 class FileEntry(FileModel):
@@ -70,8 +77,20 @@ class EngineConfig(FileModel):
     files: dict[str, FileEntry]
 
     def policies_for_model(self) -> PolicySet:
-        """The policies checked against the model and with `full` among them."""
-        return self.pretrained_config.fit_policies(self.adaptive_k)
+        """The policies checked against the model and the engine's capacity, and with `full` among them.
+
+        Raises:
+            PolicyError: they do not fit.
+        """
+        model = self.pretrained_config
+        fitted, capacity = model.fit_policies(self.adaptive_k), self.build_config.capacity(model)
+        for name, k in model.largest_k(fitted).items():
+            if k > capacity:
+                raise PolicyError(
+                    f"policy {name!r} asks for k = {k}, but this engine was built to run at most {capacity} experts "
+                    "for a token: build it again with a policy file that has this policy."
+                )
+        return fitted
 
     def policy_tables(self) -> PolicyTables:
         """The policies as the engine's inputs."""

@@ -219,3 +219,7 @@ class PretrainedConfig(FileModel):
             num_experts_per_tok=self.num_experts_per_tok,
             num_moe_layers=self.num_moe_layers,
         )
+
+    def largest_k(self, policies: PolicySet) -> dict[str, int]:
+        """The most experts that each of some fitted policies may run for a token."""
+        return policies.largest_k(num_experts_per_tok=self.num_experts_per_tok, num_moe_layers=self.num_moe_layers)

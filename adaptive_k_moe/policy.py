@@ -24,13 +24,14 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, ValidationError, model_validator
 
 from adaptive_k_moe.errors import PolicyError
+from adaptive_k_moe.policy_kinds import KINDS
 from adaptive_k_moe.validation import FileModel, describe_first_error
 
 FULL = "full"
@@ -46,7 +47,9 @@ MAX_CHOICES = MAX_K + 1
 """Most choices of a policy: the columns that every target's tables have room for."""
 
 # The operator's policy kinds (input `policy_kind`).
-KIND_ENTROPY, KIND_TOP_P, KIND_RATIO, KIND_CONTRIBUTION = 0, 1, 2, 3
+KIND_ENTROPY, KIND_TOP_P, KIND_RATIO, KIND_CONTRIBUTION = (
+    KINDS[name].number for name in ("entropy", "top_p", "ratio", "contribution")
+)
 
 _K = Annotated[int, Field(ge=1)]
 _Layer = Annotated[int, Field(ge=0)]
@@ -58,7 +61,7 @@ class EntropyChoices(FileModel):
     """Choices by entropy: `k[i]` for the first i with entropy < `thresholds[i]`, else the last k."""
 
     thresholds: list[float]
-    k: list[Annotated[int, Field(ge=1)]]
+    k: list[_K]
 
     @model_validator(mode="after")
     def _consistent(self) -> EntropyChoices:
@@ -76,8 +79,8 @@ class EntropyPolicy(FileModel):
 
     kind: Literal["entropy"]
     thresholds: list[float] | None = None
-    k: list[Annotated[int, Field(ge=1)]] | None = None
-    layers: dict[Annotated[int, Field(ge=0)], EntropyChoices] = Field(default_factory=dict)
+    k: list[_K] | None = None
+    layers: dict[_Layer, EntropyChoices] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _consistent(self) -> EntropyPolicy:
@@ -102,7 +105,12 @@ class FixedPolicy(FileModel):
     """The same k for every token."""
 
     kind: Literal["fixed"]
-    k: Annotated[int, Field(ge=1)]
+    k: _K
+    layers: ClassVar[dict[int, EntropyChoices]] = {}
+
+    def choices(self, layer: int, full_k: int) -> EntropyChoices:  # noqa: ARG002 (as every policy's)
+        """The same for every layer: one choice."""
+        return EntropyChoices(thresholds=[], k=[self.k])
 
 
 class ShareChoices(FileModel):
@@ -216,8 +224,6 @@ Policy = Annotated[
     EntropyPolicy | FixedPolicy | TopPPolicy | RatioPolicy | ContributionPolicy, Field(discriminator="kind")
 ]
 
-_KINDS = {"top_p": KIND_TOP_P, "ratio": KIND_RATIO, "contribution": KIND_CONTRIBUTION}
-
 
 class PolicySet(FileModel):
     """A policy file: named policies, the unit of their thresholds, and which one is the default.
@@ -271,13 +277,12 @@ class PolicySet(FileModel):
                         f'{{"kind": "fixed", "k": {num_experts_per_tok}}}: give other rules another name.'
                     )
                 continue
-            layers = {} if isinstance(policy, FixedPolicy) else policy.layers
-            if max(layers, default=0) >= num_moe_layers:
+            if max(policy.layers, default=0) >= num_moe_layers:
                 raise PolicyError(
-                    f"policy {name!r} names layer {max(layers)}, but the model's {num_moe_layers} MoE "
+                    f"policy {name!r} names layer {max(policy.layers)}, but the model's {num_moe_layers} MoE "
                     f"layers are 0 to {num_moe_layers - 1}."
                 )
-            fitted[name] = _capped(name, policy, cap=cap, limit=limit)
+            fitted[name] = _capped(name, policy, cap=cap, limit=limit, full_k=num_experts_per_tok)
         if len(fitted) > MAX_POLICIES:
             raise PolicyError(
                 f"{len(fitted)} policies, {FULL!r} among them, are too many: an engine holds at most {MAX_POLICIES}."
@@ -288,7 +293,7 @@ class PolicySet(FileModel):
         """Refuse norms of another model, and policies that need norms where there are none."""
         if self.expert_norms is None:
             for name, policy in self.policies.items():
-                if isinstance(policy, ContributionPolicy):
+                if KINDS[policy.kind].uses_norms:
                     raise PolicyError(
                         f"policy {name!r} weighs experts by the norm of their output, but there are no expert_norms: "
                         "`adaptive-k calibrate` measures them and writes them into its policy file."
@@ -299,6 +304,14 @@ class PolicySet(FileModel):
                 f"the expert_norms are of {len(self.expert_norms)} layers of {' or '.join(map(str, sizes))} experts, "
                 f"but the model has {num_moe_layers} MoE layers of {num_experts}."
             )
+
+    def largest_k(self, *, num_experts_per_tok: int, num_moe_layers: int) -> dict[str, int]:
+        """The most experts that each policy may run for a token, of a set that already fits the model."""
+        layers = range(num_moe_layers)
+        return {
+            name: max(k for layer in layers for k in _row(policy.choices(layer, num_experts_per_tok))[1])
+            for name, policy in self.policies.items()
+        }
 
     def with_policy(self, name: str, definition: dict[str, Any], *, default: bool = False) -> PolicySet:
         """A copy with one policy added or replaced, checked as if it had stood in the file."""
@@ -364,18 +377,9 @@ def compile_policies(
     kinds: list[int] = []
     rows: list[list[tuple[list[float], list[int]]]] = []  # [P][L] of (thresholds, k values)
     for policy in policies.policies.values():
-        match policy:
-            case EntropyPolicy():
-                kinds.append(KIND_ENTROPY)
-                by_layer = [policy.choices(layer, num_experts_per_tok) for layer in range(num_moe_layers)]
-                rows.append([([t * per_nat for t in choice.thresholds], choice.k) for choice in by_layer])
-            case FixedPolicy():
-                kinds.append(KIND_ENTROPY)
-                rows.append([([], [policy.k])] * num_moe_layers)
-            case TopPPolicy() | RatioPolicy() | ContributionPolicy():
-                kinds.append(_KINDS[policy.kind])
-                bounded = [policy.choices(layer, num_experts_per_tok) for layer in range(num_moe_layers)]
-                rows.append([([b.parameter], [b.k_min, b.k_max or num_experts_per_tok]) for b in bounded])
+        kinds.append(KINDS[policy.kind].number)
+        by_layer = (policy.choices(layer, num_experts_per_tok) for layer in range(num_moe_layers))
+        rows.append([_row(choices, per_nat) for choices in by_layer])
     num_choices = max([2, *(len(ks) for row in rows for _, ks in row)])
     thresholds = np.full((num_moe_layers, len(rows), num_choices - 1), np.inf, np.float32)
     k_values = np.empty((num_moe_layers, len(rows), num_choices), np.int32)
@@ -392,6 +396,14 @@ def compile_policies(
         k_values=k_values,
         expert_norms=_norms(policies, num_moe_layers, num_experts),
     )
+
+
+def _row(choices: EntropyChoices | ShareChoices | RatioChoices, per_nat: float = 1.0) -> tuple[list[float], list[int]]:
+    """The thresholds and the k values of one policy in one layer, of a policy that fits the model."""
+    if isinstance(choices, EntropyChoices):
+        return [limit * per_nat for limit in choices.thresholds], choices.k
+    assert choices.k_max is not None  # set where the policy was fitted to the model
+    return [choices.parameter], [choices.k_min, choices.k_max]
 
 
 def _norms(policies: PolicySet, num_moe_layers: int, num_experts: int) -> npt.NDArray[np.float32]:
@@ -435,8 +447,8 @@ def read_policy_file(path: str | Path) -> PolicySet:
     return parse_policy_set(content, str(path))
 
 
-def _capped(name: str, policy: Any, *, cap: int, limit: int) -> Any:
-    """The policy with no k above `cap`."""
+def _capped(name: str, policy: Any, *, cap: int, limit: int, full_k: int) -> Any:
+    """The policy with no k above `cap`; without a k_max it goes up to `full_k`."""
 
     def capped(k: int) -> int:
         if k <= cap:
@@ -451,7 +463,7 @@ def _capped(name: str, policy: Any, *, cap: int, limit: int) -> Any:
         return cap
 
     def bounded(rule: Any) -> Any:
-        k_max = cap if rule.k_max is None else capped(rule.k_max)
+        k_max = full_k if rule.k_max is None else capped(rule.k_max)
         k_min = capped(rule.k_min)
         if k_min > k_max:
             raise PolicyError(f"policy {name!r}: k_min {k_min} is above k_max {k_max}.")

@@ -112,17 +112,13 @@ class Recorder(Observer):
         """A recorder for an `LLM`, which it does not keep alive; it has yet to be added as an observer."""
         import weakref
 
-        from adaptive_k_moe.policy import MAX_K
-
         model = llm.config.pretrained_config
         reference = weakref.ref(llm)
-        # Policies can come later, but none runs more experts than there are.
-        max_k = max(model.num_experts_per_tok, int(llm.policies.k_values.max(initial=1)))
         return cls(
             num_layers=len(model.moe.layers),
             num_experts=model.moe.num_experts,
             full_k=model.num_experts_per_tok,
-            max_k=min(max_k, model.moe.num_experts, MAX_K),
+            max_k=llm.config.build_config.capacity(model),
             stats=lambda: None if (living := reference()) is None else living.stats(),
             expert_load=lambda: None if (living := reference()) is None else living.expert_load(),
             keep_observations=keep_observations,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,36 +86,52 @@ class PromptLogprobs:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a request is run, and what its records say of it. How its tokens are chosen is `SamplingParams`.
+
+    Attributes:
+        request_id: unique among the running.
+        streaming: each step that brings a token brings an output, not only the last.
+        enrollment: its place in an A/B test.
+        context: what the caller said of it.
+        background: others go first, and it is counted nowhere.
+        chat_template_kwargs: given to the model's chat template; with any, the prompt has to be a conversation.
+    """
+
+    request_id: str
+    streaming: bool = False
+    enrollment: Enrollment | None = None
+    context: RequestContext = NO_CONTEXT
+    background: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A checked request.
 
     Attributes:
-        request_id: unique among the running.
+        options: how it is run.
         prompt: the prompt's text; None if it came as token ids.
         prompt_token_ids: its tokens, at least one.
         params: how tokens are chosen.
         policy: name of the policy; `policy_index` is its row in the engine's present tables.
-        streaming: whether each step that brings a token brings an output.
         end_ids: tokens that end an answer.
         prompt_text: what the answer's text begins with (the prompt, if asked for).
         sequences: `params.n` sequences.
         metrics: when things happened.
         full_k: the trained top-k.
         error, error_kind: why it ended in an error.
-        context: what the caller said of it.
-        enrollment: its place in an A/B test.
-        background: whether others go first, and it is counted nowhere.
         delayed: whether it has waited for a step of the background.
     """
 
-    request_id: str
+    options: RunOptions
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     policy: str
     policy_index: int
-    streaming: bool
     end_ids: frozenset[int]
     metrics: RequestMetrics
     full_k: int
@@ -122,10 +139,17 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     error: str | None = None
     error_kind: ErrorKind | None = None
-    context: RequestContext = NO_CONTEXT
-    enrollment: Enrollment | None = None
-    background: bool = False
     delayed: bool = False
+
+    @property
+    def request_id(self) -> str:
+        """Unique among the running."""
+        return self.options.request_id
+
+    @property
+    def background(self) -> bool:
+        """Whether others go first, and it is counted nowhere."""
+        return self.options.background
 
     @property
     def finished(self) -> bool:
@@ -150,8 +174,8 @@ class Request:
             context_logits=None if first.context_logits is None else first.context_logits.view(),
             error=self.error,
             error_kind=self.error_kind,
-            context=self.context,
-            enrollment=self.enrollment,
+            context=self.options.context,
+            enrollment=self.options.enrollment,
             prompt_logprobs=None if first.prompt_logprobs is None else list(first.prompt_logprobs.entries),
         )
 

@@ -476,7 +476,7 @@ def test_who_watches_for_llms_sees_each_and_cannot_keep_one_from_opening(
         assert llm in seen and another not in seen  # it is closed
     finally:
         _watchers.remove(watch)
-    assert "a watcher of new LLMs raised" in caplog.text
+    assert "an LLM watcher raised" in caplog.text
 
 
 def test_metrics_are_in_order(llm: LLM) -> None:

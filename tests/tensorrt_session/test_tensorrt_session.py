@@ -22,6 +22,7 @@ from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.outputs import RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
+from adaptive_k_moe.runtime.sequence import RunOptions
 from adaptive_k_moe.runtime.session import Session, StepInput, StepOutput, create_session
 from adaptive_k_moe.runtime.session.tensorrt import session as session_module
 
@@ -191,7 +192,7 @@ def run_engine(engine: Engine, asks: list[tuple[int, list[int], SamplingParams]]
     for now in range(2000):
         for index, (arrival, prompt, params) in enumerate(asks):
             if arrival == now:
-                engine.add(engine.prepare(prompt, params, str(index)))
+                engine.add(engine.prepare(prompt, params, RunOptions(str(index))))
             if cancels.get(index) == now and (output := engine.abort(str(index))) is not None:
                 ends[index] = output
         ends |= {int(output.request_id): output for output in engine.step()}
