@@ -175,7 +175,7 @@ def _left(mark: str, temporary: Path, names: set[str]) -> list[str]:
 
 
 def kill_many(times: int, seed: int, engine_dir: Path, stretch: float = 1.0) -> Iterator[Killed]:
-    """End all ways in all manners in turn, at moments drawn from `seed`, `stretch` times as late as on an idle machine."""
+    """End all ways in all manners in turn, at moments drawn from `seed` and put off by the factor `stretch`."""
     draw = random.Random(seed)
     for number in range(times):
         way, end = WAYS[number % len(WAYS)], ENDS[number // len(WAYS) % len(ENDS)]
