@@ -353,7 +353,7 @@ def compare(args: argparse.Namespace, model: str, weights: str, tables: list[dic
         return None
     begin, load = time.monotonic(), os.getloadavg()
     names = columns(QUICK_DECODE if args.quick else DECODE)
-    busy = [check_idle(force=True)]
+    busy = [busy_cpus(3.0)]
     with ExitStack() as stop:
         running = []
         for candidates in stacks:
@@ -372,6 +372,8 @@ def compare(args: argparse.Namespace, model: str, weights: str, tables: list[dic
         for turn in range(1 if args.quick else args.repeats):
             tell(f"{model}, {weights}: turn {turn + 1}")
             busy.append(busy_cpus(1.0))
+            if busy[-1] > IDLE_CPUS and not args.force:
+                tell(f"WARNING: {busy[-1]:.1f} CPUs became busy with something else; the file says so.")
             rates["read_bandwidth"].append(read.num_bytes / seconds(read.run))
             rates["products"].append(product.operations / seconds(product.run))
             for one in running[:: -1 if turn % 2 else 1]:
