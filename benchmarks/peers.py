@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import sys
 import time
@@ -165,6 +166,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--prepare", action="store_true", help="only make what is needed, and measure nothing")
     parser.add_argument("--quick", action="store_true", help="one turn, short, first settings: shows that all runs")
+    parser.add_argument(
+        "--keep_settings", action="store_true", help="each peer's settings as the results' file has them: no search"
+    )
     parser.add_argument("--table", action="store_true", help="only print the table of the results' file")
     parser.add_argument("--force", action="store_true", help="measure although the machine is busy")
     parser.add_argument("--directory", type=Path, default=Path("build/peers"), help="where the peers are made")
@@ -180,6 +184,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the peers' processes are ended first
     tables = read_tables(args.output)
     if args.table:
         print("\n\n".join(markdown(table) for table in tables))
@@ -188,10 +193,9 @@ def main() -> None:
         check_idle(force=args.force)
     for model in args.models:
         for weights in args.weights:
-            table = compare(args, model, weights)
+            table = compare(args, model, weights, tables)
             if table is not None:
-                tables = [other for other in tables if (other["model"], other["weights"]) != (model, weights)]
-                tables.append(table)
+                tables = replaced(tables, table)
                 write_results(args.output, {"tables": tables})
     if not args.prepare:
         print("\n" + "\n\n".join(markdown(table) for table in tables))
@@ -201,6 +205,26 @@ def read_tables(output: Path) -> list[dict[str, Any]]:
     """What earlier runs measured; nothing if there is no such file."""
     found: list[dict[str, Any]] = json.loads(output.read_text())["tables"] if output.is_file() else []
     return found
+
+
+def replaced(tables: list[dict[str, Any]], table: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tables with this one in the place of that of the same model and weights, or at the end."""
+
+    def key(of: dict[str, Any]) -> tuple[str, str]:
+        return of["model"], of["weights"]
+
+    found = [table if key(other) == key(table) else other for other in tables]
+    return found if table in found else [*found, table]
+
+
+def known_settings(tables: list[dict[str, Any]], model: str, weights: str) -> dict[str, dict[str, str]]:
+    """For each stack that a table of this model and weights has, the settings that stood for each column."""
+    return {
+        row["stack"]: {name: cell["settings"] for name, cell in row["columns"].items()}
+        for table in tables
+        if (table["model"], table["weights"]) == (model, weights)
+        for row in table["rows"]
+    }
 
 
 def busy_cpus(seconds: float) -> float:
@@ -248,12 +272,28 @@ def prepared(args: argparse.Namespace, model: str, weights: str, missing: dict[s
 class Running:
     """One stack's loaded processes, and which of them stands for which column."""
 
-    def __init__(self, candidates: list[Candidate], names: dict[str, Column], root: Path, stop: ExitStack) -> None:
+    def __init__(
+        self,
+        candidates: list[Candidate],
+        names: dict[str, Column],
+        root: Path,
+        stop: ExitStack,
+        known: dict[str, str] | None = None,
+    ) -> None:
         """Start the candidates one after the other, keep those that are the fastest in some column.
+
+        Args:
+            candidates: at least one, of one stack.
+            names: the columns.
+            root: of the folder with the logs.
+            stop: closes the processes.
+            known: each column's settings, where they need no search.
 
         Raises:
             WorkerError: none of them runs.
         """
+        if known is not None:
+            candidates = [candidate for candidate in candidates if candidate.label in known.values()]
         self.name = candidates[0].stack
         self.failed: dict[str, str] = {}
         self.runs: dict[str, list[float]] = {name: [] for name in names}
@@ -264,22 +304,23 @@ class Running:
             try:
                 worker = candidate.start(root)
                 stop.callback(worker.close)
-                if len(candidates) > 1:
+                if known is None and len(candidates) > 1:
                     searched[candidate.label] = {name: worker.measure(column) for name, column in names.items()}
                 workers[candidate.label] = worker
             except WorkerError as error:
                 self.failed[candidate.label] = str(error)
+                known = None  # what is left stands for every column
                 tell(f"{self.name} {candidate.label} does not run: {error}")
         if not workers:
             raise WorkerError("; ".join(self.failed.values()))
         only = next(iter(workers))
-        self.chosen = {
+        self.chosen = known or {
             name: max(searched, key=lambda label: searched[label][name]) if searched else only for name in names
         }
         self.searched = searched
         self.workers = {label: worker for label, worker in workers.items() if label in self.chosen.values()}
         for label in workers.keys() - self.workers.keys():
-            workers[label].close()
+            workers[label].close()  # its memory is needed
 
     def turn(self, names: dict[str, Column]) -> None:
         """Measure every column once."""
@@ -303,29 +344,36 @@ class Running:
         }
 
 
-def compare(args: argparse.Namespace, model: str, weights: str) -> dict[str, Any] | None:
-    """One table: a model with one kind of weights, all stacks in turns; None if only prepared."""
+def compare(args: argparse.Namespace, model: str, weights: str, tables: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """One table: a model with one kind of weights, all stacks in turns; None if only prepared, or if nothing runs."""
+    known = known_settings(tables, model, weights) if args.keep_settings else {}
     missing: dict[str, str] = {}
     stacks = prepared(args, model, weights, missing)
     if args.prepare:
         return None
     begin, load = time.monotonic(), os.getloadavg()
     names = columns(QUICK_DECODE if args.quick else DECODE)
-    busy = [check_idle(force=True)]
+    busy = [busy_cpus(3.0)]
     with ExitStack() as stop:
         running = []
         for candidates in stacks:
             tell(f"{model}, {weights}: loading {candidates[0].stack}")
             try:
-                running.append(Running(candidates, names, args.directory, stop))
+                name = candidates[0].stack
+                running.append(Running(candidates, names, args.directory, stop, known.get(name)))
             except WorkerError as error:
                 missing[candidates[0].stack] = str(error)
+        if not running:
+            tell(f"{model}, {weights}: no stack runs, so there is no table.")
+            return None
         read = ReadProbe(args.num_threads)
         product = GemmProbe(args.num_threads, bfloat16=weights != "float32" and bool(cpu_flags() & BFLOAT16_FLAGS))
         rates: dict[str, list[float]] = {"read_bandwidth": [], "products": []}
         for turn in range(1 if args.quick else args.repeats):
             tell(f"{model}, {weights}: turn {turn + 1}")
             busy.append(busy_cpus(1.0))
+            if busy[-1] > IDLE_CPUS and not args.force:
+                tell(f"WARNING: {busy[-1]:.1f} CPUs became busy with something else; the file says so.")
             rates["read_bandwidth"].append(read.num_bytes / seconds(read.run))
             rates["products"].append(product.operations / seconds(product.run))
             for one in running[:: -1 if turn % 2 else 1]:

@@ -93,6 +93,8 @@ class Workshop:
     def command(self, log: Path, *command: str | Path, variables: Mapping[str, str] | None = None) -> None:
         """Run a command with its output in a log."""
         log.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.which(command[0]) is None:
+            raise PrepareError(f"{command[0]} is not installed")
         with log.open("a") as output:
             print("$", *command, file=output, flush=True)
             done = subprocess.run(

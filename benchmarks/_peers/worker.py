@@ -2,11 +2,12 @@
 """Both ends of the pipe between the benchmark and a process that has one model loaded.
 
 The process is given its settings as JSON on the command line. It answers one JSON line when the model is loaded, then
-one for each column that it is asked to measure, and ends when its input does, so that it never outlives the benchmark.
+one for each column that it is asked to measure, and ends when its input or the benchmark does.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -58,6 +59,8 @@ def serve(load: Callable[[dict[str, Any]], tuple[Stack, dict[str, str]]]) -> Non
     Args:
         load: takes the settings; returns the model and the versions of what runs it.
     """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a benchmark that is killed takes this with it
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print must not get between the replies
     stack, versions = load(json.loads(sys.argv[1]))
@@ -134,18 +137,22 @@ class Worker:
         return float(self._reply()["rate"])
 
     def close(self) -> None:
-        """End the process and all that it started."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        self._process.wait()
+        """End the process and all that it started: by the end of its input if it is quick, else by force."""
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             try:
                 pipe.close()
             except BrokenPipeError:
                 pass
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            pass
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
 
     def _reply(self) -> dict[str, Any]:
         assert self._process.stdout is not None

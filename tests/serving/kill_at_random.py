@@ -174,19 +174,21 @@ def _left(mark: str, temporary: Path, names: set[str]) -> list[str]:
     return left
 
 
-def kill_many(times: int, seed: int, engine_dir: Path) -> Iterator[Killed]:
-    """End all ways in all manners in turn, at moments drawn from `seed`."""
+def kill_many(times: int, seed: int, engine_dir: Path, stretch: float = 1.0) -> Iterator[Killed]:
+    """End all ways in all manners in turn, at moments drawn from `seed` and put off by the factor `stretch`."""
     draw = random.Random(seed)
     for number in range(times):
         way, end = WAYS[number % len(WAYS)], ENDS[number // len(WAYS) % len(ENDS)]
         early = draw.random() < 0.5
-        yield kill_at(way, end, draw.uniform(0.0, _EARLY_SECONDS if early else SECONDS[way]), engine_dir)
+        moment = stretch * draw.uniform(0.0, _EARLY_SECONDS if early else SECONDS[way])
+        yield kill_at(way, end, moment, engine_dir)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=200, help="how many to end (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="draws the moments (default: %(default)s)")
+    parser.add_argument("--stretch", type=float, default=1.0, help="how much later on a busy machine (default: 1)")
     args = parser.parse_args()
     from adaptive_k_moe.engine_builder import build
 
@@ -196,7 +198,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as directory:
         engine_dir = Path(directory, "engine")
         build(REPOSITORY / "examples" / "models" / "mixtral-small", engine_dir, max_seq_len=128)
-        for number, killed in enumerate(kill_many(args.times, args.seed, engine_dir), 1):
+        for number, killed in enumerate(kill_many(args.times, args.seed, engine_dir, args.stretch), 1):
             counts[killed.way, killed.end] += 1
             slowest = max(slowest, killed.seconds)
             if killed.left or killed.status is None:
