@@ -45,7 +45,8 @@ PREFILL, PROMPT, DECODE, BATCHES = 512, 128, 32, (1, 8, 16)
 QUICK_DECODE = 8
 IDLE_CPUS = 0.2
 """How many CPUs others may keep busy on a machine that counts as idle."""
-
+SETTLE = 0.5
+"""Seconds between two stacks' turns: threads of the one before wait in busy loops for a part of that."""
 BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}
 
 Settings = dict[str, Any]
@@ -377,6 +378,7 @@ def compare(args: argparse.Namespace, model: str, weights: str, tables: list[dic
             rates["read_bandwidth"].append(read.num_bytes / seconds(read.run))
             rates["products"].append(product.operations / seconds(product.run))
             for one in running[:: -1 if turn % 2 else 1]:
+                time.sleep(SETTLE)
                 try:
                     one.turn(names)
                 except WorkerError as error:
