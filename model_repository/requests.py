@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,19 @@ def parse_request(inputs: Inputs, parameters: Mapping[str, Any] | None = None) -
     names = sorted(_OPTION_OF.keys() & inputs.keys(), key=lambda name: name not in _OLDER)  # the present one stays
     options = {_OPTION_OF[name]: inputs[name] for name in names}
     return [_parse_prompt(options, row) for row in range(len(options["prompt"]))]
+
+
+def check_one_response(prompts: Sequence[GenerationRequest]) -> None:
+    """Refuse what one response cannot answer, where the models are not decoupled.
+
+    Raises:
+        RequestError: the request streams, or has several prompts or sequences.
+    """
+    if len(prompts) > 1 or any(prompt.streaming or prompt.sampling_params.n > 1 for prompt in prompts):
+        raise RequestError(
+            "this server gives a request one response: ask for one sequence of one prompt and no stream, "
+            "or serve without --no_decoupled."
+        )
 
 
 def _parse_prompt(options: Inputs, row: int) -> GenerationRequest:

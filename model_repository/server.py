@@ -59,6 +59,7 @@ class TritonServer:
         log_verbose: Triton's verbosity, 0 is none.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None leaves it to the runtime.
+        decoupled: let requests stream and have several answers; if not, unary calls are allowed (see `serve`).
         observation: what the server writes down of its requests besides metrics; None is nothing.
         ready_timeout: seconds that the server may take to load the engine.
         end_with_thread: on Linux, have the server end when the thread that calls `start` ends for whatever
@@ -84,6 +85,7 @@ class TritonServer:
         log_verbose: int = 0,
         num_threads: int | None = None,
         kv_cache_max_tokens: int | None = None,
+        decoupled: bool = True,
         observation: ObservationOptions | None = None,
         ready_timeout: float = 600.0,
         end_with_thread: bool = False,
@@ -97,7 +99,7 @@ class TritonServer:
         check_arguments(ServerError, int | None, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens)
         check_arguments(ServerError, ObservationOptions | None, observation=observation)
         check_arguments(ServerError, float, ready_timeout=ready_timeout)
-        check_arguments(ServerError, bool, end_with_thread=end_with_thread)
+        check_arguments(ServerError, bool, end_with_thread=end_with_thread, decoupled=decoupled)
         self.engine_dir = Path(engine_dir)
         self.host = host
         self._asked_ports = (http_port, grpc_port, metrics_port)
@@ -107,6 +109,7 @@ class TritonServer:
         self._log_verbose = log_verbose
         self._num_threads = num_threads
         self._kv_cache_max_tokens = kv_cache_max_tokens
+        self._decoupled = decoupled
         self._observation = observation or ObservationOptions()
         self._ready_timeout = ready_timeout
         self._end_with_thread = end_with_thread
@@ -162,6 +165,7 @@ class TritonServer:
                 num_threads=self._num_threads,
                 kv_cache_max_tokens=self._kv_cache_max_tokens,
                 parameters=self._observation.to_parameters(),
+                decoupled=self._decoupled,
             )
             options, environment = installation.prepare(directory.path)
             environment["TMPDIR"] = str(directory.path)  # the models' sockets lie there, too
