@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton model of another name: passes requests on to the model that holds the engine.
+"""The Triton models of other names: they pass requests on to the model that holds the engine.
+
+Which tensors a request may have is their configurations' to say; the engine's model reads them all.
 
 Imported inside Triton only.
 """

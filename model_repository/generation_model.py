@@ -2,7 +2,7 @@
 """The Triton model that holds the engine. Imported inside Triton only.
 
 Three threads meet here. Triton's calls `execute`, which hands prompts to the runtime and returns; requests
-under the model's other name come in the same way from the relay. The engine's thread reports to a `Call`
+to the other models come in the same way from the relay. The engine's thread reports to a `Call`
 after each step. The reporter does everything that talks to Triton about running requests: it sends
 responses and asks which clients have gone; so no two threads ever use one response sender. What else is said of
 requests goes the way of the runtime's observers, to `Observation`.
