@@ -93,13 +93,14 @@ class TritonServer:
         check_arguments(ServerError, str | os.PathLike, engine_dir=engine_dir)
         check_arguments(ServerError, int, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
         check_arguments(ServerError, str, host=host)
+        check_arguments(ServerError, bool, decoupled=decoupled)
         paths = {"model_repository": model_repository, "tritonserver": tritonserver, "log_file": log_file}
         check_arguments(ServerError, str | os.PathLike | None, **paths)
         check_arguments(ServerError, int, log_verbose=log_verbose)
         check_arguments(ServerError, int | None, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens)
         check_arguments(ServerError, ObservationOptions | None, observation=observation)
         check_arguments(ServerError, float, ready_timeout=ready_timeout)
-        check_arguments(ServerError, bool, end_with_thread=end_with_thread, decoupled=decoupled)
+        check_arguments(ServerError, bool, end_with_thread=end_with_thread)
         self.engine_dir = Path(engine_dir)
         self.host = host
         self._asked_ports = (http_port, grpc_port, metrics_port)
