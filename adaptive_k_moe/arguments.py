@@ -29,6 +29,7 @@ _WORDS: dict[Any, str] = {
     Mapping[int | str, float]: "a dictionary of token ids or texts, with finite numbers",
     Mapping[str, Any]: "a dictionary with names as keys",
     Mapping[str, str]: "a dictionary of texts",
+    Mapping[str, float]: "a dictionary of texts, with finite numbers",
     Any: "anything",
 }
 

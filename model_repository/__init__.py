@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton models that serve an engine, and the command that runs a server with them.
 
-`ensemble/` and `tensorrt_llm_bls/` are the models as Triton reads them; their tensors are those of
+`ensemble/`, `tensorrt_llm_bls/` and `tensorrt_llm/` are the models as Triton reads them; their tensors are those of
 TensorRT-LLM's Triton repository (`contract`). `TritonServer` runs a server with them for one engine.
 """
 

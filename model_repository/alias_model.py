@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton model of another name: passes requests on to the model that holds the engine.
+"""The Triton models of other names: they pass requests on to the model that holds the engine.
+
+Which tensors a request may have is their configurations' to say; the engine's model reads them all.
 
 Imported inside Triton only.
 """
@@ -16,7 +18,7 @@ import triton_python_backend_utils as pb_utils  # exists inside Triton only
 
 from adaptive_k_moe.errors import ServerError
 from adaptive_k_moe.model_repository.relay import RelayClient
-from adaptive_k_moe.model_repository.triton_sender import TritonSender, read_inputs
+from adaptive_k_moe.model_repository.triton_sender import TritonSender, is_decoupled, read_inputs
 
 _POLL_SECONDS = 0.05
 _DRAIN_SECONDS = 10.0
@@ -27,7 +29,7 @@ class AliasModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Nothing to load: the engine is the other model's, and is asked for with the first request."""
-        del args
+        self._decoupled = is_decoupled(args)
         # The last one takes new requests; one before it, whose model is being reloaded, has some to end.
         self._relays: list[RelayClient] = []
         self._relay_found = threading.Event()
@@ -38,7 +40,7 @@ class AliasModel:
     def execute(self, requests: Sequence[Any]) -> None:
         """Hand the requests over; the answers follow through their response senders."""
         for request in requests:
-            sender = TritonSender(request)
+            sender = TritonSender(request, decoupled=self._decoupled)
             parameters = json.loads(request.parameters() or "{}")
             try:
                 self._begin(request.request_id(), read_inputs(request), parameters, sender)

@@ -107,12 +107,13 @@ def shipped_configs() -> dict[str, str]:
     return {model: render_config(model, engine if model == ENSEMBLE else None) for model in MODELS}
 
 
-def render_config(model: str, parameters: Mapping[str, str] | None = None) -> str:
+def render_config(model: str, parameters: Mapping[str, str] | None = None, *, decoupled: bool = True) -> str:
     """The `config.pbtxt` of a served model.
 
     Args:
         model: one of `MODELS`.
         parameters: the model's parameters, name to value.
+        decoupled: whether a request may have any number of responses. If not, it has one, and unary calls are allowed.
     """
     lines = [
         "# SPDX-License-Identifier: Apache-2.0",
@@ -120,7 +121,7 @@ def render_config(model: str, parameters: Mapping[str, str] | None = None) -> st
         f'name: "{model}"',
         'backend: "python"',
         f"max_batch_size: {MAX_BATCH_SIZE}",
-        "model_transaction_policy { decoupled: true }",
+        f"model_transaction_policy {{ decoupled: {str(decoupled).lower()} }}",
         # One instance: a second one would be a second engine in memory.
         "instance_group [ { count: 1 kind: KIND_CPU } ]",
         *_render_tensors("input", inputs_of(model)),

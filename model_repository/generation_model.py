@@ -2,7 +2,7 @@
 """The Triton model that holds the engine. Imported inside Triton only.
 
 Three threads meet here. Triton's calls `execute`, which hands prompts to the runtime and returns; requests
-under the model's other name come in the same way from the relay. The engine's thread reports to a `Call`
+to the other models come in the same way from the relay. The engine's thread reports to a `Call`
 after each step. The reporter does everything that talks to Triton about running requests: it sends
 responses and asks which clients have gone; so no two threads ever use one response sender. What else is said of
 requests goes the way of the runtime's observers, to `Observation`.
@@ -34,11 +34,12 @@ from adaptive_k_moe.model_repository.requests import (
     Inputs,
     asks_about_engine,
     asks_to_stop,
+    check_one_response,
     parse_request,
     trace_headers,
 )
 from adaptive_k_moe.model_repository.responses import describe_engine
-from adaptive_k_moe.model_repository.triton_sender import TritonSender, read_inputs
+from adaptive_k_moe.model_repository.triton_sender import TritonSender, is_decoupled, read_inputs
 from adaptive_k_moe.runtime.telemetry import Refusal
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class GenerationModel:
                 name: value["string_value"]
                 for name, value in json.loads(args["model_config"]).get("parameters", {}).items()
             }
+            self._decoupled = is_decoupled(args)
             self._engine_dir = _engine_dir(parameters)
             self._observation = Observation(ObservationOptions.from_parameters(parameters), args["model_name"])
             self._llm = _open_engine(self._engine_dir, parameters)
@@ -82,7 +84,8 @@ class GenerationModel:
         """Start what the requests ask for; the answers follow through their response senders."""
         for request in requests:
             parameters = json.loads(request.parameters() or "{}")
-            self._begin(request.request_id(), read_inputs(request), parameters, TritonSender(request))
+            sender = TritonSender(request, decoupled=self._decoupled)
+            self._begin(request.request_id(), read_inputs(request), parameters, sender)
 
     def finalize(self) -> None:
         """Let running requests end, within limits, and close the engine."""
@@ -113,6 +116,8 @@ class GenerationModel:
                 return
             try:
                 prompts = parse_request(inputs, parameters)
+                if not self._decoupled:
+                    check_one_response(prompts)
             except AdaptiveKError as error:
                 call.fail(str(error), "INVALID_ARG", "request")
                 return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the model of the other name reaches the engine: a Unix socket between two of Triton's model processes.
+"""How the models without an engine reach it: a Unix socket between two of Triton's model processes.
 
 Each Triton model is a process of its own, and the engine shall be in memory once. Triton's two ways of
 forwarding do not serve: an `ensemble` configuration does not tell its running step that the client has

@@ -18,6 +18,7 @@ def write_model_repository(
     num_threads: int | None = None,
     kv_cache_max_tokens: int | None = None,
     parameters: Mapping[str, str] | None = None,
+    decoupled: bool = True,
 ) -> None:
     """Write the models of an engine to `directory`, which any Triton server can then be pointed at.
 
@@ -27,6 +28,7 @@ def write_model_repository(
         num_threads: CPU threads of the engine; None leaves it to the runtime.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None leaves it to the runtime.
         parameters: more parameters of the model that holds the engine.
+        decoupled: as in `render_config`.
 
     Raises:
         ServerError: the directory cannot be written.
@@ -42,6 +44,8 @@ def write_model_repository(
             version.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(Path(__file__).parent / model / "1" / "model.py", version / "model.py")
             config = version.parent / "config.pbtxt"
-            config.write_text(render_config(model, engine if model == ENSEMBLE else None), encoding="utf-8")
+            config.write_text(
+                render_config(model, engine if model == ENSEMBLE else None, decoupled=decoupled), encoding="utf-8"
+            )
     except OSError as error:
         raise ServerError(f"cannot write the model repository {directory}: {error.strerror}.") from None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,11 @@ from adaptive_k_moe.runtime.sampling_params import SamplingParams
 Inputs = Mapping[str, npt.NDArray[Any]]
 
 _UNSUPPORTED = {name for option in UNSUPPORTED_OPTIONS for name in (*option.text, *option.tokens)}
+# Which option an input is; a request may have the present name of one, an older one, or both.
+_OPTION_OF = {
+    name: option.name for option in REQUEST_OPTIONS for names in (option.text, option.tokens) for name in names
+}
+_OLDER = {name for option in REQUEST_OPTIONS for names in (option.text, option.tokens) for name in names[1:]}
 _TEXT_INPUTS = {option.name: option.text[0] for option in REQUEST_OPTIONS if option.text}
 # Headers of the W3C trace context. The server is started so that gRPC's come as parameters; they can be given as
 # parameters, too.
@@ -99,14 +104,22 @@ def parse_request(inputs: Inputs, parameters: Mapping[str, Any] | None = None) -
     for name, tensor in inputs.items():
         if name in _UNSUPPORTED and not _is_off(name, tensor):
             raise RequestError(f"the input {name!r} is not supported by this server: leave it out.")
-    # By the option that each is; a present name, which comes last, goes before an older one.
-    options = {
-        option.name: inputs[name]
-        for option in REQUEST_OPTIONS
-        for name in reversed((*option.text, *option.tokens))
-        if name in inputs
-    }
+    names = sorted(_OPTION_OF.keys() & inputs.keys(), key=lambda name: name not in _OLDER)  # the present one stays
+    options = {_OPTION_OF[name]: inputs[name] for name in names}
     return [_parse_prompt(options, row) for row in range(len(options["prompt"]))]
+
+
+def check_one_response(prompts: Sequence[GenerationRequest]) -> None:
+    """Refuse what one response cannot answer, where the models are not decoupled.
+
+    Raises:
+        RequestError: the request streams, or has several prompts or sequences.
+    """
+    if len(prompts) > 1 or any(prompt.streaming or prompt.sampling_params.n > 1 for prompt in prompts):
+        raise RequestError(
+            "this server gives a request one response: ask for one sequence of one prompt and no stream, "
+            "or serve without --no_decoupled."
+        )
 
 
 def _parse_prompt(options: Inputs, row: int) -> GenerationRequest:

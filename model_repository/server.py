@@ -59,6 +59,7 @@ class TritonServer:
         log_verbose: Triton's verbosity, 0 is none.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None leaves it to the runtime.
+        decoupled: let requests stream and have several answers; if not, unary calls are allowed (see `serve`).
         observation: what the server writes down of its requests besides metrics; None is nothing.
         ready_timeout: seconds that the server may take to load the engine.
 
@@ -82,12 +83,14 @@ class TritonServer:
         log_verbose: int = 0,
         num_threads: int | None = None,
         kv_cache_max_tokens: int | None = None,
+        decoupled: bool = True,
         observation: ObservationOptions | None = None,
         ready_timeout: float = 600.0,
     ) -> None:
         check_arguments(ServerError, str | os.PathLike, engine_dir=engine_dir)
         check_arguments(ServerError, int, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
         check_arguments(ServerError, str, host=host)
+        check_arguments(ServerError, bool, decoupled=decoupled)
         paths = {"model_repository": model_repository, "tritonserver": tritonserver, "log_file": log_file}
         check_arguments(ServerError, str | os.PathLike | None, **paths)
         check_arguments(ServerError, int, log_verbose=log_verbose)
@@ -103,6 +106,7 @@ class TritonServer:
         self._log_verbose = log_verbose
         self._num_threads = num_threads
         self._kv_cache_max_tokens = kv_cache_max_tokens
+        self._decoupled = decoupled
         self._observation = observation or ObservationOptions()
         self._ready_timeout = ready_timeout
         self._process: ServerProcess | None = None
@@ -164,6 +168,7 @@ class TritonServer:
                 num_threads=self._num_threads,
                 kv_cache_max_tokens=self._kv_cache_max_tokens,
                 parameters=self._observation.to_parameters(),
+                decoupled=self._decoupled,
             )
             options, environment = installation.prepare(process.directory)
             environment["TMPDIR"] = str(process.directory)  # the models' sockets lie there, too

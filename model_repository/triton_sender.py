@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import triton_python_backend_utils as pb_utils  # exists inside Triton only
@@ -11,15 +12,26 @@ from adaptive_k_moe.model_repository.responses import Outputs
 
 
 class TritonSender:
-    """A `Sender` over the response sender of a decoupled request."""
+    """A `Sender` over a request's response sender.
 
-    def __init__(self, request: Any) -> None:
+    Args:
+        request: Triton's.
+        decoupled: whether its model is; a model that is not owes each request one response, with its end.
+    """
+
+    def __init__(self, request: Any, *, decoupled: bool) -> None:
         self._sender = request.get_response_sender()
+        self._decoupled = decoupled
+        self._only = pb_utils.InferenceResponse([])
 
     def send(self, outputs: Outputs) -> None:
         """Send one response."""
         tensors = [pb_utils.Tensor(name, value) for name, value in outputs.items()]
-        self._sender.send(pb_utils.InferenceResponse(tensors))
+        response = pb_utils.InferenceResponse(tensors)
+        if self._decoupled:
+            self._sender.send(response)
+        else:
+            self._only = response
 
     def fail(self, message: str, code: str) -> None:
         """End the request with an error; `code` is the name of one of Triton's."""
@@ -30,11 +42,17 @@ class TritonSender:
 
     def finish(self) -> None:
         """End the request."""
-        self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        last = () if self._decoupled else (self._only,)
+        self._sender.send(*last, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def cancelled(self) -> bool:
         """Whether the client has gone."""
         return bool(self._sender.is_cancelled())
+
+
+def is_decoupled(args: dict[str, str]) -> bool:
+    """Whether a model that Triton initializes with these arguments is decoupled."""
+    return bool(json.loads(args["model_config"]).get("model_transaction_policy", {}).get("decoupled", False))
 
 
 def read_inputs(request: Any) -> dict[str, Any]:

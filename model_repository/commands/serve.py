@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that the KV cache holds over all sequences (default: a full batch of longest ones, if they fit)",
     )
+    parser.add_argument(
+        "--no_decoupled",
+        action="store_true",
+        help="models for unary calls: one answer a request and no streams, as TensorRT-LLM's decoupled_mode False",
+    )
     parser.add_argument("--log_file", type=Path, metavar="FILE", help="the server's log (default: standard error)")
     parser.add_argument("--log_verbose", type=int, default=0, metavar="N", help="Triton's verbosity (default: 0)")
     parser.add_argument(
@@ -100,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         log_verbose=args.log_verbose,
         num_threads=args.num_threads,
         kv_cache_max_tokens=args.kv_cache_max_tokens,
+        decoupled=not args.no_decoupled,
         observation=observation,
     )
     try:

@@ -277,6 +277,8 @@ def test_what_cannot_be_connected_to(arguments: dict[str, Any], sentence: str) -
         (dict(user=b"me"), "user is b'me': it must be text"),
         (dict(stop=5), "stop is 5: it must be text or a list of texts"),
         (dict(bad=["a", 5]), "bad is .'a', 5.: it must be text or a list of texts"),
+        (dict(logit_bias={"a": "much"}), "logit_bias is .* it must be a dictionary of texts, with finite numbers"),
+        (dict(logit_bias={7: 1.0}), "logit_bias is .* it must be a dictionary of texts, with finite numbers"),
         (dict(return_k="no"), "return_k is 'no': it must be True or False"),
         (dict(request_id=7), "request_id is 7: it must be text"),
         (dict(timeout="soon"), "timeout is 'soon': it must be a finite number"),

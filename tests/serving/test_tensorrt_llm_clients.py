@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -418,3 +420,22 @@ def test_sixteen_clients_of_token_ids_get_what_each_prompt_gets_alone(server: Tr
 
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(question, prompts)) == expected
+
+
+def test_token_ids_over_http_and_with_their_k(server: TritonServer, llm: LLM, input_ids: list[int]) -> None:
+    params = SamplingParams(max_tokens=TOKENS, end_id=-1, adaptive_k_policy="balanced")
+    expected = llm.generate(input_ids, params).outputs[0]
+    body = {
+        "input_ids": input_ids,
+        "input_lengths": len(input_ids),
+        "request_output_len": TOKENS,
+        "end_id": -1,
+        "adaptive_k_policy": "balanced",
+        "exclude_input_in_output": True,
+        "return_adaptive_k": True,
+    }
+    url = f"http://{server.http_url}/v2/models/tensorrt_llm/generate"
+    with urllib.request.urlopen(url, json.dumps(body).encode(), timeout=60) as answer:
+        content = json.load(answer)
+    assert (content["output_ids"], content["sequence_length"]) == (expected.token_ids, TOKENS)
+    assert content["adaptive_k_k"] == expected.k.ravel().tolist()

@@ -334,6 +334,24 @@ def test_temperature_alone_is_greedy_as_in_tensorrt_llm(server: TritonServer) ->
 
 
 @pytest.mark.parametrize("model", MODELS)
+def test_our_client_may_say_what_the_runtime_may_be_told(
+    server: TritonServer, served_engine_dir: Path, model: str
+) -> None:
+    asked: list[dict[str, Any]] = [
+        {"logit_bias": {"path": 9.0, "class": -5.0}},
+        {"bad": ["te", "."], "frequency_penalty": 3.0},
+        {"stop": ["te", "no such"], "min_tokens": 1},
+        {"temperature": 1.0, "min_p": 0.125, "seed": 5},
+    ]
+    with Client(server.grpc_url, model_name=model) as client:
+        answers = [client.generate("import os", max_tokens=8, end_id=-1, **options).text for options in asked]
+    with LLM(served_engine_dir, num_threads=2) as llm:
+        params = [SamplingParams(max_tokens=8, end_id=-1, **options) for options in asked]
+        assert answers == [output.outputs[0].text for output in llm.generate(["import os"] * len(asked), params)]
+    assert len(set(answers)) == len(asked)
+
+
+@pytest.mark.parametrize("model", MODELS)
 def test_http_generate_and_generate_stream(server: TritonServer, client: Client, model: str) -> None:
     expected = client.generate("import os", max_tokens=5, end_id=-1, adaptive_k_policy="top1")
     body = {"text_input": "import os", "max_tokens": 5, "end_id": -1, "adaptive_k_policy": "top1"}
