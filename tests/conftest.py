@@ -4,6 +4,7 @@ last lines of a run."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections import Counter
@@ -16,6 +17,15 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+with contextlib.suppress(ImportError):  # a machine for tests/gpu may do without
+    import hypothesis
+
+    # How long it takes to draw a case, or to run it, says only how busy the machine is.
+    hypothesis.settings.register_profile(
+        "patient", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("patient")
 
 from checkpoints import MIXTRAL_SMALL, REPOSITORY
 

@@ -42,7 +42,7 @@ def test_the_page_walks_from_checkpoint_to_answer(tmp_path: Path) -> None:
         env=as_in_the_image(HOME=str(tmp_path), OMP_NUM_THREADS="2"),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert f"serving engine: grpc 127.0.0.1:{ports['grpc']}" in done.stdout
