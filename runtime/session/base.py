@@ -10,7 +10,7 @@ MoE layers, V the vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -98,4 +98,3 @@ class Session(Protocol):
         """Free the engine; calling it twice is harmless."""
 
 
-SessionOptions = dict[str, Any]
