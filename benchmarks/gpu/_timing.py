@@ -73,8 +73,7 @@ def torch_milliseconds(torch: Any, calls: list[Callable[[], Any]]) -> float:
 
 
 def copy_bandwidth(gpu: Any) -> float:
-    """GB/s, bytes read and bytes written, of a copy on the device, of 1 GiB where there is room: what streaming is
-    compared with."""
+    """GB/s read and written by a copy on the device, of 1 GiB where there is room: what streaming is compared with."""
     driver = gpu.driver
     size = min(1 << 30, driver.free_memory() // 8)
     a, b = driver.allocate(size), driver.allocate(size)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -71,6 +70,7 @@ class Bench:
         return address
 
     def layer(self, tokens: int, ks: list[int]) -> Layer:
+        """As the launcher takes it, with a policy row for each k."""
         m = self.model
         return Layer(
             tokens, m.hidden, m.intermediate, m.experts, policies=len(ks), choices=1, element=ELEMENT,
@@ -92,9 +92,9 @@ class Bench:
         }
         return Launches(self, DeviceLayer(self.gpu, layer, inputs))
 
-    def time(self, tokens: int, ks: list[int]) -> dict[str, float | str]:
-        """What a launch takes, and what it has to do at least."""
-        routings = 16 if tokens <= 64 else 4
+    def time(self, tokens: int, ks: list[int], routings: int = 0) -> dict[str, float | str]:
+        """What a launch takes, and what it has to do at least; so many launches are in a graph (0: enough)."""
+        routings = routings or (16 if tokens <= 64 else 4)
         case = self.case(tokens, ks, routings)
         active = 0
         for routing in range(routings):
@@ -154,6 +154,7 @@ def main() -> None:
     parser.add_argument("--layers", default=",".join(MODELS))
     parser.add_argument("--tokens", type=numbers, default=numbers(TOKENS))
     parser.add_argument("--weights", default="element,int8,int4")
+    parser.add_argument("--routings", type=int, default=0, help="launches in a graph (default: 16, 4 above 64 tokens)")
     options = parser.parse_args()
     if reason := missing():
         raise SystemExit(f"moe_gpu: {reason}")
@@ -169,7 +170,7 @@ def main() -> None:
             for tokens in options.tokens:
                 full = 0.0
                 for k, ks in bench.model.ks().items():
-                    row = bench.time(tokens, ks)
+                    row = bench.time(tokens, ks, options.routings)
                     us = float(row["us"])
                     full = full or us
                     case = {"layer": name, "weights": weights, "tokens": tokens, "k": k}

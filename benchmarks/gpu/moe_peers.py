@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from _timing import ROOT, matmul_rate, numbers, torch_milliseconds
@@ -73,7 +72,7 @@ class Peers:
         return output
 
     def torch(self, x: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tensor:
-        """torch's grouped products over the rows in the order of their experts."""
+        """Grouped products of torch's over the rows in the order of their experts."""
         weights, chosen = self.route(logits, k)
         by_expert, order = chosen.flatten().sort(stable=True)
         # Not bincount(), which waits for the device.
@@ -92,7 +91,7 @@ class Peers:
         return triton_moe(x, self.up, self.down, *self.route(logits, k), gated=self.gated)
 
     def vllm(self, x: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tensor:
-        """vLLM's fused MoE."""
+        """The fused MoE of vLLM."""
         from vllm.model_executor.layers.fused_moe import fused_experts
 
         weights, chosen = self.route(logits, k)
@@ -104,7 +103,7 @@ class Peers:
         return torch.cat(self.up.chunk(2, 1)[::-1], 1)
 
     def flashinfer(self, x: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tensor:
-        """flashinfer's CUTLASS fused MoE."""
+        """The fused MoE of flashinfer, CUTLASS's."""
         from flashinfer.fused_moe import cutlass_fused_moe
 
         weights, chosen = self.route(logits, k)

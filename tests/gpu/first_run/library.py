@@ -55,7 +55,9 @@ def cannot_compile(nvcc: str | None) -> str | None:
         lacking.append("nvcc (CUDA 13's toolkit)")
     if shutil.which("cmake") is None:
         lacking.append("cmake")
-    if not (os.environ.get("ADAPTIVE_K_CUTLASS_DIR") or CUTLASS.exists() or importlib.util.find_spec("cutlass_library")):
+    if not (
+        os.environ.get("ADAPTIVE_K_CUTLASS_DIR") or CUTLASS.exists() or importlib.util.find_spec("cutlass_library")
+    ):
         lacking.append("CUTLASS's headers (build/cutlass, ADAPTIVE_K_CUTLASS_DIR or the package nvidia-cutlass)")
     return ", ".join(lacking) or None
 

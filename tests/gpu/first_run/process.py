@@ -10,6 +10,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+_running: set[int] = set()  # process groups
+
 
 @dataclass
 class Ended:
@@ -37,6 +39,7 @@ def run(command: list[str], limit: float, log: Path, env: dict[str, str] | None 
             command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
             env={**os.environ, **(env or {})},
         )  # fmt: skip
+    _running.add(program.pid)
     error = None
     try:
         status = program.wait(max(limit, 0))
@@ -47,11 +50,8 @@ def run(command: list[str], limit: float, log: Path, env: dict[str, str] | None 
     except subprocess.TimeoutExpired:
         error = f"killed after its limit of {limit:.0f} s"
     finally:
-        # Also what it started, and also when it ended by itself.
-        try:
-            os.killpg(program.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        kill(program.pid)  # what it started, also when it ended by itself
+        _running.discard(program.pid)
         try:
             program.wait(5)
         except subprocess.TimeoutExpired:  # not even SIGKILL ends a process that waits inside the driver
@@ -60,3 +60,17 @@ def run(command: list[str], limit: float, log: Path, env: dict[str, str] | None 
         written.seek(start)
         output = written.read().decode(errors="replace")
     return Ended(error, output, time.monotonic() - began)
+
+
+def kill(group: int) -> None:
+    """Ends a process group, if there is still one."""
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def kill_all() -> None:
+    """Ends everything that run() waits for."""
+    for group in list(_running):
+        kill(group)

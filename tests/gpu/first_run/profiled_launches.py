@@ -7,7 +7,7 @@ import ctypes
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[3] / "benchmarks" / "gpu")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "benchmarks" / "gpu"))
 
 from moe_gpu import Bench
 from moe_layers import LAYERS

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table at the end of a run, from the rows alone.
 
-    python tests/gpu/first_run/report.py OUT_DIR
+python tests/gpu/first_run/report.py OUT_DIR
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def measured(row: Row | None, copy: float | None, peak: float | None) -> str:
     """Microseconds, GB/s and the share of the copy's, TFLOP/s and the share of the peak."""
     us = row["us"] if row else None
     gb_s, tflop_s = (row[name] / us / unit if row and us else None for name, unit in (("bytes", 1e3), ("flop", 1e6)))
-    shares = [f"{100 * value / whole:3.0f}" if value and whole else "  -" for value, whole in ((gb_s, copy), (tflop_s, peak))]
+    shares = [
+        f"{100 * value / whole:3.0f}" if value and whole else "  -" for value, whole in ((gb_s, copy), (tflop_s, peak))
+    ]
     rates = ["-" if value is None else f"{value:.0f}" for value in (gb_s, tflop_s)]
     return f"{number(us, 7)} {rates[0]:>4} {shares[0]} {rates[1]:>3} {shares[1]}"
 
@@ -80,7 +82,7 @@ def speed(rows: list[Row], copy: float | None, peak: float | None) -> list[str]:
     peers = {(r["layer"], r["peer"], r["tokens"], r["k"]): r["us"] for r in rows if "peer" in r and "us" in r}
     if not ours and not peers:
         return []
-    lines = ["path (D decode, P prefill); for each k: us, GB/s, % of copy, TFLOP/s, % of peak | peers, bfloat16, in us | time"]
+    lines = ["D decode, P prefill; for each k: us, GB/s, % of copy, TFLOP/s, % of peak | peers, bfloat16, us | time"]
     layers = dict.fromkeys((key[0], key[1]) for key in ours) or dict.fromkeys((key[0], "element") for key in peers)
     for layer, weights in layers:
         ks = list(dict.fromkeys(key[3] for key in (*ours, *peers) if key[0] == layer))
@@ -94,17 +96,23 @@ def speed(rows: list[Row], copy: float | None, peak: float | None) -> list[str]:
             times = [number(peers.get((layer, peer, tokens, k)), 6) for k in fixed for peer in ("torch", "triton")]
             first = found[0]
             over = [f"{row['us'] / first['us']:.2f}" if row and first else "-" for row in found[1:]]
-            parts = [f"{tokens:4} {path}", *(measured(row, copy, peak) for row in found), " ".join(times), " ".join(over)]
+            parts = [
+                f"{tokens:4} {path}",
+                *(measured(row, copy, peak) for row in found),
+                " ".join(times),
+                " ".join(over),
+            ]
             lines.append(" |".join(parts))
     return lines
 
 
 def profiled(rows: list[Row]) -> list[str]:
+    """A line for each kernel."""
     lines = []
     for row in rows:
         if row["stage"] == "profile" and "ns" in row:
-            values = f"{row['ns'] / 1e3:9.1f} us  memory {row.get('dram_percent', 0):3.0f} %  issue {row.get('issue_percent', 0):3.0f} %"
-            lines.append(f"{row['case'][:60]:60} {values}")
+            shares = f"memory {row.get('dram_percent', 0):3.0f} %  issue {row.get('issue_percent', 0):3.0f} %"
+            lines.append(f"{row['case'][:60]:60} {row['ns'] / 1e3:9.1f} us  {shares}")
     return lines
 
 
@@ -112,7 +120,10 @@ def table(rows: list[Row], longest: int = LONGEST) -> str:
     """The whole text, no longer than so many characters; what does not fit is counted."""
     described, copy, peak = device(rows)
     if copy or peak:
-        rates = [f"copies at {copy:.0f} GB/s" if copy else "", f"bfloat16 products at {peak:.0f} TFLOP/s" if peak else ""]
+        rates = [
+            f"copies at {copy:.0f} GB/s" if copy else "",
+            f"bfloat16 products at {peak:.0f} TFLOP/s" if peak else "",
+        ]
         described.append("measured here: " + ", ".join(filter(None, rates)))
     lines = [*described, *stages(rows), *speed(rows, copy, peak), *profiled(rows)]
     kept: list[str] = []
