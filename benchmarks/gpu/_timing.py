@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ def repeated(once: Callable[[], float]) -> float:
     return statistics.median(times)
 
 
-def milliseconds(gpu: Any, launches: list[Callable[[int], None]]) -> float:
+def milliseconds(gpu: Any, launches: Sequence[Callable[[int], None]]) -> float:
     """Median time of one of the launches, which take a stream, from replays of a graph of all of them."""
     driver, stream = gpu.driver, gpu.stream
     for launch in launches:
@@ -47,7 +47,7 @@ def milliseconds(gpu: Any, launches: list[Callable[[int], None]]) -> float:
     return median
 
 
-def torch_milliseconds(torch: Any, calls: list[Callable[[], Any]]) -> float:
+def torch_milliseconds(torch: Any, calls: Sequence[Callable[[], Any]]) -> float:
     """The same for calls of torch's on the GPU."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -81,7 +81,7 @@ def copy_bandwidth(gpu: Any) -> float:
     time_of_copy = milliseconds(gpu, [lambda stream: driver.copy(b, a, size, stream)])
     driver.free(a)
     driver.free(b)
-    return 2 * size / time_of_copy / 1e6
+    return float(2 * size / time_of_copy / 1e6)
 
 
 def matmul_rate(torch: Any, size: int = 8192) -> float:

@@ -18,6 +18,7 @@ import argparse
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,7 +83,7 @@ class Bench:
         """The layer with inputs for so many launches, in which the tokens run these k in turn."""
         layer = self.layer(tokens, ks)
         rng = np.random.default_rng(1)
-        inputs = {
+        inputs: dict[str, npt.NDArray[Any] | None] = {
             "hidden_states": np.resize(self.hidden_states, (tokens, layer.hidden)),
             "router_logits": rng.standard_normal((routings, tokens, layer.experts)).astype(np.float32),
             # A token alone takes them in turn from launch to launch.

@@ -26,6 +26,8 @@ sys.path.insert(0, str(ROOT / "tests" / "gpu"))
 
 from rows import FAILED, PASSED, Rows
 
+Way = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""From tokens [T, H], router logits [T, E] and k to the layer's output [T, H]."""
 TOLERANCE = 1.5e-2  # of the norm of the error, in bfloat16
 
 
@@ -71,7 +73,7 @@ class Peers:
             output.index_add_(0, tokens, weights[tokens, ranks, None] * (h @ self.down[expert].float().T))
         return output
 
-    def torch(self, x: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tensor:
+    def grouped(self, x: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tensor:
         """Grouped products of torch's over the rows in the order of their experts."""
         weights, chosen = self.route(logits, k)
         by_expert, order = chosen.flatten().sort(stable=True)
@@ -84,7 +86,7 @@ class Peers:
         y = y * weights.flatten()[order, None].to(y.dtype)
         return torch.zeros_like(x).index_add_(0, tokens, y)
 
-    def triton(self, x: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tensor:
+    def fused(self, x: torch.Tensor, logits: torch.Tensor, k: int) -> torch.Tensor:
         """Ours in Triton."""
         from triton_moe import triton_moe
 
@@ -112,18 +114,20 @@ class Peers:
         cutlass_fused_moe(x, *arguments, output=output, quant_scales=None)
         return output
 
-    def ways(self) -> dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]]:
+    def ways(self) -> dict[str, Way]:
         """The implementations that compute such a layer."""
-        everywhere = {"torch": self.torch, "triton": self.triton}
-        return {**everywhere, "vllm": self.vllm, "flashinfer": self.flashinfer} if self.gated else everywhere
+        ways = {"torch": self.grouped, "triton": self.fused}
+        if self.gated:
+            ways |= {"vllm": self.vllm, "flashinfer": self.flashinfer}
+        return ways
 
-    def error(self, way: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor], tokens: int, k: int) -> float:
+    def error(self, way: Way, tokens: int, k: int) -> float:
         """||output - reference|| / ||reference||."""
         x, logits = self.random(tokens, self.layer.hidden), self.logits(tokens)
         expected = self.loop(x, logits, k)
         return float(torch.linalg.norm(way(x, logits, k).float() - expected) / torch.linalg.norm(expected))
 
-    def time(self, way: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor], tokens: int, k: int) -> float:
+    def time(self, way: Way, tokens: int, k: int) -> float:
         """Microseconds of one call."""
         x = self.random(tokens, self.layer.hidden)
         calls = [partial(way, x, self.logits(tokens), k) for _ in range(16 if tokens <= 64 else 4)]

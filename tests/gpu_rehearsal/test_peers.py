@@ -26,7 +26,7 @@ SMALL = {name: LAYERS[name] for name in ("tiny", "tiny-ungated")}
 def test_torchs_grouped_products_are_the_loop(layer: str, tokens: int) -> None:
     peers = Peers(SMALL[layer], "cpu")
     for k in (1, peers.layer.top_k):
-        assert peers.error(peers.torch, tokens, k) <= TOLERANCE
+        assert peers.error(peers.grouped, tokens, k) <= TOLERANCE
 
 
 @pytest.mark.parametrize("layer", SMALL)
@@ -74,7 +74,7 @@ for layer in (LAYERS["tiny"], LAYERS["tiny-ungated"], odd, many):
     peers = InFloat16(layer, "cpu")
     for tokens in (1, 5, 150, 500):
         for k in (1, layer.top_k):
-            error = peers.error(peers.triton, tokens, k)
+            error = peers.error(peers.fused, tokens, k)
             assert error < 2e-3, (layer, tokens, k, error)
 """
 

@@ -74,9 +74,11 @@ def library(run: Run) -> None:
     """Stage 0. Leaves the library's path in the environment of the others."""
     ended = run.python([str(HERE / "library.py"), str(run.out)])
     rows = {row["case"]: row for row in run.rows.read() if row["stage"] == "library"}
-    for case in ("device", "library"):
-        if case not in rows:
-            run.rows.add("library", case, NOT_RUN if rows else FAILED, error=ended.error if not rows else "no device")
+    if "device" not in rows:
+        run.rows.add("library", "device", FAILED, error=ended.error or "it ended without a result")
+    if "library" not in rows and rows.get("device", {}).get("outcome") == PASSED:
+        again = f"{ended.error}; where it was compiling, another run goes on from there"
+        run.rows.add("library", "library", FAILED, error=again)
     found = rows.get("library", {}).get("path")
     if found:
         run.env["ADAPTIVE_K_CUDA_LIBRARY"] = found

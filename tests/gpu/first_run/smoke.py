@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from mamba_oracle import Case as Scan  # isort: skip
 STAGE = "smoke"
 # Of the norm of the error, by element type; what lies between the products is rounded to it too.
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.5e-2}
-FORMATS = {
+FORMATS: dict[str, dict[str, Any]] = {
     "float16": {"element": "float16"},
     "bfloat16": {"element": "bfloat16"},
     "int8": {"element": "bfloat16", "weights": "int8", "group_size": 64},
@@ -46,8 +47,8 @@ def cases(small: bool) -> dict[str, Case]:
     hidden, intermediate = (64, 64) if small else (512, 384)
     several = (5,) if small else (129, 1, 4096)
 
-    def layer(tokens: int, path: str, **more: object) -> Layer:
-        return Layer(tokens, hidden, intermediate, EXPERTS, path=path, max_k=4, **more)  # type: ignore[arg-type]
+    def layer(tokens: int, path: str, **more: Any) -> Layer:
+        return Layer(tokens, hidden, intermediate, EXPERTS, path=path, max_k=4, **more)
 
     found: dict[str, Case] = {}
     for path in ("decode", "prefill"):
