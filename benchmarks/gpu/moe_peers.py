@@ -116,7 +116,7 @@ class Peers:
 
     def ways(self) -> dict[str, Way]:
         """The implementations that compute such a layer."""
-        ways = {"torch": self.grouped, "triton": self.fused}
+        ways: dict[str, Way] = {"torch": self.grouped, "triton": self.fused}
         if self.gated:
             ways |= {"vllm": self.vllm, "flashinfer": self.flashinfer}
         return ways
