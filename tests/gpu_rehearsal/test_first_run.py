@@ -15,6 +15,7 @@ from typing import Any
 import process
 import psutil
 import pytest
+import run
 from report import LONGEST, table
 from rows import Rows
 
@@ -189,6 +190,23 @@ def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path: Path) -> None:
     with rows.path.open("a") as file:
         file.write('{"stage": "smo')
     assert [row["case"] for row in rows.read()] == ["a"]
+
+
+NCU = """==PROF== Connected to process 7
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
+"Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","python","host","decode_product","1","13","(256, 1, 1)","(64, 2, 1)","0","9.0","Command line profiler metrics",\
+"dram__throughput.avg.pct_of_peak_sustained_elapsed","%","81.5"
+"0","7","python","host","decode_product","1","13","(256, 1, 1)","(64, 2, 1)","0","9.0","Command line profiler metrics",\
+"gpu__time_duration.sum","ns","164,032"
+"""
+
+
+def test_a_profile_is_read_by_its_columns() -> None:
+    found = run.kernels_of(NCU)
+    assert found == {"0 decode_product": {"dram_percent": 81.5, "ns": 164032.0}}
+    text = table([{"stage": "profile", "case": case, "outcome": "passed", **row} for case, row in found.items()])
+    assert "164.0 us  memory  82 %" in text
 
 
 def all_rows() -> list[dict[str, Any]]:

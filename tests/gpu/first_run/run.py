@@ -11,6 +11,7 @@ end is made from those lines alone.
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import os
 import re
@@ -187,26 +188,33 @@ def benchmarks(run: Run) -> None:
                 run.rows.add("benchmarks", part, FAILED, error=f"{ended.error}: {words[0][:300]}")
 
 
+METRICS = {
+    "gpu__time_duration.sum": "ns",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_percent",
+}
+
+
+def kernels_of(csv_text: str) -> dict[str, dict[str, float]]:
+    """What Nsight Compute measured, by the number and name of a kernel; its other output is passed over."""
+    found: dict[str, dict[str, float]] = {}
+    for row in csv.DictReader(line for line in csv_text.splitlines() if line.startswith('"')):
+        if row["Metric Name"] in METRICS:
+            value = float(row["Metric Value"].replace(",", ""))
+            found.setdefault(f"{row['ID']} {row['Kernel Name']}"[:80], {})[METRICS[row["Metric Name"]]] = value
+    return found
+
+
 def profile(run: Run) -> None:
     """Stage 5, where ncu is: what share of the memory's and the schedulers' peak the kernels of a launch reach."""
     program = shutil.which("ncu")
     if program is None or run.small or run.left() < 20:
         return
-    metrics = {
-        "gpu__time_duration.sum": "ns",
-        "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
-        "sm__inst_issued.avg.pct_of_peak_sustained_active": "issue_percent",
-    }
+    options = ["--clock-control", "none", "--profile-from-start", "off", "--csv", "--print-units", "base"]
     script = [sys.executable, str(HERE / "profiled_launches.py")]
-    options = ["--clock-control", "none", "--csv", "--metrics", ",".join(metrics), "--profile-from-start", "off"]
-    ended = process.run([program, *options, *script], run.left(), run.log, run.env)
-    found: dict[str, dict[str, float]] = {}
-    for line in ended.output.splitlines():
-        fields = [field.strip('"') for field in re.findall(r'"(?:[^"]|"")*"', line)]
-        for metric, name in metrics.items():
-            if metric in fields:
-                kernel = f"{fields[0]} {fields[4]}"[:80]
-                found.setdefault(kernel, {})[name] = float(fields[-1].replace(",", ""))
+    command = [program, *options, "--metrics", ",".join(METRICS), *script]
+    ended = process.run(command, run.left(), run.log, run.env)
+    found = kernels_of(ended.output)
     for kernel, values in found.items():
         run.rows.add("profile", kernel, PASSED, **values)
     if ended.error or not found:
