@@ -78,11 +78,14 @@ def compile_library(capability: str, nvcc: str) -> str | None:
         ["cmake", "-S", str(ROOT), "-B", str(BUILT.parent), *ninja, *options],
         ["cmake", "--build", str(BUILT.parent), "--target", "adaptive_k_cuda", "--parallel", str(os.cpu_count() or 1)],
     ):
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-        print(done.stdout, flush=True)
-        if done.returncode:
-            wrong = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
-            return f"{' '.join(command[:3])} failed: {wrong[0] if wrong else 'see log.txt'}"
+        wrong = ""
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as program:
+            for line in program.stdout or ():
+                print(line, end="", flush=True)
+                if "error" in line.lower():
+                    wrong = wrong or line.strip()
+        if program.returncode:
+            return f"{' '.join(command[:3])} failed: {wrong or 'see log.txt'}"
     return loads(BUILT)
 
 
