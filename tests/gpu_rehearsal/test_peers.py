@@ -63,7 +63,7 @@ def test_the_loop_is_the_oracles_layer(layer: str) -> None:
 TRITON = """
 import sys
 import torch
-from moe_layers import LAYERS
+from moe_layers import LAYERS, MoeLayer
 from moe_peers import Peers
 
 class InFloat16(Peers):  # the interpreter multiplies bfloat16's bits as integers
