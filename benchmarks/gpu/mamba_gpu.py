@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time of Mamba2 on a GPU at Nemotron 3 Nano's layer shape, decode against the bytes of its states.
 
-    python benchmarks/gpu/mamba_gpu.py [--decode 1,4,16,64] [--prefill 64,512,4096] [--no-peers]
+    python benchmarks/gpu/mamba_gpu.py --out DIR [--decode 1,4,16,64] [--prefill 64,512,4096] [--no-peers]
 
 A decode step reads and writes each sequence's states once: its bytes a second are set against the device's measured
 copy bandwidth. A CUDA graph of steps over several layers' states is replayed, more than the L2 cache holds, so that
@@ -9,22 +9,21 @@ neither launches nor a warm cache decide. The peer is the package mamba_ssm, whe
 selective_state_update in decode and mamba_chunk_scan_combined in prefill, without the convolution, which ours
 includes.
 
-Needs build/cuda/libadaptive_k_cuda.so (make cuda) and a GPU. Prints a table and writes
-benchmarks/results/mamba_gpu.json.
+Needs build/cuda/libadaptive_k_cuda.so (make cuda) and a GPU. Prints a table, and adds each row to DIR/results.jsonl as
+soon as it is known.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from moe_gpu import REPEATS, ROOT, copy_bandwidth, milliseconds, numbers
+from _timing import copy_bandwidth, milliseconds, numbers, torch_milliseconds
+from gpu_device import Gpu, missing
+from gpu_mamba import DeviceMamba
+from rows import PASSED, Rows
 
-from _results import write_results  # isort: skip
-from gpu_device import Gpu, missing  # isort: skip
-from gpu_mamba import DeviceMamba  # isort: skip
 from cuda_mamba import layer_of, make  # isort: skip
 from mamba_oracle import Case  # isort: skip
 
@@ -86,61 +85,39 @@ def peer(sequences: int, tokens: int) -> float | str:
         dt = torch.randn(sequences, tokens, HEADS, **options)
         b, c = (torch.randn(sequences, tokens, GROUPS, STATE_SIZE, **options) for _ in range(2))
         calls = [lambda: mamba_chunk_scan_combined(x, dt, a, b, c, chunk_size=128, D=d, dt_bias=bias, dt_softplus=True)]
-    return replayed(torch, calls)
-
-
-def replayed(torch: Any, calls: list[Callable[[], Any]]) -> float:
-    """Median milliseconds of a call, from replays of a CUDA graph of all of them."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / len(calls))
-    return statistics.median(times)
+    return torch_milliseconds(torch, calls)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the folder of results.jsonl")
     parser.add_argument("--decode", type=numbers, default=numbers("1,4,16,64"), help="numbers of sequences")
     parser.add_argument("--prefill", type=numbers, default=numbers("64,512,4096"), help="tokens of one sequence")
     parser.add_argument("--no-peers", action="store_true")
     options = parser.parse_args()
     if reason := missing():
         raise SystemExit(f"mamba_gpu: {reason}")
-    gpu = Gpu()
+    gpu, rows = Gpu(), Rows(options.out)
     bandwidth = copy_bandwidth(gpu)
+    rows.add("benchmarks", "copy", PASSED, gb_s=bandwidth)
     print(f"{gpu.driver.name}, compute capability {gpu.driver.capability}, copies at {bandwidth:.0f} GB/s\n")
     print(f"{'sequences':>9} {'tokens':>7} {'us':>9} {'us/token':>9} {'GB/s':>7} {'of copy':>8}  mamba_ssm")
-    rows = []
     steps = [(n, 1) for n in options.decode] + [(1, n) for n in options.prefill]
     for sequences, tokens in steps:
         time = time_step(gpu, sequences, tokens)
         moved = 2 * sequences * STATE_BYTES + 2 * sequences * tokens * (3 * CHANNELS + HEADS + HEADS * HEAD_DIM)
         rate = moved / time / 1e6
         other = "left out" if options.no_peers else peer(sequences, tokens)
-        rows.append(
-            {"sequences": sequences, "tokens": tokens, "us": 1e3 * time, "gb_s": rate,
-             "share_of_copy_bandwidth": rate / bandwidth, "mamba_ssm_ms": other}
+        rows.add(
+            "benchmarks", f"mamba2 sequences={sequences} tokens={tokens}", PASSED, sequences=sequences, tokens=tokens,
+            us=1e3 * time, bytes=moved, mamba_ssm_ms=other,
         )  # fmt: skip
         shown = f"{1e3 * other:9.1f} us" if isinstance(other, float) else other
         print(
             f"{sequences:9} {tokens:7} {1e3 * time:9.1f} {1e3 * time / sequences / tokens:9.2f} {rate:7.0f} "
-            f"{rate / bandwidth:8.1%}  {shown}"
+            f"{rate / bandwidth:8.1%}  {shown}",
+            flush=True,
         )
-    write_results(
-        ROOT / "benchmarks" / "results" / "mamba_gpu.json",
-        {"device": gpu.driver.name, "copy_gb_s": bandwidth, "rows": rows},
-    )
 
 
 if __name__ == "__main__":

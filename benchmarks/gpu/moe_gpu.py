@@ -1,265 +1,184 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of the CUDA operator on a GPU, adaptive against fixed k, with peers in the same run.
+"""Time of the CUDA operator on a GPU, adaptive against fixed k.
 
-    python benchmarks/gpu/moe_gpu.py [--layers mixtral,nemotron] [--tokens 1,4,16,64,256,1024,4096]
-                                     [--weights element,int8,int4] [--no-peers]
+    python benchmarks/gpu/moe_gpu.py --out DIR [--layers mixtral,nemotron] [--tokens 1,4,16,64,256,1024,4096]
+                                     [--weights element,int8,int4]
 
-Each row is one layer at one number of tokens: the operator with a fixed k (every k up to the model's own), and
-adaptive with half of the tokens at the lowest k and half at the model's own. Peers, where installed: torch's
-grouped products, flashinfer's and vLLM's fused MoE, all at the fixed top-k of the model. A CUDA graph of several
-launches with different logits is replayed, so that neither launch overhead nor a warm cache decides. For decode
-the table tells which share of the device's measured copy bandwidth the weights were read at.
+Each row is one layer at one number of tokens and one k: the model's own, half of it, or both in turn from token to
+token, as an adaptive policy mixes them. A CUDA graph of several launches with logits of their own is replayed, so that
+neither launch overhead nor a warm cache decides. moe_peers.py times other implementations in the same way.
 
-Needs build/cuda/libadaptive_k_cuda.so (make cuda) and a GPU. Prints a table and writes
-benchmarks/results/moe_gpu.json.
+Needs build/cuda/libadaptive_k_cuda.so (make cuda) and a GPU. Prints a table, and adds each row to DIR/results.jsonl as
+soon as it is known.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
-from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from _timing import copy_bandwidth, milliseconds, numbers
+from gpu_device import DeviceLayer, Gpu, missing
+from moe_layers import LAYERS, MODELS, TOKENS, MoeLayer
+from rows import PASSED, Rows
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests" / "support"), str(ROOT / "benchmarks")]
+from cuda_launcher import DTYPES, Layer  # isort: skip
 
-from gpu_device import DeviceLayer, Gpu, missing  # noqa: E402
-
-from cuda_launcher import Layer  # noqa: E402 # isort: skip
-from _results import write_results  # noqa: E402 # isort: skip
-
-LAYERS: dict[str, dict[str, Any]] = {
-    "mixtral": dict(hidden=4096, intermediate=14336, experts=8, max_k=2, activation="swiglu"),
-    "nemotron": dict(
-        hidden=2688, intermediate=1856, experts=128, max_k=6, activation="relu2", scoring="sigmoid",
-        routed_scaling_factor=2.5,
-    ),
-}  # fmt: skip
-ROUTINGS = 8  # launches in a graph, each with logits of its own
-REPEATS = 20
-
-
-def milliseconds(gpu: Gpu, launches: list[Callable[[int], None]]) -> float:
-    """Median time of one launch, from replays of a graph of all of them."""
-    for launch in launches:
-        launch(gpu.stream)
-    gpu.driver.synchronize(gpu.stream)
-    gpu.driver.begin_capture(gpu.stream)
-    for launch in launches:
-        launch(gpu.stream)
-    graph = gpu.driver.end_capture(gpu.stream)
-    times = []
-    for _ in range(REPEATS):
-        begin, end = gpu.driver.event(), gpu.driver.event()
-        gpu.driver.record(begin, gpu.stream)
-        gpu.driver.launch_graph(graph, gpu.stream)
-        gpu.driver.record(end, gpu.stream)
-        times.append(gpu.driver.milliseconds(begin, end) / len(launches))
-    return statistics.median(times)
+BITS = {"element": 16, "int8": 8, "int4": 4}
+ELEMENT = "bfloat16"
+GROUP_SIZE = 64
+PIECE = 4_194_301  # random numbers, repeated: a prime, so that no two experts have the same ones
 
 
 class Bench:
     """A layer's random weights on the GPU, shared by every case."""
 
-    def __init__(self, gpu: Gpu, layer: Layer) -> None:
-        self.gpu, self.layer = gpu, layer
+    def __init__(self, gpu: Gpu, model: MoeLayer, weights: str) -> None:
+        self.gpu, self.model, self.weights = gpu, model, weights
         rng = np.random.default_rng(0)
-        wide = 2 if layer.activation in ("swiglu", "geglu") else 1
-        bits = {"element": 16, "int8": 8, "int4": 4}[layer.weights]
-        count = layer.experts * layer.hidden * layer.intermediate
-        self.expert_bytes = (wide + 1) * layer.hidden * layer.intermediate * bits // 8
-        self.shared: dict[str, int] = {}
-        if bits == 16:
-            piece = (rng.standard_normal(1 << 24) * 0.02).astype(np.float16)
+        self.addresses: dict[str, int] = {}
+        self.hidden_states = rng.standard_normal(PIECE).astype(DTYPES[ELEMENT])
+        if weights == "element":
+            piece = (rng.standard_normal(PIECE) * 0.02).astype(DTYPES[ELEMENT]).view(np.uint8)
         else:
-            piece = rng.integers(0, 256, 1 << 25, np.uint8)
-        for name, weights in (("up", wide * count), ("down", count)):
-            size = weights * bits // 8
-            self.shared[name] = gpu.driver.allocate(size)
-            for at in range(0, size, piece.nbytes):
-                gpu.driver.write(self.shared[name] + at, piece.view(np.uint8)[: min(piece.nbytes, size - at)])
-            if bits < 16:
-                scales = np.full(weights // (layer.group_size or 1), 1e-3, np.float16)
-                self.shared[name + "_scales"] = gpu.driver.allocate(scales.nbytes)
-                gpu.driver.write(self.shared[name + "_scales"], scales)
+            piece = rng.integers(0, 256, PIECE, np.uint8)
+        scales = np.full(PIECE, 1e-3, DTYPES[ELEMENT]).view(np.uint8)
+        down = model.experts * model.hidden * model.intermediate
+        for name, count in (("up", model.experts * model.weights - down), ("down", down)):
+            self.addresses[name] = self.repeat(piece, count * BITS[weights] // 8)
+            if weights != "element":
+                self.addresses[name + "_scales"] = self.repeat(scales, count // GROUP_SIZE * 2)
+
+    def repeat(self, piece: npt.NDArray[np.uint8], size: int) -> int:
+        """The address of so many bytes of device memory, filled there with repetitions of a piece."""
+        driver = self.gpu.driver
+        address = driver.allocate(size)
+        done = min(size, len(piece))
+        driver.write(address, piece[:done])
+        while done < size:
+            more = min(done, size - done)
+            driver.copy(address + done, address, more, self.gpu.stream)
+            done += more
+        driver.synchronize(self.gpu.stream)
+        return address
+
+    def layer(self, tokens: int, ks: list[int]) -> Layer:
+        """As the launcher takes it, with a policy row for each k."""
+        m = self.model
+        return Layer(
+            tokens, m.hidden, m.intermediate, m.experts, policies=len(ks), choices=1, element=ELEMENT,
+            weights=self.weights, group_size=0 if self.weights == "element" else GROUP_SIZE, activation=m.activation,
+            scoring=m.scoring, routed_scaling_factor=m.routed_scaling_factor, max_k=m.top_k,
+        )  # fmt: skip
+
+    def case(self, tokens: int, ks: list[int], routings: int) -> Launches:
+        """The layer with inputs for so many launches, in which the tokens run these k in turn."""
+        layer = self.layer(tokens, ks)
+        rng = np.random.default_rng(1)
+        inputs: dict[str, npt.NDArray[Any] | None] = {
+            "hidden_states": np.resize(self.hidden_states, (tokens, layer.hidden)),
+            "router_logits": rng.standard_normal((routings, tokens, layer.experts)).astype(np.float32),
+            # A token alone takes them in turn from launch to launch.
+            "policy_index": ((np.arange(tokens) + np.arange(routings)[:, None]) % len(ks)).astype(np.int32),
+            "policy_kind": np.zeros(len(ks), np.int32),
+            "k_values": np.array(ks, np.int32).reshape(-1, 1),
+        }
+        return Launches(self, DeviceLayer(self.gpu, layer, inputs))
+
+    def time(self, tokens: int, ks: list[int], routings: int = 0) -> dict[str, float | str]:
+        """What a launch takes, and what it has to do at least; so many launches are in a graph (0: enough)."""
+        routings = routings or (16 if tokens <= 64 else 4)
+        case = self.case(tokens, ks, routings)
+        active = 0
+        for routing in range(routings):
+            case.launch(routing, self.gpu.stream)
+            active += case.active_experts()
+        time = milliseconds(self.gpu, [partial(case.launch, routing) for routing in range(routings)])
+        path = self.gpu.path(case.on_device.layer)
+        case.free()
+        experts, rows = active / routings, tokens * sum(ks) / len(ks)
+        bits = BITS[self.weights] + (0 if self.weights == "element" else 16 / GROUP_SIZE)
+        return {
+            "path": path,
+            "us": 1e3 * time,
+            "experts": experts,
+            # Each weight that was chosen read once, the tokens read and the output written.
+            "bytes": experts * self.model.weights * bits / 8 + 2 * tokens * self.model.hidden * 2,
+            "flop": 2 * rows * self.model.weights,
+        }
 
     def free(self) -> None:
         """Gives the weights back."""
-        for address in self.shared.values():
+        for address in self.addresses.values():
             self.gpu.driver.free(address)
 
-    def time(self, tokens: int, ks: list[int]) -> tuple[float, float]:
-        """Milliseconds of a launch in which the tokens take these k in turn, and the experts it read on average."""
-        layer = replace(self.layer, tokens=tokens, policies=len(ks), choices=1)
-        rng = np.random.default_rng(1)
-        cases = []
-        experts = []
-        for _ in range(ROUTINGS):
-            inputs = {
-                "hidden_states": rng.standard_normal((tokens, layer.hidden)).astype(np.float16),
-                "router_logits": rng.standard_normal((tokens, layer.experts)).astype(np.float32),
-                "policy_index": (np.arange(tokens) % len(ks)).astype(np.int32),
-                "policy_kind": np.zeros(len(ks), np.int32),
-                "k_values": np.array(ks, np.int32).reshape(-1, 1),
-            }
-            case = DeviceLayer(self.gpu, layer, inputs)
-            case.pointers.update(self.shared)
-            cases.append(case)
-            case.launch(self.gpu.stream)
-            self.gpu.driver.synchronize(self.gpu.stream)
-            experts.append(len(case.result().active))
-        time = milliseconds(self.gpu, [case.launch for case in cases])
-        for case in cases:
-            case.pointers = {name: address for name, address in case.pointers.items() if name not in self.shared}
-            case.free()
-        return time, float(np.mean(experts))
 
+class Launches:
+    """Launches of one layer that differ in their logits, and in who follows which policy."""
 
-def copy_bandwidth(gpu: Gpu) -> float:
-    """GB/s read and written by a fill-free copy of 1 GiB, the yardstick for streaming."""
-    size = 1 << 30
-    a, b = gpu.driver.allocate(size), gpu.driver.allocate(size)
-    gpu.driver.fill(a, 1, size)
+    def __init__(self, bench: Bench, on_device: DeviceLayer) -> None:
+        self.bench, self.on_device = bench, on_device
+        self._own = dict(on_device.pointers)
 
-    def copy(stream: int) -> None:
-        gpu.driver.copy(b, a, size, stream)
+    def launch(self, routing: int, stream: int) -> None:
+        """Enqueues the launch with the logits of this number."""
+        layer = self.on_device.layer
+        strides = {"router_logits": layer.tokens * layer.experts * 4, "policy_index": layer.tokens * 4}
+        moved = {name: (self._own[name] or 0) + routing * stride for name, stride in strides.items()}
+        self.on_device.pointers = {**self._own, **self.bench.addresses, **moved}
+        self.on_device.launch(stream)
 
-    time = milliseconds(gpu, [copy])
-    gpu.driver.free(a)
-    gpu.driver.free(b)
-    return 2 * size / time / 1e6
+    def active_experts(self) -> int:
+        """How many experts the last launch read; waits for it."""
+        driver = self.bench.gpu.driver
+        driver.synchronize(self.bench.gpu.stream)
+        at = self.on_device.workspace + self.bench.gpu.offset(self.on_device.layer, "num_active")
+        return int(np.frombuffer(driver.read(at, 4), np.int32)[0])
 
-
-def peers(layer: Layer, tokens: int) -> dict[str, float | str]:
-    """Milliseconds of other implementations at the model's fixed top-k, bfloat16; a reason where there is none."""
-    try:
-        import torch
-    except ImportError:
-        return {"torch": "not installed"}
-    if not torch.cuda.is_available():
-        return {"torch": "without CUDA"}
-    torch.manual_seed(0)
-    wide = 2 if layer.activation == "swiglu" else 1
-    k, experts = layer.max_k, layer.experts
-    options = {"device": "cuda", "dtype": torch.bfloat16}
-    up = torch.randn(experts, wide * layer.intermediate, layer.hidden, **options) * 0.02
-    down = torch.randn(experts, layer.hidden, layer.intermediate, **options) * 0.02
-    x = torch.randn(tokens, layer.hidden, **options)
-    logits = torch.randn(tokens, experts, device="cuda")
-
-    def route() -> tuple[torch.Tensor, torch.Tensor]:
-        scores = logits.sigmoid() if layer.scoring == "sigmoid" else logits.softmax(-1)
-        weights, chosen = scores.topk(k)
-        return weights / weights.sum(-1, keepdim=True), chosen
-
-    def grouped() -> torch.Tensor:
-        weights, chosen = route()
-        order = chosen.flatten().argsort(stable=True)
-        ends = torch.bincount(chosen.flatten(), minlength=experts).cumsum(0).to(torch.int32)
-        tokens_in_order = order // k
-        u = torch.nn.functional.grouped_mm(x[tokens_in_order], up.transpose(1, 2), offs=ends)
-        if wide == 2:
-            gate, value = u.chunk(2, -1)
-            h = torch.nn.functional.silu(gate) * value
-        else:
-            h = torch.relu(u).square()
-        y = torch.nn.functional.grouped_mm(h, down.transpose(1, 2), offs=ends)
-        y = y * weights.flatten()[order, None].to(y.dtype)
-        return torch.zeros_like(x).index_add_(0, tokens_in_order, y)
-
-    def vllm() -> torch.Tensor:
-        from vllm.model_executor.layers.fused_moe import fused_experts
-
-        weights, chosen = route()
-        return fused_experts(x, up, down, weights.float(), chosen.to(torch.int32))
-
-    def flashinfer() -> torch.Tensor:
-        from flashinfer.fused_moe import cutlass_fused_moe
-
-        weights, chosen = route()
-        return cutlass_fused_moe(x, chosen.to(torch.int32), weights.float(), up, down, torch.bfloat16, quant_scales=[])
-
-    found: dict[str, float | str] = {}
-    for name, call in (("torch", grouped), ("vllm", vllm), ("flashinfer", flashinfer)):
-        if name != "torch" and wide == 1:
-            found[name] = "no squared ReLU"
-            continue
-        try:
-            for _ in range(3):
-                call()
-            torch.cuda.synchronize()
-            times = []
-            for _ in range(REPEATS):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                call()
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end))
-            found[name] = statistics.median(times)
-        except (ImportError, RuntimeError, TypeError) as wrong:
-            found[name] = f"{type(wrong).__name__}: {str(wrong)[:80]}"
-    return found
-
-
-def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    def free(self) -> None:
+        """Gives back what is not the bench's."""
+        self.on_device.pointers = self._own
+        self.on_device.free()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", default="mixtral,nemotron")
-    parser.add_argument("--tokens", type=numbers, default=numbers("1,4,16,64,256,1024,4096"))
+    parser.add_argument("--out", type=Path, required=True, help="the folder of results.jsonl")
+    parser.add_argument("--layers", default=",".join(MODELS))
+    parser.add_argument("--tokens", type=numbers, default=numbers(TOKENS))
     parser.add_argument("--weights", default="element,int8,int4")
-    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--routings", type=int, default=0, help="launches in a graph (default: 16, 4 above 64 tokens)")
     options = parser.parse_args()
     if reason := missing():
         raise SystemExit(f"moe_gpu: {reason}")
-    gpu = Gpu()
+    gpu, rows = Gpu(), Rows(options.out)
     bandwidth = copy_bandwidth(gpu)
-    print(f"{gpu.driver.name}, compute capability {gpu.driver.capability}, copies at {bandwidth:.0f} GB/s\n")
-    columns = ("tokens", "k", "path", "ms", "experts", "of copy", "of top-k")
-    print(f"{'layer':9} {'weights':8} " + " ".join(f"{column:>9}" for column in columns))
-    rows = []
+    rows.add("benchmarks", "copy", PASSED, gb_s=bandwidth)
+    print(f"{gpu.driver.name}, compute capability {gpu.driver.capability}, {ELEMENT}, copies at {bandwidth:.0f} GB/s\n")
+    columns = ("tokens", "k", "path", "us", "experts", "GB/s", "TFLOP/s", "of top-k")
+    print(f"{'layer':12} {'weights':8} " + " ".join(f"{column:>9}" for column in columns))
     for name in options.layers.split(","):
         for weights in options.weights.split(","):
-            layer = Layer(1, weights=weights, group_size=0 if weights == "element" else 64, **LAYERS[name])
-            bench = Bench(gpu, layer)
+            bench = Bench(gpu, LAYERS[name], weights)
             for tokens in options.tokens:
-                path = gpu.path(replace(layer, tokens=tokens, policies=1, choices=1))
-                full, _ = bench.time(tokens, [layer.max_k])
-                lowest = max(1, layer.max_k // 3)
-                cases = {str(k): [k] for k in range(1, layer.max_k + 1)}
-                cases[f"{lowest} or {layer.max_k}"] = [lowest, layer.max_k]
-                for label, ks in cases.items():
-                    time, experts = bench.time(tokens, ks)
-                    share = experts * bench.expert_bytes / time / 1e6 / bandwidth
-                    rows.append(
-                        {"layer": name, "weights": weights, "tokens": tokens, "k": label, "path": path, "ms": time,
-                         "experts": experts, "share_of_copy_bandwidth": share, "of_fixed_top_k": time / full}
-                    )  # fmt: skip
+                full = 0.0
+                for k, ks in bench.model.ks().items():
+                    row = bench.time(tokens, ks, options.routings)
+                    us = float(row["us"])
+                    full = full or us
+                    case = {"layer": name, "weights": weights, "tokens": tokens, "k": k}
+                    rows.add("benchmarks", f"{name} {weights} T={tokens} k={k}", PASSED, **case, **row)
+                    rates = float(row["bytes"]) / us / 1e3, float(row["flop"]) / us / 1e6
                     print(
-                        f"{name:9} {weights:8} {tokens:9} {label:>9} {path:>9} {time:9.3f} {experts:9.1f} "
-                        f"{share:9.1%} {time / full:9.2f}"
+                        f"{name:12} {weights:8} {tokens:9} {k:>9} {row['path']:>9} {us:9.1f} {row['experts']:9.1f} "
+                        f"{rates[0]:9.1f} {rates[1]:9.1f} {us / full:9.2f}",
+                        flush=True,
                     )
             bench.free()
-        if not options.no_peers:
-            layer = Layer(1, **LAYERS[name])
-            for tokens in options.tokens:
-                for peer, value in peers(layer, tokens).items():
-                    rows.append({"layer": name, "tokens": tokens, "peer": peer, "ms": value})
-                    shown = f"{value:9.3f}" if isinstance(value, float) else value
-                    print(f"{name:9} {peer:8} {tokens:9} {layer.max_k:>9} {'':9} {shown}")
-    write_results(
-        ROOT / "benchmarks" / "results" / "moe_gpu.json",
-        {"device": gpu.driver.name, "copy_gb_s": bandwidth, "rows": rows},
-    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+_used: list[Gpu] = []  # by this process: none or one
+
+
 @pytest.fixture(scope="session")
 def gpu() -> Gpu:
-    return Gpu()
+    _used.append(Gpu())
+    return _used[0]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A lost context would fail every later test of this process: a worker of pytest-xdist ends, and is replaced."""
+    result = yield
+    if _used and (error := _used[0].driver.broken()):
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        item.session.shouldstop = f"the GPU's context is lost: {error}"
+    return result

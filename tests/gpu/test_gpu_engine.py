@@ -16,7 +16,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytest.importorskip("adaptive_k_moe", reason="this package is not installed: pip install .[engine,tensorrt]")
+for package in ("torch", "transformers", "adaptive_k_moe.engine_builder"):
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install .[tensorrt,test]")
 
 from engine_checks import assert_answers_equal_transformers, assert_policies_are_followed  # noqa: E402
 from gpu_engines import POLICIES  # noqa: E402

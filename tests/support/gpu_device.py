@@ -135,10 +135,14 @@ class Driver:
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
         self._call("cuGraphInstantiateWithFlags", ctypes.byref(executable), graph, ctypes.c_uint64(0))
+        self._call("cuGraphDestroy", graph)
         return executable.value or 0
 
     def launch_graph(self, graph: int, stream: int) -> None:
         self._call("cuGraphLaunch", ctypes.c_void_p(graph), ctypes.c_void_p(stream))
+
+    def free_graph(self, graph: int) -> None:
+        self._call("cuGraphExecDestroy", ctypes.c_void_p(graph))
 
     def event(self) -> int:
         event = ctypes.c_void_p()
@@ -184,6 +188,8 @@ class DeviceLayer:
 
     def launch(self, stream: int) -> None:
         status = self.gpu.launch(self.layer, self.pointers, self.workspace, stream)
+        if status != 0 and (wrong := self.gpu.check(self.layer)):
+            raise CudaError(f"the launch was refused: {wrong}")
         if status != 0:
             raise CudaError(f"launch returned {error_name(status)}")
 

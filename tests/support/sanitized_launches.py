@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel once, small, to be run under compute-sanitizer:
 
-compute-sanitizer --tool memcheck python tests/support/sanitized_launches.py
+compute-sanitizer --tool memcheck python tests/support/sanitized_launches.py [--own]
+
+With --own without CUTLASS's kernels, whose asynchronous copies racecheck and initcheck do not follow.
 """
 
 from __future__ import annotations
+
+import sys
 
 from cuda_cases import check_all, make_inputs
 from cuda_launcher import Layer
@@ -25,6 +29,8 @@ LAYERS = [
 
 gpu = Gpu()
 for seed, layer in enumerate(LAYERS):
+    if "--own" in sys.argv and layer.path == "prefill" and layer.weights == "element":
+        continue
     inputs, exact = make_inputs(layer, seed)
     check_all(layer, exact, gpu.run(layer, inputs))
 for seed, case in enumerate(CASES):
