@@ -96,5 +96,3 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free the engine; calling it twice is harmless."""
-
-
