@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every error a user can cause. Each message is one sentence: what is wrong, where, what to do."""
+"""The errors that a user can cause, but for calibration's own: a sentence each, what is wrong, where, what to do."""
 
 from __future__ import annotations
 

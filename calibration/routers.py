@@ -20,6 +20,7 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Progress
 from adaptive_k_moe.calibration.traces import engine_fingerprint, open_arrays, read_json
 from adaptive_k_moe.calibration.windows import Windows
+from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.files import write_json
 from adaptive_k_moe.model_config import MoeConfig, PretrainedConfig
 from adaptive_k_moe.policy import KIND_ENTROPY
@@ -100,8 +101,8 @@ def collect_routers(
     if progress is not None:
         progress(done)
     if done < len(windows):
-        with evaluator.with_session(RouterProbe) as probe:
-            assert isinstance(probe, RouterProbe)
+        probe = RouterProbe(model)
+        with evaluator.with_session(probe.open):
             for batch in evaluator.batches(windows, evaluator.tables({}), 0, start=done):
                 for layer in range(model.num_moe_layers):
                     seen = probe.look(layer, evaluator.full_k)
@@ -129,8 +130,8 @@ def ranked_experts(evaluator: Evaluator, windows: Windows, count: int) -> npt.ND
     """
     num_layers = evaluator.num_layers
     found = np.empty((len(windows), windows.window, num_layers, count), np.int32)
-    with evaluator.with_session(RouterProbe) as probe:
-        assert isinstance(probe, RouterProbe)
+    probe = RouterProbe(evaluator.config.pretrained_config)
+    with evaluator.with_session(probe.open):
         for batch in evaluator.batches(windows, evaluator.tables({}), 0):
             for layer in range(num_layers):
                 part = found[batch.windows]
@@ -165,15 +166,28 @@ class _Seen:
     norms: npt.NDArray[np.float64]
 
 
-class RouterProbe(OpenVinoSession):
-    """A session that shows what each MoE layer's operator was given in the last step."""
+class RouterProbe:
+    """Shows what each MoE layer's operator was given in the last step of the session that it opens.
+
+    Args:
+        model: the engine's.
+    """
+
+    def __init__(self, model: PretrainedConfig) -> None:
+        self._model = model
+        self._weights: list[_ExpertWeights] = []
+
+    def open(self, engine_dir: str | Path, config: EngineConfig, *, num_threads: int | None = None) -> OpenVinoSession:
+        """A session of the engine; its arguments are `OpenVinoSession`'s."""
+        self._session = OpenVinoSession(engine_dir, config, num_threads=num_threads, prepare=self._prepare)
+        return self._session
 
     def look(self, layer: int, top_k: int) -> _Seen:
         """What the router of one MoE layer chose in the last step, at the trained top-k."""
-        moe = self._config.pretrained_config.moe
+        moe = self._model.moe
         logits, routing = self.route(layer, top_k)
         experts = routing.experts[:, :top_k]
-        hidden = self._request.get_tensor(_probe_name(layer, "hidden_states")).data
+        hidden = self._session.output(_probe_name(layer, "hidden_states"))
         outputs = self._weights[layer].run(np.repeat(hidden, top_k, axis=0), experts.ravel(), moe)
         norms = np.linalg.norm(outputs.astype(np.float64), axis=1).reshape(experts.shape)
         return _Seen(routing.weights[:, :top_k], experts, _scores(logits, moe).sum(axis=1), norms)
@@ -185,8 +199,8 @@ class RouterProbe(OpenVinoSession):
         """
         from adaptive_k_moe.plugin import route
 
-        moe = self._config.pretrained_config.moe
-        logits = self._request.get_tensor(_probe_name(layer, "router_logits")).data
+        moe = self._model.moe
+        logits = self._session.output(_probe_name(layer, "router_logits"))
         index, kind, thresholds, k_values = _fixed(len(logits), k)
         return logits, route(
             logits,
@@ -202,8 +216,9 @@ class RouterProbe(OpenVinoSession):
         )
 
     def _prepare(self, graph: Any) -> None:
+        """Let the graph put out what its operators are given."""
         operators = moe_operators(graph)
-        self._weights = [_ExpertWeights(node, self._config.pretrained_config) for node in operators]
+        self._weights = [_ExpertWeights(node, self._model) for node in operators]
         for layer, node in enumerate(operators):
             for name, index in _PROBED.items():
                 port = node.input_value(index)

@@ -189,10 +189,3 @@ METRICS: dict[str, Metric] = {
 def format_limit(limit: float) -> str:
     """A bucket's limit as the label `le` has it."""
     return "+Inf" if limit == float("inf") else repr(float(limit))
-
-
-def series_names(metric: Metric) -> list[str]:
-    """Names of the series that Prometheus stores for a metric."""
-    if metric.kind == "histogram":
-        return [f"{metric.name}{suffix}" for suffix in ("_bucket", "_sum", "_count")]
-    return [metric.name]

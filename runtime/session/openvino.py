@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class OpenVinoSession:
         num_threads: threads of the engine; None is one for each core that the process may use.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None is enough for
             `max_batch_size` sequences of `max_seq_len`, within 4 GiB.
+        prepare: changes the graph before it is compiled; `output` reads what it lets the graph put out.
 
     Raises:
         DependencyError: OpenVINO is not installed.
@@ -45,11 +47,12 @@ class OpenVinoSession:
         *,
         num_threads: int | None = None,
         kv_cache_max_tokens: int | None = None,
+        prepare: Callable[[Any], None] | None = None,
     ) -> None:
         self._config = config
         self._ov = _import_openvino()
         self._request: Any = None
-        self._compile(Path(engine_dir), num_threads)
+        self._compile(Path(engine_dir), num_threads, prepare)
         self._allocate_cache(kv_cache_max_tokens)
         self._allocate_states()
 
@@ -119,11 +122,16 @@ class OpenVinoSession:
         """See `CountsExperts.expert_load`."""
         return self._expert_load.read()
 
+    def output(self, name: str) -> npt.NDArray[Any]:
+        """An output of the last step by its name in the graph; overwritten by the next step."""
+        data: npt.NDArray[Any] = self._request.get_tensor(name).data
+        return data
+
     def close(self) -> None:
         """See `Session.close`."""
         self._request = None
 
-    def _compile(self, engine_dir: Path, num_threads: int | None) -> None:
+    def _compile(self, engine_dir: Path, num_threads: int | None, prepare: Callable[[Any], None] | None) -> None:
         from adaptive_k_moe.plugin import openvino_extension_path
 
         core = self._ov.Core()
@@ -140,7 +148,8 @@ class OpenVinoSession:
             graph = core.read_model(engine_dir / ENGINE_XML)
             use_paged_attention(graph, self._config.pretrained_config)
             self._expert_load = ExpertLoad(graph, self._config.pretrained_config.moe.num_experts)
-            self._prepare(graph)
+            if prepare is not None:
+                prepare(graph)
             self._request = core.compile_model(graph, "CPU", options).create_infer_request()
             # A model without rotary embedding takes no positions, one without attention no blocks.
             self._inputs = {port.get_any_name() for port in self._request.get_compiled_model().inputs}
@@ -149,9 +158,6 @@ class OpenVinoSession:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[-1]
             raise EngineError(f"OpenVINO cannot load the engine in {engine_dir}: {reason}") from error
-
-    def _prepare(self, graph: Any) -> None:
-        """For sessions that look into the model: change the graph before it is compiled."""
 
     def _allocate_cache(self, max_tokens: int | None) -> None:
         build, ov = self._config.build_config, self._ov

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 from types import SimpleNamespace
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from adaptive_k_moe.calibration.commands.calibrate import add_arguments
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Scores
 from adaptive_k_moe.calibration.families import EntropyRules, OneNumberRules, choices_at, shapes
-from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, STATIC_KINDS, Kind
+from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, CURVE_KINDS, STATIC_KINDS
 from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces
 from adaptive_k_moe.calibration.search import Search, check_k_values, default_k_values
@@ -64,7 +64,8 @@ def test_the_command_names_every_kind_that_can_be_found() -> None:
     required = ["--engine_dir", "e", "--text", "t", "--target_avg_k", "1", "--output", "o"]
     named = parser.parse_args([*required, "--policy_kind", *ADAPTIVE_KINDS, *STATIC_KINDS]).policy_kind
     assert (*ADAPTIVE_KINDS, *STATIC_KINDS) == tuple(named)
-    assert {*named, "random"} == {kind for part in get_args(Kind) for kind in get_args(part)}
+    pairs = ("static", "entropy", "top_p", "ratio", "contribution")
+    assert {*named, "random"} == {"random", *pairs, *(f"{kind}_per_layer" for kind in pairs)} == set(CURVE_KINDS)
 
 
 @pytest.fixture

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from adaptive_k_moe.observability.definitions import METRICS, series_names
+from adaptive_k_moe.observability.definitions import METRICS, Metric
+
+
+def series_names(metric: Metric) -> list[str]:
+    """Names of the series that Prometheus stores for a metric."""
+    if metric.kind == "histogram":
+        return [f"{metric.name}{suffix}" for suffix in ("_bucket", "_sum", "_count")]
+    return [metric.name]
+
 
 SERIES = {name for metric in METRICS.values() for name in series_names(metric)}
 
