@@ -33,7 +33,7 @@ class Sender(Protocol):
         """Whether nobody waits for the answer any more."""
 
 
-class Report(NamedTuple):
+class CallUpdate(NamedTuple):
     """Something to tell about a call: responses, then the end of the call.
 
     `failure` is an error's message and code; `blame` is what failed, where the runtime does not know of it.
@@ -47,20 +47,20 @@ class Report(NamedTuple):
 
 
 class Call:
-    """One request with its prompts in the engine. Reports are made on any thread and queued in order."""
+    """One request with its prompts in the engine. Updates are made on any thread and queued in order."""
 
     def __init__(
         self,
         request_id: str,
         sender: Sender,
-        reports: queue.SimpleQueue[Report],
+        updates: queue.SimpleQueue[CallUpdate],
         trace_headers: Mapping[str, str] | None = None,
     ) -> None:
         self.request_id = request_id
         self.trace_headers = trace_headers or {}
         self.sender = sender
         self.abandoned = False  # nobody waits for the answer any more; the reporter's to set
-        self._reports = reports
+        self._updates = updates
         self._lock = threading.Lock()
         self._handles: list[Any] = []
         self._running = 0
@@ -107,7 +107,7 @@ class Call:
     def finish(self, *responses: Outputs) -> None:
         """End the call with nothing more to say than this."""
         with self._lock:
-            self._close(Report(self, responses, final=True))
+            self._close(CallUpdate(self, responses, final=True))
 
     def fail(self, message: str, code: str, blame: ErrorKind | None = None) -> None:
         """End the call with an error, and take its prompts out of the engine.
@@ -118,7 +118,7 @@ class Call:
             blame: what failed; None if the runtime has told its observers.
         """
         with self._lock:
-            self._close(Report(self, final=True, failure=(message, code), blame=blame))
+            self._close(CallUpdate(self, final=True, failure=(message, code), blame=blame))
         self.abort()
 
     def _on_output(self, builder: ResponseBuilder, output: RequestOutput) -> None:
@@ -137,17 +137,17 @@ class Call:
         responses = builder.build(output)
         if not output.finished:
             if responses:
-                self._reports.put(Report(self, responses))
+                self._updates.put(CallUpdate(self, responses))
             return
         self._running -= 1
         if output.error:
-            self._close(Report(self, final=True, failure=(output.error, "INTERNAL")))
+            self._close(CallUpdate(self, final=True, failure=(output.error, "INTERNAL")))
         elif self._running:
-            self._reports.put(Report(self, responses))
+            self._updates.put(CallUpdate(self, responses))
         else:
-            self._close(Report(self, responses, final=True))
+            self._close(CallUpdate(self, responses, final=True))
 
-    def _close(self, report: Report) -> None:
+    def _close(self, update: CallUpdate) -> None:
         if not self._closed:
             self._closed = True
-            self._reports.put(report)
+            self._updates.put(update)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import triton_python_backend_utils as pb_utils  # exists inside Triton only
 
 from adaptive_k_moe.errors import AdaptiveKError, EngineError
-from adaptive_k_moe.model_repository.calls import Call, Report, Sender
+from adaptive_k_moe.model_repository.calls import Call, CallUpdate, Sender
 from adaptive_k_moe.model_repository.contract import KV_CACHE_PARAMETER
 from adaptive_k_moe.model_repository.observation import Observation
 from adaptive_k_moe.model_repository.observation_options import ObservationOptions
@@ -71,7 +71,7 @@ class GenerationModel:
         self._observation.watch(self._llm)
         self._policy_watch = PolicyWatch(self._engine_dir)
         self._policy_lock = threading.Lock()
-        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self._updates: queue.SimpleQueue[CallUpdate] = queue.SimpleQueue()
         self._calls: dict[int, Call] = {}
         self._calls_lock = threading.Lock()
         self._closing = False
@@ -102,7 +102,7 @@ class GenerationModel:
         self._observation.close()
 
     def _begin(self, request_id: str, inputs: Inputs, parameters: dict[str, Any], sender: Sender) -> None:
-        call = Call(request_id, sender, self._reports, trace_headers(parameters))
+        call = Call(request_id, sender, self._updates, trace_headers(parameters))
         if self._closing:
             call.fail("this model is being unloaded: ask again.", "UNAVAILABLE", "server")
             return
@@ -155,33 +155,33 @@ class GenerationModel:
                     pb_utils.Logger.log_error(f"the policies stay as they were: {error}")
 
     def _report(self) -> None:
-        """The reporter's loop: reports as they come, and every so often a look at the clients."""
+        """The reporter's loop: updates as they come, and every so often a look at the clients."""
         pace = Pace(_POLL_SECONDS)
-        while not (self._stopping.is_set() and self._reports.empty()):
+        while not (self._stopping.is_set() and self._updates.empty()):
             with contextlib.suppress(queue.Empty):
-                self._handle(self._reports.get(timeout=pace.seconds_left()))
+                self._handle(self._updates.get(timeout=pace.seconds_left()))
             if not pace.seconds_left():
                 with pace.look():
                     self._look_around()
 
-    def _handle(self, report: Report) -> None:
+    def _handle(self, update: CallUpdate) -> None:
         try:
-            if report.failure is not None and report.blame is not None:
-                call = report.call
-                self._observation.refused(Refusal("", None, report.failure[0], report.blame, context=call.context()))
-            if not report.call.abandoned:
-                for outputs in report.responses:
-                    report.call.sender.send(outputs)
-            if report.failure is not None:
-                report.call.sender.fail(*report.failure)
-            elif report.final:
-                report.call.sender.finish()
+            if update.failure is not None and update.blame is not None:
+                call = update.call
+                self._observation.refused(Refusal("", None, update.failure[0], update.blame, context=call.context()))
+            if not update.call.abandoned:
+                for outputs in update.responses:
+                    update.call.sender.send(outputs)
+            if update.failure is not None:
+                update.call.sender.fail(*update.failure)
+            elif update.final:
+                update.call.sender.finish()
         except Exception as error:  # the reporter serves all requests: it goes on
             pb_utils.Logger.log_error(f"a response could not be sent: {error}")
-            report.call.abort()
-        if report.final:
+            update.call.abort()
+        if update.final:
             with self._calls_lock:
-                self._calls.pop(id(report.call), None)
+                self._calls.pop(id(update.call), None)
 
     def _look_around(self) -> None:
         try:

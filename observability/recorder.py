@@ -43,7 +43,7 @@ class Sample(NamedTuple):
     value: Value
 
 
-class Observation(NamedTuple):
+class HistogramSample(NamedTuple):
     """One observation of a histogram that is not `bulk`."""
 
     metric: Metric
@@ -92,7 +92,7 @@ class Recorder(Observer):
         self._ended: deque[_Ended] = deque()
         self._pending_tokens = 0
         self._num_events = 0
-        self._observations: deque[Observation] | None = deque() if keep_observations else None
+        self._observations: deque[HistogramSample] | None = deque() if keep_observations else None
         self._lock = threading.Lock()
         self._policies: dict[str, int] = {}
         self._requests: dict[tuple[str, str], int] = {}
@@ -169,9 +169,9 @@ class Recorder(Observer):
         """Something that equals the last of its kind if all samples are as they were."""
         return self._num_events, self._stats(), self.records_dropped()
 
-    def take_observations(self) -> list[Observation]:
+    def take_observations(self) -> list[HistogramSample]:
         """The observations that `collect` has counted since the last call, if they are kept."""
-        taken: list[Observation] = []
+        taken: list[HistogramSample] = []
         while self._observations:
             taken.append(self._observations.popleft())
         return taken
@@ -199,7 +199,7 @@ class Recorder(Observer):
         histograms.grow(row + 1)
         histograms.observe(value, row)
         if self._observations is not None:
-            self._observations.append(Observation(metric, (policy,), value))
+            self._observations.append(HistogramSample(metric, (policy,), value))
 
     def _policy(self, name: str) -> str:
         """The label for a policy's name, which is now known."""

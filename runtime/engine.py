@@ -20,7 +20,7 @@ from adaptive_k_moe.runtime.detokenizer import AnswerText
 from adaptive_k_moe.runtime.outputs import ErrorKind, FinishReason, RequestMetrics, RequestOutput
 from adaptive_k_moe.runtime.sampler import FloatArray, SamplingState, sample
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
-from adaptive_k_moe.runtime.scheduler import Chunk, Scheduler
+from adaptive_k_moe.runtime.scheduler import ScheduledChunk, Scheduler
 from adaptive_k_moe.runtime.sequence import Request, RunOptions, Sequence
 from adaptive_k_moe.runtime.session.base import Int32Array, Int64Array, Session, StepInput, StepOutput
 from adaptive_k_moe.runtime.session.expert_load import CountsExperts
@@ -350,7 +350,7 @@ class Engine:
 
     # How a step is made and read
 
-    def _step_input(self, chunks: list[Chunk]) -> tuple[StepInput, list[_Wanted]]:
+    def _step_input(self, chunks: list[ScheduledChunk]) -> tuple[StepInput, list[_Wanted]]:
         """Pack the chunks' tokens, sequence after sequence, and say which logits are wanted."""
         input_ids: list[int] = []
         position_ids: list[int] = []
@@ -391,13 +391,13 @@ class Engine:
         )
         return step, wanted
 
-    def _state_slots(self, chunks: list[Chunk]) -> Int32Array | None:
+    def _state_slots(self, chunks: list[ScheduledChunk]) -> Int32Array | None:
         if not self._session.num_state_slots:
             return None
         return np.array([chunk.sequence.state_slot for chunk in chunks], np.int32)
 
     def _record(
-        self, chunks: list[Chunk], step: StepInput, wanted: list[_Wanted], result: StepOutput
+        self, chunks: list[ScheduledChunk], step: StepInput, wanted: list[_Wanted], result: StepOutput
     ) -> tuple[list[Sequence], FloatArray]:
         """Note what was computed; the sequences that are due a token, and the logits [N, V] for it."""
         ready: list[Sequence] = []

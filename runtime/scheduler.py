@@ -16,7 +16,7 @@ _BACKGROUND_TOKENS = 64
 _STEPS_BETWEEN, _TOKENS_BETWEEN = 200, 16
 
 
-class Chunk(NamedTuple):
+class ScheduledChunk(NamedTuple):
     """The next `num_tokens` tokens of a sequence that a step computes: one in decode, more in prefill."""
 
     sequence: Sequence
@@ -68,7 +68,7 @@ class Scheduler:
             self.background.remove(sequence)
         self._release(sequence)
 
-    def schedule(self) -> list[Chunk]:
+    def schedule(self) -> list[ScheduledChunk]:
         """The next step: decode tokens of the running, then prefill of the running, then of the waiting."""
         if not self.running and not self.waiting:
             return self._background_chunk(_BACKGROUND_TOKENS)
@@ -77,20 +77,20 @@ class Scheduler:
         if self._background_is_due():
             return self._background_chunk(_TOKENS_BETWEEN)
         self._steps_since_background += 1
-        chunks: list[Chunk] = []
+        chunks: list[ScheduledChunk] = []
         budget = self.max_num_tokens
 
         for sequence in [s for s in self.running if s.num_uncomputed == 1]:
             if budget == 0:
                 break
             if self._has_block(sequence):
-                chunks.append(Chunk(sequence, 1))
+                chunks.append(ScheduledChunk(sequence, 1))
                 budget -= 1
 
         for sequence in self.running:
             if budget > 0 and sequence.num_uncomputed > 1:
                 num_tokens = min(budget, sequence.num_uncomputed)
-                chunks.append(Chunk(sequence, num_tokens))
+                chunks.append(ScheduledChunk(sequence, num_tokens))
                 budget -= num_tokens
 
         # One preempted just now is first in this queue, and cannot come back: it lacks the block it gave up.
@@ -101,7 +101,7 @@ class Scheduler:
             sequence.state_slot = self.state_slots.acquire()
             self.running.append(self.waiting.popleft())
             num_tokens = min(budget, sequence.num_uncomputed)
-            chunks.append(Chunk(sequence, num_tokens))
+            chunks.append(ScheduledChunk(sequence, num_tokens))
             budget -= num_tokens
         return chunks
 
@@ -126,7 +126,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
         self.preemptions_total += 1
 
-    def _background_chunk(self, num_tokens: int) -> list[Chunk]:
+    def _background_chunk(self, num_tokens: int) -> list[ScheduledChunk]:
         """A small part of the oldest sequence of the background; everything that it needs is free."""
         if not self.background:
             return []
@@ -135,7 +135,7 @@ class Scheduler:
         self.block_manager.grow(sequence.block_table, len(sequence.token_ids))
         if sequence.state_slot is None:
             sequence.state_slot = self.state_slots.acquire()
-        return [Chunk(sequence, min(num_tokens, self.max_num_tokens, sequence.num_uncomputed))]
+        return [ScheduledChunk(sequence, min(num_tokens, self.max_num_tokens, sequence.num_uncomputed))]
 
     def _background_is_due(self) -> bool:
         """Whether the background gets the next step although others have something to compute."""

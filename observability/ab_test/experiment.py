@@ -24,7 +24,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class Quantity:
     """One quantity of a request.
 
     Attributes:
@@ -45,19 +45,19 @@ class Metric:
     percent: bool = False
 
 
-METRICS = {
+QUANTITIES = {
     metric.name: metric
     for metric in (
-        Metric("latency", "ratio", "latency, arrival to end", 1),
-        Metric("ttft", "ratio", "time to first token", 1),
-        Metric("time_per_token", "ratio", "latency a generated token", 1),
-        Metric("avg_k", "difference", "experts run a token and layer", 0),
-        Metric("error_rate", "rate", "requests that ended in an error", 1, percent=True),
-        Metric("cancelled_rate", "rate", "requests given up by their client", 1, percent=True),
-        Metric("quality", "difference", "log-probability lost against full's likeliest token", 1, scored=True),
-        Metric("agreement", "difference", "tokens that are also full's likeliest", -1, scored=True, percent=True),
-        Metric("own_loss", "difference", "log-probability lost from the own policy to full", 1, scored=True),
-        Metric("answer_logprob", "difference", "log-probability of the answer under full", 0, scored=True),
+        Quantity("latency", "ratio", "latency, arrival to end", 1),
+        Quantity("ttft", "ratio", "time to first token", 1),
+        Quantity("time_per_token", "ratio", "latency a generated token", 1),
+        Quantity("avg_k", "difference", "experts run a token and layer", 0),
+        Quantity("error_rate", "rate", "requests that ended in an error", 1, percent=True),
+        Quantity("cancelled_rate", "rate", "requests given up by their client", 1, percent=True),
+        Quantity("quality", "difference", "log-probability lost against full's likeliest token", 1, scored=True),
+        Quantity("agreement", "difference", "tokens that are also full's likeliest", -1, scored=True, percent=True),
+        Quantity("own_loss", "difference", "log-probability lost from the own policy to full", 1, scored=True),
+        Quantity("answer_logprob", "difference", "log-probability of the answer under full", 0, scored=True),
     )
 }
 """Everything that is compared, by name."""
@@ -127,7 +127,7 @@ class Guardrail:
             ExperimentError: it is not of that form, or there is no such quantity.
         """
         name, _, margin = text.partition(":")
-        guarded = [metric.name for metric in METRICS.values() if metric.harm]
+        guarded = [metric.name for metric in QUANTITIES.values() if metric.harm]
         if name not in guarded:
             raise ExperimentError(f"{name!r} cannot be guarded: choose among {', '.join(guarded)}.")
         try:
@@ -183,7 +183,7 @@ class Experiment:
             raise ExperimentError(f"score_share is {self.score_share:g}: it must be between 0 and 1.")
         if self.max_rows < 1:
             raise ExperimentError(f"max_rows is {self.max_rows}: it must be at least 1.")
-        if self.score_share == 0 and (unseen := [g for g in self.guardrails if METRICS[g.metric].scored]):
+        if self.score_share == 0 and (unseen := [g for g in self.guardrails if QUANTITIES[g.metric].scored]):
             raise ExperimentError(
                 f"the guardrail {unseen[0]} needs a score_share above 0: it looks at scored requests."
             )

@@ -48,7 +48,7 @@ _PRIOR_REQUESTS = 100.0
 _Array = npt.NDArray[np.float64]
 
 
-class Interval(NamedTuple):
+class ConfidenceInterval(NamedTuple):
     """An estimate and its confidence interval; the ends are infinite while nothing can be said."""
 
     estimate: Any
@@ -56,7 +56,7 @@ class Interval(NamedTuple):
     high: Any
 
 
-def mean_difference(treatment: Moments, control: Moments, alpha: float) -> Interval:
+def mean_difference(treatment: Moments, control: Moments, alpha: float) -> ConfidenceInterval:
     """Difference of two variants' means, treatment less control, without limits on the quantity."""
     counts = np.minimum(treatment.count, control.count)
     total = np.add(treatment.count, control.count).astype(np.float64)
@@ -72,13 +72,13 @@ def mean_difference(treatment: Moments, control: Moments, alpha: float) -> Inter
     return _around(np.subtract(treatment.mean, control.mean), margin, counts)
 
 
-def rate_difference(treatment: Moments, control: Moments, alpha: float) -> Interval:
+def rate_difference(treatment: Moments, control: Moments, alpha: float) -> ConfidenceInterval:
     """Difference of two variants' rates, treatment less control, of observations that are 0 or 1."""
     counts = np.minimum(treatment.count, control.count)
     low, high = _rate_limits(treatment, alpha / 2)
     control_low, control_high = _rate_limits(control, alpha / 2)
     estimate = np.where(np.asarray(counts) > 0, np.subtract(treatment.mean, control.mean), np.nan)
-    return Interval(estimate[()], (low - control_high)[()], (high - control_low)[()])
+    return ConfidenceInterval(estimate[()], (low - control_high)[()], (high - control_low)[()])
 
 
 def share_mismatch(counts: Sequence[int], weights: Sequence[float]) -> float:
@@ -181,7 +181,9 @@ def _limits_of_one_rate(ones: float, zeros: float, alpha: float) -> tuple[float,
     return limit(likeliest, 0.0), limit(likeliest, 1.0)
 
 
-def _around(estimate: Any, margin: Any, counts: Any) -> Interval:
+def _around(estimate: Any, margin: Any, counts: Any) -> ConfidenceInterval:
     estimate = np.where(np.asarray(counts) > 0, estimate, np.nan)
     low, high = estimate - margin, estimate + margin
-    return Interval(estimate[()], np.where(np.isnan(low), -np.inf, low)[()], np.where(np.isnan(high), np.inf, high)[()])
+    return ConfidenceInterval(
+        estimate[()], np.where(np.isnan(low), -np.inf, low)[()], np.where(np.isnan(high), np.inf, high)[()]
+    )

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from adaptive_k_moe.observability.ab_test.experiment import METRICS, Experiment, Guardrail, Metric, Variant
+from adaptive_k_moe.observability.ab_test.experiment import QUANTITIES, Experiment, Guardrail, Quantity, Variant
 from adaptive_k_moe.observability.ab_test.intervals import (
-    Interval,
+    ConfidenceInterval,
     mean_difference,
     rate_difference,
     share_mismatch,
@@ -39,7 +39,7 @@ class Comparison:
         low, high: its confidence interval; infinite while nothing can be said.
     """
 
-    metric: Metric
+    metric: Quantity
     count: int
     control_count: int
     value: float
@@ -182,7 +182,7 @@ def violations(stored: StoredExperiment) -> list[tuple[Variant, str, dict[str, A
         sums, control = stored.sums[variant.name], stored.sums[experiment.control.name]
         for guardrail in experiment.guardrails:
             name = guardrail.metric
-            comparison = compare(METRICS[name], sums[name], control[name], experiment.alpha / num_looked_at)
+            comparison = compare(QUANTITIES[name], sums[name], control[name], experiment.alpha / num_looked_at)
             if comparison.sure_harm > guardrail.margin:
                 reported = _comparisons(stored, variant, experiment.alpha)
                 figures = {name: one.to_dict() for name, one in reported.items()}
@@ -191,27 +191,27 @@ def violations(stored: StoredExperiment) -> list[tuple[Variant, str, dict[str, A
     return found
 
 
-def compare(metric: Metric, treatment: Moments, control: Moments, alpha: float) -> Comparison:
+def compare(metric: Quantity, treatment: Moments, control: Moments, alpha: float) -> Comparison:
     """One quantity of a variant against the control's."""
     interval = (rate_difference if metric.kind == "rate" else mean_difference)(treatment, control, alpha)
     value, control_value = treatment.mean, control.mean
     if metric.kind == "ratio":
         value, control_value = math.exp(value), math.exp(control_value)
-        interval = Interval(*(_expm1(float(end)) for end in interval))
+        interval = ConfidenceInterval(*(_expm1(float(end)) for end in interval))
     counts = int(treatment.count), int(control.count)
     return Comparison(metric, *counts, float(value), float(control_value), *(float(end) for end in interval))
 
 
 def _comparisons(stored: StoredExperiment, variant: Variant, alpha: float) -> dict[str, Comparison]:
     treatment, control = stored.sums[variant.name], stored.sums[stored.experiment.control.name]
-    return {name: compare(metric, treatment[name], control[name], alpha) for name, metric in METRICS.items()}
+    return {name: compare(metric, treatment[name], control[name], alpha) for name, metric in QUANTITIES.items()}
 
 
 def _thawed(figures: dict[str, Any]) -> dict[str, Comparison]:
-    return {name: _comparison(metric, figures[name]) for name, metric in METRICS.items() if name in figures}
+    return {name: _comparison(metric, figures[name]) for name, metric in QUANTITIES.items() if name in figures}
 
 
-def _comparison(metric: Metric, figures: dict[str, Any]) -> Comparison:
+def _comparison(metric: Quantity, figures: dict[str, Any]) -> Comparison:
     """What `Comparison.to_dict` was made of."""
 
     def known(name: str, otherwise: float = math.nan) -> float:

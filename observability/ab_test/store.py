@@ -20,7 +20,7 @@ from typing import Any
 
 from adaptive_k_moe.errors import ExperimentError
 from adaptive_k_moe.observability.ab_test.assignment import hash64
-from adaptive_k_moe.observability.ab_test.experiment import METRICS, Experiment, Guardrail, Variant
+from adaptive_k_moe.observability.ab_test.experiment import QUANTITIES, Experiment, Guardrail, Variant
 from adaptive_k_moe.observability.ab_test.moments import NO_MOMENTS, Moments
 from adaptive_k_moe.observability.ab_test.records import RequestRecord, ScoreRecord
 
@@ -325,7 +325,7 @@ class Store:
             "SELECT metric, count, mean, squares, cubes FROM sums WHERE variant = ?", (variant,)
         ).fetchall()
         found = {row[0]: Moments(*row[1:]) for row in rows}
-        return {name: found.get(name, NO_MOMENTS) for name in METRICS}
+        return {name: found.get(name, NO_MOMENTS) for name in QUANTITIES}
 
     @contextlib.contextmanager
     def _snapshot(self) -> Iterator[sqlite3.Connection]:

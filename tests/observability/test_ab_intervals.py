@@ -16,7 +16,7 @@ from adaptive_k_moe.errors import ExperimentError
 from adaptive_k_moe.observability.ab_test.intervals import (
     BURN_IN,
     TIGHTEST_AT,
-    Interval,
+    ConfidenceInterval,
     mean_difference,
     rate_difference,
     required_observations,
@@ -63,11 +63,11 @@ def peek(
     *,
     requests: int,
     share: float = 0.5,
-    difference: Callable[..., Interval] = mean_difference,
+    difference: Callable[..., ConfidenceInterval] = mean_difference,
     alpha: float = ALPHA,
     experiments: int = EXPERIMENTS,
     seed: int = 0,
-) -> Interval:
+) -> ConfidenceInterval:
     """The intervals [experiments, looks] of many experiments, each looked at after every batch of requests."""
     random = np.random.default_rng(seed)
     shape = (experiments, requests // BATCH * BATCH)
@@ -76,7 +76,7 @@ def peek(
     return difference(moments_at_looks(values, treated), moments_at_looks(values, ~treated), alpha)
 
 
-def excludes(interval: Interval, truth: float = 0.0) -> float:
+def excludes(interval: ConfidenceInterval, truth: float = 0.0) -> float:
     """Share of experiments in which any look's interval excludes a value."""
     return float(((interval.low > truth) | (interval.high < truth)).any(axis=1).mean())
 
@@ -88,11 +88,11 @@ def test_no_difference_is_reported_where_there_is_none(name: str, share: float) 
 
 
 def test_an_interval_of_fixed_size_would_be_wrong_far_more_often() -> None:
-    def fixed(treatment: Moments, control: Moments, alpha: float) -> Interval:
+    def fixed(treatment: Moments, control: Moments, alpha: float) -> ConfidenceInterval:
         variance = sum(m.squares / np.maximum(m.count - 1, 1) / np.maximum(m.count, 1) for m in (treatment, control))
         margin = stats.norm.ppf(1 - alpha / 2) * np.sqrt(variance)
         estimate = treatment.mean - control.mean
-        return Interval(estimate, estimate - margin, estimate + margin)
+        return ConfidenceInterval(estimate, estimate - margin, estimate + margin)
 
     draw = NO_DIFFERENCE["log-normal latency"]
     assert excludes(peek(draw, requests=4000, difference=fixed)) > 4 * ALPHA

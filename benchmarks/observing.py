@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What being observed costs: throughput of an engine with and without metrics, a request log and spans.
 
-    python benchmarks/observability.py --engine_dir engine
+    python benchmarks/observing.py --engine_dir engine
 
 One `LLM` answers requests without a pause, as many at a time as the batch size, each followed by the next. Windows
 in which it is observed alternate with windows in which it is not, in pairs whose order changes, so a slow minute
