@@ -31,13 +31,11 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from adaptive_k_moe.errors import PolicyError
+from adaptive_k_moe.plugin.description import MAX_K, POLICY_KINDS
 from adaptive_k_moe.validation import describe_first_error
 
 FULL = "full"
 """Name of the policy that runs the trained top-k for every token; it exists in every engine."""
-
-MAX_K = 32
-"""Most experts a token may run: the operator's limit on every target."""
 
 MAX_POLICIES = 64
 """Most policies of an engine, `full` among them: the rows that every target's tables have room for."""
@@ -46,7 +44,9 @@ MAX_CHOICES = MAX_K + 1
 """Most choices of a policy: the columns that every target's tables have room for."""
 
 # The operator's policy kinds (input `policy_kind`).
-KIND_ENTROPY, KIND_TOP_P, KIND_RATIO, KIND_CONTRIBUTION = 0, 1, 2, 3
+KIND_ENTROPY, KIND_TOP_P, KIND_RATIO, KIND_CONTRIBUTION = (
+    POLICY_KINDS[kind] for kind in ("entropy", "top_p", "ratio", "contribution")
+)
 
 _K = Annotated[int, Field(ge=1)]
 _Layer = Annotated[int, Field(ge=0)]
