@@ -38,7 +38,8 @@ FULL = "full"
 """Name of the policy that runs the trained top-k for every token; it exists in every engine."""
 
 MAX_K = 32
-"""Most experts a token may run: the operator's limit on every target."""
+"""Most experts a token may run: the operator's limit. Like the kinds' numbers it is in the operator's description, too
+(``plugin/operator``), since schemas are read where no compiled code is; a test holds them together."""
 
 MAX_POLICIES = 64
 """Most policies of an engine, `full` among them: the rows that every target's tables have room for."""

@@ -23,7 +23,7 @@ from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.files import write_json
 from adaptive_k_moe.model_config import MoeConfig, PretrainedConfig
-from adaptive_k_moe.policy import KIND_ENTROPY
+from adaptive_k_moe.plugin.description import MOE, POLICY_KINDS
 from adaptive_k_moe.runtime.session.expert_load import moe_operators
 from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
 
@@ -36,8 +36,7 @@ FORMAT = 1
 DECIMALS = 4
 """Norms are rounded before anything is measured with them, so that the policy file says what was measured."""
 
-_PROBED = {"hidden_states": 0, "router_logits": 1}
-_UP, _DOWN, _CORRECTION_BIAS = 6, 7, 8
+_PROBED = {name: MOE.input_index(name) for name in ("hidden_states", "router_logits")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -233,12 +232,17 @@ class _ExpertWeights:
     """
 
     def __init__(self, node: Any, model: PretrainedConfig) -> None:
-        self._up, self._down = (_constant(node, index) for index in (_UP, _DOWN))
-        self.correction_bias = _constant(node, _CORRECTION_BIAS) if model.moe.correction_bias else None
+        given = {"correction_bias": model.moe.correction_bias, "quantised": model.quantization is not None}
+        names = MOE.input_names(*(name for name, there in given.items() if there))
+
+        def constant(name: str) -> npt.NDArray[Any]:
+            return _constant(node, names.index(name))
+
+        self._up, self._down = constant("up"), constant("down")
+        self.correction_bias = constant("correction_bias") if model.moe.correction_bias else None
         self._scales: dict[str, Any] = {}
         if model.quantization is not None:
-            first = _CORRECTION_BIAS + model.moe.correction_bias
-            up, down = (_constant(node, index) for index in (first, first + 1))
+            up, down = constant("up_scales"), constant("down_scales")
             self._scales = {"gate_up_scales": up, "down_scales": down, "weight_bits": model.quantization.bits}
 
     def run(
@@ -282,7 +286,7 @@ def _fixed(
     tokens: int, k: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
     """The operator's policy inputs for the same k at every token."""
-    kinds = np.full(1, KIND_ENTROPY, np.int32)
+    kinds = np.full(1, POLICY_KINDS["entropy"], np.int32)
     return np.zeros(tokens, np.int32), kinds, np.zeros((1, 0), np.float32), np.full((1, 1), k, np.int32)
 
 

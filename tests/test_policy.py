@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 
 from adaptive_k_moe.calibration.families import DROPPED_AT
 from adaptive_k_moe.errors import PolicyError
-from adaptive_k_moe.policy import Policy, PolicySet, PolicyTables, compile_policies, parse_policy_set, read_policy_file
+from adaptive_k_moe.plugin import description
+from adaptive_k_moe.policy import (
+    MAX_K,
+    Policy,
+    PolicySet,
+    PolicyTables,
+    compile_policies,
+    parse_policy_set,
+    read_policy_file,
+)
 from adaptive_k_moe.policy_kinds import KINDS, ONE_NUMBER
 
 from checkpoints import REPOSITORY
@@ -246,3 +255,10 @@ def test_every_kind_of_a_policy_file_is_in_the_table_of_kinds() -> None:
         whole = {"kind": name, KINDS[name].parameter: KINDS[name].keeps_all}
         content = {**policies(a=whole), "expert_norms": [[1.0] * 8] * 3}
         assert tables(content).policy_kind[1] == KINDS[name].number
+
+
+def test_limits_and_kinds_are_those_of_the_operators_description() -> None:
+    assert MAX_K == description.MAX_K
+    assert {kind.number for kind in KINDS.values()} == set(description.POLICY_KINDS.values())
+    for name, number in description.POLICY_KINDS.items():
+        assert KINDS[name].number == number

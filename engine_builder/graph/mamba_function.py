@@ -16,24 +16,9 @@ from onnx import TensorProto, helper
 
 from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN, FunctionBody
 from adaptive_k_moe.model_config import MambaConfig
+from adaptive_k_moe.plugin.description import MAMBA
 
-OP_TYPE = "Mamba2"
-
-INPUTS = [
-    "conv_input",
-    "dt",
-    "subsequence_begins",
-    "past_lens",
-    "state_slots",
-    "conv_weight",
-    "conv_bias",
-    "A",
-    "D",
-    "dt_bias",
-    "conv_state",
-    "ssm_state",
-]
-OUTPUTS = ["y", "present_conv_state", "present_ssm_state"]
+OP_TYPE = MAMBA.name
 
 
 def mamba_attributes(mamba: MambaConfig) -> dict[str, Any]:
@@ -74,7 +59,13 @@ def make_mamba_function(mamba: MambaConfig) -> onnx.FunctionProto:
         )
     )
     return helper.make_function(
-        DOMAIN, OP_TYPE, INPUTS, OUTPUTS, b.nodes, [helper.make_opsetid("", 24)], list(mamba_attributes(mamba))
+        DOMAIN,
+        OP_TYPE,
+        MAMBA.input_names(),
+        MAMBA.output_names(),
+        b.nodes,
+        [helper.make_opsetid("", 24)],
+        list(mamba_attributes(mamba)),
     )
 
 

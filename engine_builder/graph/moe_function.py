@@ -2,7 +2,7 @@
 """`AdaptiveKMoe` as an ONNX model-local function of standard ops: the operator's executable specification.
 
 Dense and slow (every expert is computed for every token and the unchosen are masked), but exact, so
-the same file runs in a plain ONNX Runtime. Faces of the operator are compared with it in the tests.
+the same file runs in a plain ONNX Runtime. Bindings of the operator are compared with it in the tests.
 """
 
 from __future__ import annotations
@@ -15,16 +15,10 @@ from onnx import helper, numpy_helper
 
 from adaptive_k_moe.engine_builder.graph.weight_only import dequantise_in_function
 from adaptive_k_moe.model_config import MoeConfig, QuantizationConfig
-from adaptive_k_moe.policy import KIND_CONTRIBUTION, KIND_RATIO, KIND_TOP_P
+from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS, MOE, POLICY_KINDS
 
 DOMAIN = "adaptive_k"
-OP_TYPE = "AdaptiveKMoe"
-
-GATED_ACTIVATIONS = ("swiglu", "geglu")
-
-INPUTS = ["hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values", "up", "down"]
-SCALES = ["up_scales", "down_scales"]
-OUTPUTS = ["output", "k", "entropy"]
+OP_TYPE = MOE.name
 
 
 def moe_attributes(moe: MoeConfig, *, max_k: int, weight_format: str, expert_norms: bool = False) -> dict[str, Any]:
@@ -162,8 +156,8 @@ def make_moe_function(
         clamped = b.op("Min", b.op("Max", k, k_min), k_max)
         return b.op("Where", broken, k_max, clamped)
 
-    k = b.op("Where", b.op("Equal", kind, b.const(KIND_TOP_P, "int32")), within(by_mass), by_entropy)
-    k = b.op("Where", b.op("Equal", kind, b.const(KIND_RATIO, "int32")), within(by_ratio), k)
+    k = b.op("Where", b.op("Equal", kind, b.const(POLICY_KINDS["top_p"], "int32")), within(by_mass), by_entropy)
+    k = b.op("Where", b.op("Equal", kind, b.const(POLICY_KINDS["ratio"], "int32")), within(by_ratio), k)
     selectable = moe.num_experts * moe.topk_group // moe.n_group
 
     def runnable(k: str) -> str:
@@ -180,7 +174,8 @@ def make_moe_function(
     short = b.op("Not", b.op("GreaterOrEqual", b.op("CumSum", contribution, b.const(1, "int64")), share))
     short = b.op("ReduceSum", b.op("Cast", short, to=onnx.TensorProto.INT64), last, keepdims=1)
     by_contribution = b.op("Add", short, b.const(1, "int64"))
-    k = b.op("Where", b.op("Equal", kind, b.const(KIND_CONTRIBUTION, "int32")), within(by_contribution), k)
+    by_kind = b.op("Equal", kind, b.const(POLICY_KINDS["contribution"], "int32"))
+    k = b.op("Where", by_kind, within(by_contribution), k)
     k = runnable(k)  # [T, 1]
     b.op("Reshape", b.op("Cast", k, to=onnx.TensorProto.INT32), flat, name="k")
 
@@ -215,14 +210,10 @@ def make_moe_function(
     kept = b.op("Where", b.op("Equal", per_expert(chosen), one), weighted, zero)
     b.op("ReduceSum", kept, b.const([0], "int64"), name="output", keepdims=0)
 
-    inputs = [
-        *INPUTS,
-        *(["correction_bias"] if correction_bias else []),
-        *(SCALES if quantization is not None else []),
-        *(["expert_norms"] if expert_norms else []),
-    ]
-    attributes = list(moe_attributes(moe, max_k=max_k, weight_format="float32"))
-    return helper.make_function(DOMAIN, OP_TYPE, inputs, OUTPUTS, b.nodes, [helper.make_opsetid("", 24)], attributes)
+    given = {"correction_bias": correction_bias, "quantised": quantization is not None, "expert_norms": expert_norms}
+    inputs = MOE.input_names(*(name for name, there in given.items() if there))
+    opset = [helper.make_opsetid("", 24)]
+    return helper.make_function(DOMAIN, OP_TYPE, inputs, MOE.output_names(), b.nodes, opset, list(MOE.defaults()))
 
 
 def _mask_groups(b: FunctionBody, ranked: str, moe: MoeConfig) -> str:

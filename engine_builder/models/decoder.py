@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
 from adaptive_k_moe.engine_builder.graph import DOMAIN, GraphBuilder, make_moe_function
-from adaptive_k_moe.engine_builder.graph.moe_function import GATED_ACTIVATIONS, OP_TYPE, moe_attributes
+from adaptive_k_moe.engine_builder.graph.moe_function import OP_TYPE, moe_attributes
 from adaptive_k_moe.engine_builder.models.expert_tensors import ExpertTensors
 from adaptive_k_moe.engine_builder.models.rope import rope_tables
 from adaptive_k_moe.engine_config import BuildConfig
@@ -30,6 +30,7 @@ from adaptive_k_moe.model_config import (
     RopeConfig,
     SharedExpertConfig,
 )
+from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS
 from adaptive_k_moe.policy import MAX_K
 
 Array = npt.NDArray[Any]

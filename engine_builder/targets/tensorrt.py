@@ -28,6 +28,7 @@ from adaptive_k_moe.engine_format.tensorrt import (
 )
 from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.model_config import PretrainedConfig
+from adaptive_k_moe.plugin.description import MAX_EXPERTS_ON_GPU, MAX_STATE_SIZE_ON_GPU
 from adaptive_k_moe.tensorrt_plugin import load_plugin
 
 CAPABILITIES = ("SM89", "SM120")
@@ -96,10 +97,11 @@ def sizes_without_kernels(model: PretrainedConfig) -> str | None:
     for name, size in sizes.items():
         if size % 8:
             return f"{name} is {size}, and the CUDA kernels take multiples of 8"
-    if moe.num_experts > 512:
-        return f"the CUDA kernels take at most 512 experts, and the model has {moe.num_experts}"
-    if model.mamba is not None and model.mamba.state_size > 256:
-        return f"the CUDA kernels take Mamba states of at most 256, and the model's have {model.mamba.state_size}"
+    if moe.num_experts > MAX_EXPERTS_ON_GPU:
+        return f"the CUDA kernels take at most {MAX_EXPERTS_ON_GPU} experts, and the model has {moe.num_experts}"
+    if model.mamba is not None and model.mamba.state_size > MAX_STATE_SIZE_ON_GPU:
+        most = MAX_STATE_SIZE_ON_GPU
+        return f"the CUDA kernels take Mamba states of at most {most}, and the model's have {model.mamba.state_size}"
     return None
 
 

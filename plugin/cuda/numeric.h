@@ -5,7 +5,8 @@
 #include <cstdint>
 
 #include "cuda/device.h"
-#include "cuda/moe/launcher.h"
+#include "cuda/interface.h"
+#include "operator/weight_format.h"
 
 #if !defined(ADAPTIVE_K_SIMT)
 #include <cuda_bf16.h>
@@ -177,22 +178,20 @@ __device__ __forceinline__ void unpack_int4(uint32_t word, float* to) {
     to[i] = bit_copy<float>(kTwoTo23 | (biased >> (4 * i) & 0xfu)) - (8388608.0f + 8.0f);
 }
 
-// How many weights 16 bytes of storage hold.
-template <typename T, WeightStorage storage>
+// How many weights 16 bytes of format hold.
+template <typename T, WeightFormat format>
 struct WeightVector {
-  static constexpr int kSize = storage == WeightStorage::kInt4   ? 32
-                               : storage == WeightStorage::kInt8 ? 16
-                                                                 : Vector16<T>::kSize;
+  static constexpr int kSize = format == WeightFormat::kInt4   ? 32
+                               : format == WeightFormat::kInt8 ? 16
+                                                               : Vector16<T>::kSize;
 };
 
-// Bytes of `count` neighbouring weights.
-inline int64_t weight_bytes(ElementType element, WeightStorage storage, int64_t count) {
-  if (storage == WeightStorage::kInt8) return count;
-  if (storage == WeightStorage::kInt4) return count / 2;
-  return count * (element == ElementType::kFloat32 ? 4 : 2);
-}
-
 inline int element_bytes(ElementType element) { return element == ElementType::kFloat32 ? 4 : 2; }
+
+// Of `count` neighbouring weights.
+inline int64_t weight_bytes(ElementType element, WeightFormat format, int64_t count) {
+  return count * (is_quantised(format) ? bits_of(format) : 8 * element_bytes(element)) / 8;
+}
 
 // Calls body(T()) with the C++ type of an element.
 template <typename Body>

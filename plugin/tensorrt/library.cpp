@@ -6,8 +6,9 @@
 #include <cstdint>
 
 #include "tensorrt/log.h"
-#include "tensorrt/mamba/plugin.h"
-#include "tensorrt/moe/plugin.h"
+#include "tensorrt/mamba/layer.h"
+#include "tensorrt/moe/layer.h"
+#include "tensorrt/plugin.h"
 
 #define ADAPTIVE_K_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -15,10 +16,9 @@
 // from its domain, and without the attribute it looks in "". So that both find an operator, each is
 // there twice.
 ADAPTIVE_K_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
-  static adaptive_k::tensorrt::AdaptiveKPluginCreator unnamed("");
-  static adaptive_k::tensorrt::AdaptiveKPluginCreator named("adaptive_k");
-  static adaptive_k::tensorrt::MambaPluginCreator unnamed_mamba("");
-  static adaptive_k::tensorrt::MambaPluginCreator named_mamba("adaptive_k");
+  using namespace adaptive_k::tensorrt;  // NOLINT
+  static PluginCreator<MoeLayer> unnamed(""), named("adaptive_k");
+  static PluginCreator<MambaLayer> unnamed_mamba(""), named_mamba("adaptive_k");
   static nvinfer1::IPluginCreatorInterface* const creators[] = {&unnamed, &named, &unnamed_mamba,
                                                                 &named_mamba};
   count = sizeof(creators) / sizeof(creators[0]);

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_cases import check_all, check_routing, expected, make_inputs
-from cuda_launcher import ACTIVATIONS, Interpreter, Layer
+from cuda_launcher import Interpreter, Layer
+
+from adaptive_k_moe.plugin.description import MOE
 
 
 def run_and_check(interpreter: Interpreter, layer: Layer, seed: int, logits: str = "plain", **options: Any) -> None:
@@ -76,7 +78,7 @@ def test_plan_is_the_stable_sort_by_expert(interpreter: Interpreter, tokens: int
 
 @pytest.mark.parametrize("path", ["decode", "prefill"])
 @pytest.mark.parametrize("element", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("activation", MOE.attributes[0].words)
 def test_every_activation(interpreter: Interpreter, activation: str, element: str, path: str) -> None:
     run_and_check(interpreter, Layer(3, 40, 24, 4, element=element, activation=activation, path=path), 11)
 

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_cases import check_all, make_inputs
-from cuda_launcher import ACTIVATIONS, Layer
+from cuda_launcher import Layer
 from gpu_device import DeviceLayer, Gpu
+
+from adaptive_k_moe.plugin.description import MOE
 
 from checkpoints import SUPPORT
 
@@ -48,7 +50,7 @@ def test_plan(gpu: Gpu, tokens: int, experts: int) -> None:
 
 @pytest.mark.parametrize("path", ["decode", "prefill"])
 @pytest.mark.parametrize("element", ["float16", "bfloat16"])
-@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("activation", MOE.attributes[0].words)
 def test_every_activation(gpu: Gpu, activation: str, element: str, path: str) -> None:
     run_and_check(gpu, Layer(3, 40, 24, 4, element=element, activation=activation, path=path), 11)
 

@@ -18,15 +18,13 @@ from onnx import TensorProto, helper
 from adaptive_k_moe import plugin
 from adaptive_k_moe.engine_builder.graph.moe_function import (
     DOMAIN,
-    GATED_ACTIVATIONS,
-    INPUTS,
-    OUTPUTS,
     make_moe_function,
     moe_attributes,
 )
 from adaptive_k_moe.model_config import MoeConfig
+from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS, MAX_K, MOE
 
-HIDDEN, INTERMEDIATE, MAX_K = 7, 3, 32
+HIDDEN, INTERMEDIATE = 7, 3
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ RULES = [
 @functools.cache
 def function_session(rule: Rule) -> ort.InferenceSession:
     """A model of one node, the operator, with its function body and nothing of ours installed."""
-    inputs = [*INPUTS, *rule.optional]
+    inputs = [*MOE.input_names(), *rule.optional]
     integer = {"policy_index", "policy_kind", "k_values", "k"}
     ranks = {"policy_index": 1, "policy_kind": 1, "up": 3, "down": 3, "k": 1, "entropy": 1}
     ranks |= dict.fromkeys(rule.optional, 1)
@@ -90,11 +88,11 @@ def function_session(rule: Rule) -> ort.InferenceSession:
     node = helper.make_node(
         "AdaptiveKMoe",
         inputs,
-        OUTPUTS,
+        MOE.output_names(),
         domain=DOMAIN,
         **moe_attributes(rule.moe, max_k=MAX_K, weight_format="float32", expert_norms=rule.expert_norms),
     )
-    graph = helper.make_graph([node], "operator", [value(n) for n in inputs], [value(n) for n in OUTPUTS])
+    graph = helper.make_graph([node], "operator", [value(n) for n in inputs], [value(n) for n in MOE.output_names()])
     function = make_moe_function(
         rule.moe, max_k=MAX_K, correction_bias=rule.correction_bias, expert_norms=rule.expert_norms
     )
@@ -131,7 +129,7 @@ def arguments(rule: Rule, logits: np.ndarray, kinds: np.ndarray, limits: np.ndar
 
 
 def by_function(rule: Rule, feed: dict[str, np.ndarray]) -> Any:
-    return function_session(rule).run(OUTPUTS, feed)
+    return function_session(rule).run(MOE.output_names(), feed)
 
 
 def routing(rule: Rule, feed: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -147,7 +145,7 @@ def routing(rule: Rule, feed: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def by_plugin(rule: Rule, feed: dict[str, np.ndarray]) -> Any:
-    return plugin.moe(*(feed[name] for name in INPUTS), activation=rule.activation, **routing(rule, feed))
+    return plugin.moe(*(feed[name] for name in MOE.input_names()), activation=rule.activation, **routing(rule, feed))
 
 
 def selected(rule: Rule, feed: dict[str, np.ndarray]) -> Any:

@@ -79,8 +79,14 @@ def test_a_sequence_without_a_slot_gives_zeros_and_changes_no_state() -> None:
         ({"past_lens": [-1, 0]}, "past_lens has -1 for sequence 0"),
         ({"subsequence_begins": [0, 3, 6]}, "subsequence_begins must go from 0 to the 5 tokens"),
         ({"subsequence_begins": [0, 7, 5]}, "subsequence_begins falls after sequence 1"),
-        ({"subsequence_begins": [0, 5]}, r"past_lens has shape \[2\] but must be \[S = 1\]"),
-        ({"conv_bias": np.zeros(3, np.float32)}, r"conv_bias has shape \[3\] but must be \[channels = 72\]"),
+        (
+            {"subsequence_begins": [0, 5]},
+            r"past_lens has shape \[2\] but must be \[S\], where S = 1 by input subsequence_begins",
+        ),
+        (
+            {"conv_bias": np.zeros(3, np.float32)},
+            r"conv_bias has shape \[3\] but must be \[channels\], where channels = 72 by input conv_input",
+        ),
     ],
 )
 def test_impossible_inputs_are_refused_by_name_and_change_nothing(change: dict[str, Any], message: str) -> None:
@@ -96,7 +102,8 @@ def test_impossible_inputs_are_refused_by_name_and_change_nothing(change: dict[s
 
 def test_groups_must_divide_the_heads() -> None:
     case = Case((3,), (0,))
-    with pytest.raises(ValueError, match="n_groups is 4 but must divide the heads, which are 6"):
+    sentence = r"n_groups must be at least 1 and divide the heads \(n_groups=4 dt_min=0 dt_max=inf, 6 heads\)"
+    with pytest.raises(ValueError, match=sentence):
         plugin.mamba2(**make_inputs(case), n_groups=4)
 
 

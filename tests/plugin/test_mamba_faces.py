@@ -15,8 +15,9 @@ from onnx import TensorProto, helper
 
 from adaptive_k_moe import plugin
 from adaptive_k_moe.engine_builder.graph import keep_states_in_place, make_mamba_function
-from adaptive_k_moe.engine_builder.graph.mamba_function import DOMAIN, INPUTS, OP_TYPE, OUTPUTS, mamba_attributes
+from adaptive_k_moe.engine_builder.graph.mamba_function import DOMAIN, OP_TYPE, mamba_attributes
 from adaptive_k_moe.model_config import MambaConfig
+from adaptive_k_moe.plugin.description import MAMBA
 
 from mamba_oracle import CASES, Array, Case, assert_close, copied, make_inputs, oracle
 
@@ -42,10 +43,12 @@ def model_of(case: Case, *, function: bool) -> onnx.ModelProto:
     integer = {"subsequence_begins", "past_lens", "state_slots"}
     ports = [
         value(name, array.ndim, TensorProto.INT32 if name in integer else TensorProto.FLOAT)
-        for name, array in zip(INPUTS, inputs.values(), strict=True)
+        for name, array in zip(MAMBA.input_names(), inputs.values(), strict=True)
     ]
-    results = [value(name, rank) for name, rank in zip(OUTPUTS, (2, 3, 4), strict=True)]
-    node = helper.make_node(OP_TYPE, INPUTS, OUTPUTS, domain=DOMAIN, **mamba_attributes(mamba))
+    results = [value(name, rank) for name, rank in zip(MAMBA.output_names(), (2, 3, 4), strict=True)]
+    node = helper.make_node(
+        OP_TYPE, MAMBA.input_names(), MAMBA.output_names(), domain=DOMAIN, **mamba_attributes(mamba)
+    )
     return helper.make_model(
         helper.make_graph([node], "operator", ports, results),
         ir_version=11,
@@ -56,7 +59,7 @@ def model_of(case: Case, *, function: bool) -> onnx.ModelProto:
 
 def feed_of(inputs: dict[str, Array]) -> dict[str, Array]:
     """The inputs by the names of the ONNX node."""
-    return dict(zip(INPUTS, inputs.values(), strict=True))
+    return dict(zip(MAMBA.input_names(), inputs.values(), strict=True))
 
 
 @pytest.mark.parametrize("case", [*MODELS, Case((13, 2), (1, 0), dt_min=0.8)], ids=str)
@@ -65,7 +68,7 @@ def test_the_function_is_the_operator(case: Case) -> None:
     onnx.checker.check_model(model)
     inputs = make_inputs(case)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    y, conv_state, ssm_state = session.run(OUTPUTS, feed_of(inputs))
+    y, conv_state, ssm_state = session.run(MAMBA.output_names(), feed_of(inputs))
     for found, expected in zip((y, conv_state, ssm_state), oracle(case, inputs), strict=True):
         assert_close(found, expected, 1e-5)
     by_operator = plugin.mamba2(**inputs, n_groups=case.n_groups, dt_min=case.dt_min)
@@ -81,7 +84,7 @@ def test_the_function_leaves_the_states_of_a_sequence_without_a_slot() -> None:
     session = ort.InferenceSession(
         model_of(case, function=True).SerializeToString(), providers=["CPUExecutionProvider"]
     )
-    found = session.run(OUTPUTS, feed_of(inputs))
+    found = session.run(MAMBA.output_names(), feed_of(inputs))
     y = plugin.mamba2(**inputs, n_groups=case.n_groups)
     for value, expected in zip(found, (y, inputs["conv_state"], inputs["ssm_state"]), strict=True):
         assert_close(value, expected, 1e-5)

@@ -12,13 +12,12 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_k_moe.plugin.description import MAX_K, MOE, Operator
+
 Array = npt.NDArray[Any]
 
 ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
-STORAGES = {"element": 0, "int8": 1, "int4": 2}
 PATHS = {"auto": 0, "decode": 1, "prefill": 2}
-ACTIVATIONS = {"swiglu": 0, "geglu": 1, "silu": 2, "gelu": 3, "gelu_tanh": 4, "relu": 5, "relu2": 6}
-SCORINGS = {"softmax": 0, "sigmoid": 1}
 DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -26,24 +25,26 @@ DTYPES = {
 }
 
 
-NUMBERS = (
-    *("hidden", "intermediate", "experts", "policies", "choices", "element", "weights", "group_size", "path"),
-    *("activation", "scoring", "norm_topk_prob", "n_group", "topk_group", "max_k"),
-)
+NUMBERS = ("hidden", "intermediate", "experts", "policies", "choices", "element", "group_size", "path")
+
+
+def attribute_numbers(operator: Operator, values: dict[str, Any]) -> list[float]:
+    """Values of the attributes as the C interface takes them: in the table's order, words as their numbers."""
+    return [
+        attribute.words.index(values[attribute.name]) if attribute.words else float(values[attribute.name])
+        for attribute in operator.attributes
+    ]
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         ("tokens", ctypes.c_int64),
         *[(name, ctypes.c_int32) for name in NUMBERS],
-        ("routed_scaling_factor", ctypes.c_float),
+        ("attributes", ctypes.c_double * len(MOE.attributes)),
     ]
 
 
-POINTERS = (
-    *("hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values"),
-    *("up", "down", "up_scales", "down_scales", "correction_bias", "expert_norms", "output", "k", "entropy"),
-)
+POINTERS = [tensor.name for tensor in (*MOE.inputs, *MOE.outputs)]
 
 
 class _Pointers(ctypes.Structure):
@@ -73,31 +74,19 @@ class Layer:
     max_k: int = 0
 
     def c(self) -> _Layer:
-        return _Layer(
-            tokens=self.tokens,
-            hidden=self.hidden,
-            intermediate=self.intermediate,
-            experts=self.experts,
-            policies=self.policies,
-            choices=self.choices,
-            element=ELEMENTS[self.element],
-            weights=STORAGES[self.weights],
-            group_size=self.group_size,
-            path=PATHS[self.path],
-            activation=ACTIVATIONS[self.activation],
-            scoring=SCORINGS[self.scoring],
-            norm_topk_prob=int(self.norm_topk_prob),
-            routed_scaling_factor=self.routed_scaling_factor,
-            n_group=self.n_group,
-            topk_group=self.topk_group,
-            max_k=self.max_k,
-        )
+        weight_format = "" if self.weights == "element" else self.weights
+        values = {**MOE.defaults(), **vars(self), "weight_format": weight_format}
+        numbers = {name: values[name] for name in ("tokens", *NUMBERS)}
+        numbers |= {"element": ELEMENTS[self.element], "path": PATHS[self.path]}
+        layer = _Layer(**numbers)
+        layer.attributes[:] = attribute_numbers(MOE, values)
+        return layer
 
     @property
     def capacity(self) -> int:
         """The most experts that a token may select."""
         selectable = self.experts // self.n_group * self.topk_group if self.n_group > 1 else self.experts
-        return min(self.max_k or 32, selectable)
+        return min(self.max_k or MAX_K, selectable)
 
 
 @dataclass

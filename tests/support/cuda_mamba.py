@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from cuda_launcher import DTYPES, ELEMENTS, Interpreter, Library
+from cuda_launcher import DTYPES, ELEMENTS, Interpreter, Library, attribute_numbers
+
+from adaptive_k_moe.plugin.description import MAMBA
 
 from mamba_oracle import Case, make_inputs, oracle
 
@@ -38,24 +40,19 @@ CASES = [
     Case((5, 0, 0, 0, 0, 0), (1, 2, 0, 0, 1, 1), **SMALL),  # more sequences than tokens
 ]
 
-_INPUTS = (
-    *("conv_input", "dt", "subsequence_begins", "past_lens", "state_slots", "conv_weight", "conv_bias"),
-    *("a", "d", "dt_bias", "conv_state", "ssm_state"),
-)
-_OUTPUTS = ("y", "present_conv_state", "present_ssm_state")
-POINTERS = (*_INPUTS, *_OUTPUTS)
+OUTPUTS = MAMBA.output_names()
+POINTERS = [*(tensor.name.lower() for tensor in MAMBA.inputs), *OUTPUTS]
 _IN_ELEMENT = ("conv_input", "dt", "conv_state")
+
+
+NUMBERS = ("sequences", "slots", "heads", "head_dim", "state_size", "taps", "element")
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         ("tokens", ctypes.c_int64),
-        *[
-            (name, ctypes.c_int32)
-            for name in ("sequences", "slots", "heads", "head_dim", "state_size", "taps", "element", "n_groups")
-        ],
-        ("dt_min", ctypes.c_float),
-        ("dt_max", ctypes.c_float),
+        *[(name, ctypes.c_int32) for name in NUMBERS],
+        ("attributes", ctypes.c_double * len(MAMBA.attributes)),
     ]
 
 
@@ -80,7 +77,10 @@ class MambaLayer:
     dt_max: float = float("inf")
 
     def c(self) -> _Layer:
-        return _Layer(**{**vars(self), "element": ELEMENTS[self.element]})
+        values = {**vars(self), "element": ELEMENTS[self.element]}
+        layer = _Layer(**{name: values[name] for name in ("tokens", *NUMBERS)})
+        layer.attributes[:] = attribute_numbers(MAMBA, values)
+        return layer
 
     @property
     def channels(self) -> int:
@@ -163,7 +163,7 @@ def run(
     memory = np.full(size + 256, garbage, np.uint8)
     skip = -memory.ctypes.data % 256
     guard = memory[skip + size :].copy()
-    pointers = {name: x.ctypes.data for name, x in (*arrays.items(), *zip(_OUTPUTS, (y, *states), strict=True))}
+    pointers = {name: x.ctypes.data for name, x in (*arrays.items(), *zip(OUTPUTS, (y, *states), strict=True))}
     status = library.launch(layer, pointers, memory.ctypes.data + skip)
     lib.simt_set_fault(0)
     if status != 0:

@@ -64,7 +64,7 @@ ELEMENTS = {
     "6half_t": "float16",
     "10bfloat16_t": "bfloat16",
 }
-STORAGES = ("element", "int8", "int4")
+FORMATS = {0: "element", 4: "int8", 5: "int4"}
 
 
 def tool(name: str) -> str | None:
@@ -121,8 +121,8 @@ def kernel_name(mangled: str) -> str:
     name, rest = ours.groups()
     element = re.match(r"(?:NS\w?_)?(4Half|8BFloat16|f)", rest)
     words = [ELEMENTS[element[1]]] if element else []
-    if storage := re.search(r"WeightStorageE(\d)E", rest):
-        words.append(STORAGES[int(storage[1])])
+    if weights := re.search(r"WeightFormatE(\d)E", rest):
+        words.append(FORMATS[int(weights[1])])
     if direction := re.search(r"ELb([01])E", rest):
         words.append("up" if direction[1] == "1" else "down")
     if name == "combine_kernel":

@@ -478,11 +478,11 @@ class Recorded:
 class Recorder:
     """The launcher inside a library that was built with recording_launcher.cpp."""
 
-    SHAPE = ("tokens", "hidden", "intermediate", "experts", "policies", "choices", "element", "weights", "group_size")
-    PARAMS = ("activation", "scoring", "norm_topk_prob", "n_group", "topk_group", "max_k")
+    SHAPE = ("tokens", "hidden", "intermediate", "experts", "policies", "choices", "element", "group_size")
+    PARAMS = ("activation", "scoring", "norm_topk_prob", "n_group", "topk_group", "max_k", "weight_format")
     POINTERS = (
         "hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values", "up", "down",
-        "up_scales", "down_scales", "correction_bias", "expert_norms", "output", "k", "entropy", "workspace", "stream",
+        "correction_bias", "up_scales", "down_scales", "expert_norms", "output", "k", "entropy", "workspace", "stream",
     )  # fmt: skip
 
     MAMBA_NUMBERS = (

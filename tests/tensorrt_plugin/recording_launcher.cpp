@@ -5,6 +5,7 @@
 
 #include "cuda/mamba/launcher.h"
 #include "cuda/moe/launcher.h"
+#include "operator/table.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -50,35 +51,21 @@ EXPORT void recorder_read(int64_t* numbers, float* routed_scaling_factor, void**
                        s.policies,
                        s.choices,
                        static_cast<int64_t>(s.element),
-                       static_cast<int64_t>(s.weights),
                        s.group_size,
                        static_cast<int64_t>(p.activation),
                        static_cast<int64_t>(p.scoring),
                        p.norm_topk_prob,
                        p.n_group,
                        p.topk_group,
-                       p.max_k};
+                       p.max_k,
+                       static_cast<int64_t>(p.weight_format)};
   for (size_t i = 0; i < sizeof(n) / sizeof(n[0]); ++i) numbers[i] = n[i];
   *routed_scaling_factor = p.routed_scaling_factor;
   const auto& a = g_arguments;
-  const void* all[] = {a.hidden_states,
-                       a.router_logits,
-                       a.policy_index,
-                       a.policy_kind,
-                       a.thresholds,
-                       a.k_values,
-                       a.up,
-                       a.down,
-                       a.up_scales,
-                       a.down_scales,
-                       a.correction_bias,
-                       a.expert_norms,
-                       a.output,
-                       a.k,
-                       a.entropy,
-                       g_workspace,
-                       g_stream};
-  for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) pointers[i] = const_cast<void*>(all[i]);
+  for (int32_t i = 0; i < adaptive_k::kNumInputs<adaptive_k::Moe>; ++i)
+    *pointers++ = const_cast<void*>(a.inputs.at[i]);
+  void* all[] = {a.output, a.k, a.entropy, g_workspace, g_stream};
+  for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) pointers[i] = all[i];
 }
 
 // The same for Mamba2.
@@ -97,24 +84,10 @@ EXPORT void recorder_read_mamba(int64_t* numbers, float* limits, void** pointers
   limits[0] = g_mamba_params.dt_min;
   limits[1] = g_mamba_params.dt_max;
   const auto& a = g_mamba;
-  const void* all[] = {a.conv_input,
-                       a.dt,
-                       a.subsequence_begins,
-                       a.past_lens,
-                       a.state_slots,
-                       a.conv_weight,
-                       a.conv_bias,
-                       a.a,
-                       a.d,
-                       a.dt_bias,
-                       a.conv_state,
-                       a.ssm_state,
-                       a.y,
-                       a.present_conv_state,
-                       a.present_ssm_state,
-                       g_workspace,
-                       g_stream};
-  for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) pointers[i] = const_cast<void*>(all[i]);
+  for (int32_t i = 0; i < adaptive_k::kNumInputs<adaptive_k::Mamba>; ++i)
+    *pointers++ = const_cast<void*>(a.inputs.at[i]);
+  void* all[] = {a.y, a.present_conv_state, a.present_ssm_state, g_workspace, g_stream};
+  for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) pointers[i] = all[i];
 }
 
 namespace adaptive_k::cuda {

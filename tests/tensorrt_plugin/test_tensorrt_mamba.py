@@ -20,9 +20,10 @@ from plugin_harness import BF16, FLOAT, HALF, INT8, INT32, INT64, Field, MambaTe
 from test_tensorrt_registry import all_of, eleven, encounter  # noqa: F401 (a fixture)
 
 from adaptive_k_moe.engine_builder import build
-from adaptive_k_moe.engine_builder.graph.mamba_function import INPUTS, OUTPUTS, mamba_attributes
+from adaptive_k_moe.engine_builder.graph.mamba_function import mamba_attributes
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_plugin, lower_graph
 from adaptive_k_moe.model_config import MambaConfig
+from adaptive_k_moe.plugin.description import MAMBA
 
 from nemotron_models import Nemotron, make_nemotron  # isort: skip
 from mamba_oracle import Array, Case, make_inputs, oracle
@@ -205,7 +206,7 @@ def test_a_change_that_nobody_announced_is_noticed(plugin: Plugin, recorder: Rec
     launches = recorder.launches()
     wrong = replace(STEP, replaced={4: h.Tensor(INT32, (2,))})
     assert clone.enqueue(wrong.inputs(), wrong.outputs(), [16] * 12, [16] * 3) != 0
-    assert errors(plugin) == "input state_slots has shape [2] but must be [S = 3]"
+    assert errors(plugin) == "input state_slots has shape [2] but must be [S], where S = 3 by input subsequence_begins"
     assert recorder.launches() == launches
     clone.destroy()
 
@@ -296,9 +297,18 @@ def test_a_wrong_type_is_named(plugin: Plugin, index: int, type_: int, sentence:
     ("index", "shape", "sentence"),
     [
         (0, (7,), "input conv_input has shape [7] but must be [T, channels]"),
-        (1, (7, 5), "input A has shape [4] but must be [heads = 5]"),
-        (5, (4, 95), "input conv_weight has shape [4, 95] but must be [K = 4, channels = 96]"),
-        (10, (5, 2, 96), "input conv_state has shape [5, 2, 96] but must be [slots = 5, K - 1 = 3, channels = 96]"),
+        (1, (7, 5), "input A has shape [4] but must be [heads], where heads = 5 by input dt"),
+        (
+            5,
+            (4, 95),
+            "input conv_weight has shape [4, 95] but must be [K, channels], where channels = 96 by input conv_input",
+        ),
+        (
+            10,
+            (5, 2, 96),
+            "input conv_state has shape [5, 2, 96] but must be [slots, K-1, channels], "
+            "where K = 4 by input conv_weight",
+        ),
         (11, (5, 4, 16, 9), "input conv_input has 96 channels but heads * P + 2 * n_groups * N is 100"),
     ],
 )
@@ -413,8 +423,10 @@ def mamba_graph(tensors: MambaTensors, **attributes: Any) -> bytes:
             for name, t, shape in zip(names, tensors, shapes, strict=True)
         ]
 
-    node = onnx.helper.make_node("Mamba2", INPUTS, OUTPUTS, "layers.0.mamba", domain="adaptive_k", **attributes)
-    inputs, outputs = values(INPUTS, tensors.inputs()), values(OUTPUTS, tensors.outputs())
+    node = onnx.helper.make_node(
+        "Mamba2", MAMBA.input_names(), MAMBA.output_names(), "layers.0.mamba", domain="adaptive_k", **attributes
+    )
+    inputs, outputs = values(MAMBA.input_names(), tensors.inputs()), values(MAMBA.output_names(), tensors.outputs())
     opsets = [onnx.helper.make_opsetid("", 24), onnx.helper.make_opsetid("adaptive_k", 1)]
     graph = onnx.helper.make_graph([node], "layer", inputs, outputs)
     return bytes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString())

@@ -16,7 +16,7 @@ from plugin_harness import BF16, HALF, MambaTensors
 from test_tensorrt_engine import LIBRARY, WHY_NOT, on_device
 from test_tensorrt_mamba import mamba_graph
 
-from adaptive_k_moe.engine_builder.graph.mamba_function import INPUTS, OUTPUTS
+from adaptive_k_moe.plugin.description import MAMBA
 
 from mamba_oracle import Array, Case, make_inputs, oracle
 
@@ -48,7 +48,7 @@ def engine(element: int) -> Any:
         [t.shape for t in MambaTensors(tokens=tokens, sequences=sequences, slots=SLOTS, element=element).inputs()]
         for tokens, sequences in ((1, 1), (8, 3), (64, 4))
     ]
-    for name, *shapes in zip(INPUTS, *corners, strict=True):
+    for name, *shapes in zip(MAMBA.input_names(), *corners, strict=True):
         profile.set_shape(name, *shapes)
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
@@ -74,14 +74,14 @@ class Step:
             arrays[name] = arrays[name].astype(DTYPES[element])
         self.arrays = arrays
         self.context = engine(element)[1].create_execution_context()
-        self.inputs = {name: on_device(x) for name, x in zip(INPUTS, arrays.values(), strict=True)}
+        self.inputs = {name: on_device(x) for name, x in zip(MAMBA.input_names(), arrays.values(), strict=True)}
         for (name, tensor), array in zip(self.inputs.items(), arrays.values(), strict=True):
             assert self.context.set_input_shape(name, array.shape)
             self.context.set_tensor_address(name, tensor.data_ptr())
         rows, width = sum(case.lengths), case.heads * case.head_dim
         self.y = torch.full((rows * width * 2,), 255, dtype=torch.uint8, device="cuda")
         places = (self.y, self.inputs["conv_state"], self.inputs["ssm_state"])
-        for name, tensor in zip(OUTPUTS, places, strict=True):
+        for name, tensor in zip(MAMBA.output_names(), places, strict=True):
             self.context.set_tensor_address(name, tensor.data_ptr())
 
     def run(self) -> None:

@@ -11,6 +11,8 @@ import plugin_harness as h
 import pytest
 from plugin_harness import BF16, FLOAT, HALF, INT8, INT32, INT64, Layer, Plugin, PluginLibrary, Recorder, Tensor
 
+from adaptive_k_moe.plugin.description import MOE
+
 ELEMENTS = [FLOAT, HALF, BF16]
 
 
@@ -128,7 +130,6 @@ def test_the_kernels_get_the_shape_of_the_layer(
     plugin = make(**attributes)
     layer = replace(layer, tokens=7)
     assert plugin.shape_change(layer.inputs(), layer.outputs()) == 0, plugin.library.log()
-    storage = {"": 0, "int8": 1, "int4": 2}[layer.weights]
     group_size = 0 if layer.groups == (1, 1) else layer.hidden // layer.groups[0]
     assert recorder.read().shape == {
         "tokens": 7,
@@ -138,9 +139,10 @@ def test_the_kernels_get_the_shape_of_the_layer(
         "policies": 2,
         "choices": layer.choices,
         "element": 0,
-        "weights": storage,
         "group_size": group_size,
     }
+    weight_format = next(attribute for attribute in MOE.attributes if attribute.name == "weight_format")
+    assert recorder.read().params["weight_format"] == weight_format.words.index(layer.weights)
 
 
 @pytest.mark.parametrize(("element", "value"), [(HALF, 0), (BF16, 1), (FLOAT, 2)])
@@ -158,7 +160,7 @@ def test_the_kernels_get_the_attributes(make: Callable[..., Plugin], recorder: R
     plugin = make(**attributes)
     layer = Layer(tokens=3, gated=False)
     assert plugin.shape_change(layer.inputs(), layer.outputs()) == 0
-    assert recorder.read().params == {**attributes, "activation": 6, "scoring": 1}
+    assert recorder.read().params == {**attributes, "activation": 6, "scoring": 1, "weight_format": 0}
 
 
 @over_layers

@@ -23,9 +23,7 @@ constexpr int64_t kTaskFloats = 16 << 10;
 constexpr int64_t kTaskChannels = 2048;
 constexpr int64_t kTaskProducts = 16 << 10;
 
-[[noreturn]] void fail(const std::string& sentence) {
-  throw std::invalid_argument("Mamba2: " + sentence);
-}
+[[noreturn]] void fail(const std::string& sentence) { throw std::invalid_argument(sentence); }
 
 // Calls body(i) for i in [0, n), at least `grain` calls to a task.
 template <typename Body>
@@ -110,7 +108,7 @@ class Mixer {
       const int64_t sequence = sequence_of_[token];
       if (!has_slot(sequence)) return;
       const int64_t begin = args_.subsequence_begins[sequence];
-      const float* rows[kMaxTaps];
+      const float* rows[kMambaMaxTaps];
       for (int64_t k = 0; k < sizes_.taps; ++k) {
         const int64_t position = token - sizes_.taps + 1 + k;
         if (position >= begin)
@@ -204,6 +202,22 @@ class Mixer {
 };
 
 }  // namespace
+
+MambaArguments::MambaArguments(const MambaSizes& sizes, const Addresses<MambaInput>& inputs)
+    : sizes(sizes),
+      conv_input(inputs.floats(MambaInput::kConvInput)),
+      dt(inputs.floats(MambaInput::kDt)),
+      subsequence_begins(inputs.integers(MambaInput::kSubsequenceBegins)),
+      past_lens(inputs.integers(MambaInput::kPastLens)),
+      state_slots(inputs.integers(MambaInput::kStateSlots)),
+      conv_weight(inputs.floats(MambaInput::kConvWeight)),
+      conv_bias(inputs.floats(MambaInput::kConvBias)),
+      a(inputs.floats(MambaInput::kA)),
+      d(inputs.floats(MambaInput::kD)),
+      dt_bias(inputs.floats(MambaInput::kDtBias)),
+      // The addresses are of constant memory and the states are the caller's to be written.
+      conv_state(const_cast<float*>(inputs.floats(MambaInput::kConvState))),
+      ssm_state(const_cast<float*>(inputs.floats(MambaInput::kSsmState))) {}
 
 void mamba2(const MambaParams& params, const MambaArguments& args, float* y) {
   if (args.sizes.tokens == 0) return;

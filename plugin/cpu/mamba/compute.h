@@ -18,6 +18,8 @@ namespace adaptive_k::cpu {
 // All arrays are row-major and contiguous. conv_input is x, B and C side by side, as the model's
 // projection makes them.
 struct MambaArguments {
+  MambaArguments(const MambaSizes& sizes, const Addresses<MambaInput>& inputs);
+
   MambaSizes sizes;
   const float* conv_input = nullptr;            // [T, channels]
   const float* dt = nullptr;                    // [T, heads], before its bias

@@ -113,19 +113,20 @@ int block_rows(const Kernels& kernels) {
 // One call of the operator on one chunk of tokens.
 class Layer {
  public:
-  Layer(const MoeParams& params, const ExpertArguments& args, Scratch& scratch)
+  Layer(const MoeParams& params, WeightFormat format, const MoeArguments& args, Scratch& scratch)
       : params_(params),
-        args_(args),
-        kernels_(kernels(params.weight_format)),
+        hidden_(args.sizes.hidden),
+        intermediate_(args.sizes.intermediate),
+        kernels_(kernels(format)),
         scratch_(scratch),
         plan_(scratch.plan),
         gated_(is_gated(params.activation)),
-        up_(params.weight_format, args.up, args.up_scales, (gated_ ? 2 : 1) * args.intermediate,
-            args.hidden, args.group_size),
-        down_(params.weight_format, args.down, args.down_scales, args.hidden, args.intermediate,
-              args.group_size),
-        padded_hidden_(round_up(args.hidden, kernels_.lanes)),
-        padded_intermediate_(round_up(args.intermediate, kernels_.lanes)) {}
+        up_(format, args.inputs[MoeInput::kUp], args.inputs.floats(MoeInput::kUpScales),
+            (gated_ ? 2 : 1) * intermediate_, hidden_, args.sizes.group_size),
+        down_(format, args.inputs[MoeInput::kDown], args.inputs.floats(MoeInput::kDownScales),
+              hidden_, intermediate_, args.sizes.group_size),
+        padded_hidden_(round_up(hidden_, kernels_.lanes)),
+        padded_intermediate_(round_up(intermediate_, kernels_.lanes)) {}
 
   void run(const float* hidden_states, float* output) {
     const int64_t expert_bytes = up_.rows * up_.row_bytes() + down_.rows * down_.row_bytes();
@@ -148,8 +149,7 @@ class Layer {
     h_tiles_ = &scratch_.h_tiles;
     x_tiles_->resize(tiles.size());
     h_tiles_->resize(tiles.size());
-    const bool in_place =
-        padded_hidden_ == args_.hidden && kernels_.activation_bytes == sizeof(float);
+    const bool in_place = padded_hidden_ == hidden_ && kernels_.activation_bytes == sizeof(float);
     bool all_in_place = in_place;
     for (const Plan::TileRange& tile : tiles) all_in_place = all_in_place && tile.rows == 1;
     const int64_t x_bytes = padded_hidden_ * kernels_.activation_bytes;
@@ -158,18 +158,18 @@ class Layer {
     char* h = reserve(scratch_.h, plan_.num_rows() * h_bytes);
     for (size_t i = 0; i < tiles.size(); ++i)
       (*h_tiles_)[i] = {h + tiles[i].first_row * h_bytes, tiles[i].rows};
-    const int64_t grain = std::max<int64_t>(1, 8192 / args_.hidden);
+    const int64_t grain = std::max<int64_t>(1, 8192 / hidden_);
     parallel_for(tiles.size(), grain, serial_ || all_in_place, [&](int64_t i) {
       const Plan::TileRange& tile = tiles[i];
       const float* rows[kMaxTileRows];
       for (int r = 0; r < tile.rows; ++r)
-        rows[r] = hidden_states + plan_.row_token[tile.first_row + r] * args_.hidden;
+        rows[r] = hidden_states + plan_.row_token[tile.first_row + r] * hidden_;
       if (tile.rows == 1 && in_place) {
         (*x_tiles_)[i] = {rows[0], 1};
         return;
       }
       char* to = packed + tile.first_row * x_bytes;
-      kernels_.pack(rows, tile.rows, args_.hidden, to);
+      kernels_.pack(rows, tile.rows, hidden_, to);
       (*x_tiles_)[i] = {to, tile.rows};
     });
   }
@@ -183,9 +183,8 @@ class Layer {
 
   // A task computes some panels of neurons for one block.
   void project_up() const {
-    const int64_t intermediate = args_.intermediate;
     const int neurons = gated_ ? kPanelRows / 2 : kPanelRows;
-    const int64_t panels = divide_up(intermediate, neurons);
+    const int64_t panels = divide_up(intermediate_, neurons);
     const int64_t num_blocks = static_cast<int64_t>(plan_.blocks.size());
     const int64_t per_task =
         units_per_task(num_blocks * panels, kPanelRows * up_.row_bytes(), kMaxPanels);
@@ -196,8 +195,8 @@ class Layer {
       const int64_t begin = i % strips * per_task, end = std::min(begin + per_task, panels);
       WeightRows weights(up_, block.expert);
       for (int64_t p = begin; p < end; ++p) {
-        weights.add(p * neurons, neurons, intermediate);
-        if (gated_) weights.add(intermediate + p * neurons, neurons, 2 * intermediate);
+        weights.add(p * neurons, neurons, intermediate_);
+        if (gated_) weights.add(intermediate_ + p * neurons, neurons, 2 * intermediate_);
       }
       float* c = thread_floats(block.num_rows * weights.size());
       multiply(block, *x_tiles_, weights, c);
@@ -205,7 +204,7 @@ class Layer {
         const Tile& tile = (*h_tiles_)[block.first_tile + t];
         for (int64_t p = begin; p < end; ++p)
           kernels_.activate(params_.activation, c + (p - begin) * kPanelRows, weights.size(),
-                            tile.rows, p * neurons, intermediate, padded_intermediate_,
+                            tile.rows, p * neurons, intermediate_, padded_intermediate_,
                             const_cast<void*>(tile.x));
         c += tile.rows * weights.size();
       }
@@ -215,29 +214,28 @@ class Layer {
   // A task takes a strip of the output's columns through all experts, so that it can add up each
   // token's experts itself, in the order of their rank.
   void project_down(float* output) const {
-    const int64_t hidden = args_.hidden;
     constexpr int64_t kColumns = 16;
-    const int64_t units = divide_up(hidden, kColumns);
+    const int64_t units = divide_up(hidden_, kColumns);
     const int64_t columns =
         kColumns * units_per_task(units, plan_.num_experts_used * kColumns * down_.row_bytes(),
                                   kMaxPanels * kPanelRows / kColumns);
-    parallel_for(divide_up(hidden, columns), 1, serial_, [&](int64_t i) {
+    parallel_for(divide_up(hidden_, columns), 1, serial_, [&](int64_t i) {
       const int64_t first = i * columns;
-      const int count = static_cast<int>(std::min(columns, hidden - first));
+      const int count = static_cast<int>(std::min(columns, hidden_ - first));
       const int64_t width = round_up(count, kColumns);
       float* c = thread_floats(plan_.num_rows() * width);
       for (const Plan::Block& block : plan_.blocks) {
         WeightRows weights(down_, block.expert);
-        weights.add(first, width, hidden);
+        weights.add(first, width, hidden_);
         multiply(block, *h_tiles_, weights, c + block.first_row * width);
       }
       for (int64_t t = 0; t < plan_.num_tokens; ++t) {
         const int64_t begin = plan_.token_begin[t];
         const int k = static_cast<int>(plan_.token_begin[t + 1] - begin);
-        const float* y[kMaxKLimit];
+        const float* y[kMaxKAttribute];
         for (int j = 0; j < k; ++j) y[j] = c + plan_.token_rows[begin + j] * width;
         kernels_.combine(y, plan_.token_weights.data() + begin, k, count,
-                         output + t * hidden + first);
+                         output + t * hidden_ + first);
       }
     });
   }
@@ -251,7 +249,7 @@ class Layer {
   }
 
   const MoeParams& params_;
-  const ExpertArguments& args_;
+  const int64_t hidden_, intermediate_;
   const Kernels& kernels_;
   Scratch& scratch_;
   const Plan& plan_;
@@ -265,55 +263,67 @@ class Layer {
 
 }  // namespace
 
-void route(const MoeParams& params, const RoutingArguments& args, int32_t* k, float* entropy,
+void route(const MoeParams& params, const MoeArguments& args, int32_t* k, float* entropy,
            int32_t* experts, float* weights) {
-  const int32_t capacity = largest_k(params, args.experts);
-  const bool serial = args.tokens * args.experts < 2048;
-  const int64_t grain = std::max<int64_t>(1, 1024 / args.experts);
-  parallel_for(args.tokens, grain, serial, [&](int64_t t) {
+  const float* const logits = args.inputs.floats(MoeInput::kRouterLogits);
+  const int32_t* const policy_index = args.inputs.integers(MoeInput::kPolicyIndex);
+  const int32_t* const policy_kind = args.inputs.integers(MoeInput::kPolicyKind);
+  const float* const thresholds = args.inputs.floats(MoeInput::kThresholds);
+  const int32_t* const k_values = args.inputs.integers(MoeInput::kKValues);
+  const float* const correction_bias = args.inputs.floats(MoeInput::kCorrectionBias);
+  const float* const expert_norms = args.inputs.floats(MoeInput::kExpertNorms);
+  const auto num_experts = static_cast<int32_t>(args.sizes.experts);
+  const auto choices = static_cast<int32_t>(args.sizes.choices);
+  const int32_t capacity = largest_k(params, num_experts);
+  const bool serial = args.sizes.tokens * num_experts < 2048;
+  const int64_t grain = std::max<int64_t>(1, 1024 / num_experts);
+  parallel_for(args.sizes.tokens, grain, serial, [&](int64_t t) {
     static thread_local RoutingBuffers* buffers = nullptr;
     if (buffers == nullptr) buffers = new RoutingBuffers;
-    const int64_t p = std::clamp<int64_t>(args.policy_index[t], 0, args.policies - 1);
-    const PolicyRow row = {args.policy_kind[p], args.thresholds + p * (args.choices - 1),
-                           args.k_values + p * args.choices, args.choices};
+    const int64_t p = std::clamp<int64_t>(policy_index[t], 0, args.sizes.policies - 1);
+    const PolicyRow row = {policy_kind[p], thresholds + p * (choices - 1), k_values + p * choices,
+                           choices};
     int32_t* chosen = experts + t * capacity;
     float* weight = weights + t * capacity;
-    k[t] = route_token(params, args.router_logits + t * args.experts, args.experts,
-                       args.correction_bias, args.expert_norms, row,
-                       buffers->get(args.experts, params.n_group), capacity, chosen, weight,
+    k[t] = route_token(params, logits + t * num_experts, num_experts, correction_bias, expert_norms,
+                       row, buffers->get(num_experts, params.n_group), capacity, chosen, weight,
                        entropy + t);
     std::fill(chosen + k[t], chosen + capacity, -1);
     std::fill(weight + k[t], weight + capacity, 0.0f);
   });
 }
 
-void moe(const MoeParams& params, const RoutingArguments& routing, const ExpertArguments& args,
-         float* output, int32_t* k, float* entropy) {
-  if (routing.tokens == 0) return;
+void moe(const MoeParams& params, const MoeArguments& args, float* output, int32_t* k,
+         float* entropy) {
+  const int64_t tokens = args.sizes.tokens, hidden = args.sizes.hidden;
+  if (tokens == 0) return;
   const ScratchLease lease;
   Scratch& scratch = *lease;
-  const int32_t capacity = largest_k(params, routing.experts);
-  scratch.experts.resize(routing.tokens * capacity);
-  scratch.weights.resize(routing.tokens * capacity);
-  route(params, routing, k, entropy, scratch.experts.data(), scratch.weights.data());
-  if (routing.expert_load != nullptr) {
-    for (int64_t t = 0; t < routing.tokens; ++t)
-      for (int32_t i = 0; i < k[t]; ++i) ++routing.expert_load[scratch.experts[t * capacity + i]];
+  const auto num_experts = static_cast<int32_t>(args.sizes.experts);
+  const int32_t capacity = largest_k(params, num_experts);
+  scratch.experts.resize(tokens * capacity);
+  scratch.weights.resize(tokens * capacity);
+  route(params, args, k, entropy, scratch.experts.data(), scratch.weights.data());
+  if (args.expert_load != nullptr) {
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int32_t i = 0; i < k[t]; ++i) ++args.expert_load[scratch.experts[t * capacity + i]];
   }
 
-  const Kernels& layer_kernels = kernels(params.weight_format);
-  Layer layer(params, args, scratch);
+  const WeightFormat format = stored_format(params.weight_format, WeightFormat::kFloat32);
+  const Kernels& layer_kernels = kernels(format);
+  Layer layer(params, format, args, scratch);
+  const float* const hidden_states = args.inputs.floats(MoeInput::kHiddenStates);
   int64_t begin = 0;
-  while (begin < routing.tokens) {
+  while (begin < tokens) {
     int64_t end = begin, rows = 0;
-    while (end < routing.tokens &&
-           (end == begin || (rows + k[end]) * (args.hidden + args.intermediate) <= kChunkFloats))
+    while (end < tokens &&
+           (end == begin || (rows + k[end]) * (hidden + args.sizes.intermediate) <= kChunkFloats))
       rows += k[end++];
-    scratch.plan.build(end - begin, routing.experts, capacity, layer_kernels.tile_rows,
+    scratch.plan.build(end - begin, num_experts, capacity, layer_kernels.tile_rows,
                        block_rows(layer_kernels), k + begin,
                        scratch.experts.data() + begin * capacity,
                        scratch.weights.data() + begin * capacity);
-    layer.run(args.hidden_states + begin * args.hidden, output + begin * args.hidden);
+    layer.run(hidden_states + begin * hidden, output + begin * hidden);
     begin = end;
   }
 }

@@ -7,7 +7,10 @@ using namespace adaptive_k;        // NOLINT
 using namespace adaptive_k::cuda;  // NOLINT
 
 MambaParams params_of(const AdaptiveKMambaLayer& layer) {
-  return {layer.n_groups, layer.dt_min, layer.dt_max};
+  MambaParams params;
+  for (int32_t i = 0; i < kNumAttributes<Mamba>; ++i)
+    Mamba::kAttributes[i].set(&params, layer.attributes[i]);
+  return params;
 }
 
 MambaShape shape_of(const AdaptiveKMambaLayer& layer) {
@@ -36,18 +39,7 @@ size_t adaptive_k_cuda_mamba_workspace_size(const AdaptiveKMambaLayer* layer) {
 int adaptive_k_cuda_mamba_launch(const AdaptiveKMambaLayer* layer, const AdaptiveKMambaPointers* p,
                                  void* workspace, void* stream) {
   MambaArguments a;
-  a.conv_input = p->conv_input;
-  a.dt = p->dt;
-  a.subsequence_begins = static_cast<const int32_t*>(p->subsequence_begins);
-  a.past_lens = static_cast<const int32_t*>(p->past_lens);
-  a.state_slots = static_cast<const int32_t*>(p->state_slots);
-  a.conv_weight = static_cast<const float*>(p->conv_weight);
-  a.conv_bias = static_cast<const float*>(p->conv_bias);
-  a.a = static_cast<const float*>(p->a);
-  a.d = static_cast<const float*>(p->d);
-  a.dt_bias = static_cast<const float*>(p->dt_bias);
-  a.conv_state = p->conv_state;
-  a.ssm_state = static_cast<const float*>(p->ssm_state);
+  for (int32_t i = 0; i < kNumInputs<Mamba>; ++i) a.inputs.at[i] = p->inputs[i];
   a.y = p->y;
   a.present_conv_state = p->present_conv_state;
   a.present_ssm_state = static_cast<float*>(p->present_ssm_state);

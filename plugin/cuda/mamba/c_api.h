@@ -1,23 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// Mamba2's launcher for callers without C++, as moe/c_api.h is AdaptiveKMoe's.
+// The C interface of Mamba2's launcher; moe/c_api.h says how.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
 #include "cuda/mamba/launcher.h"
+#include "operator/table.h"
 
 extern "C" {
 
 struct AdaptiveKMambaLayer {
   int64_t tokens;
-  int32_t sequences, slots, heads, head_dim, state_size, taps, element, n_groups;
-  float dt_min, dt_max;
+  int32_t sequences, slots, heads, head_dim, state_size, taps, element;
+  double attributes[adaptive_k::kNumAttributes<adaptive_k::Mamba>];
 };
 
 struct AdaptiveKMambaPointers {
-  const void *conv_input, *dt, *subsequence_begins, *past_lens, *state_slots, *conv_weight;
-  const void *conv_bias, *a, *d, *dt_bias, *conv_state, *ssm_state;
+  const void* inputs[adaptive_k::kNumInputs<adaptive_k::Mamba>];
   void *y, *present_conv_state, *present_ssm_state;
 };
 

@@ -41,7 +41,7 @@ const char* check(const MambaParams& params, const MambaShape& s) {
   if (s.heads > kMaxHeads) return "there may be at most 65535 heads";
   if (s.head_dim % 8 != 0 || s.state_size % 8 != 0)
     return "head_dim and state_size must be multiples of 8, for 16-byte loads";
-  if (s.state_size > kMaxStateSize) return "state_size must be at most 256 on CUDA devices";
+  if (s.state_size > kMaxStateSizeOnGpu) return "state_size must be at most 256 on CUDA devices";
   if (s.taps < 2 || s.taps > kMambaMaxTaps) return "the convolution must have 2 to 16 taps";
   if (s.element < ElementType::kFloat16 || s.element > ElementType::kFloat32)
     return "the element type is unknown";
@@ -63,26 +63,23 @@ cudaError_t launch(const MambaParams& params, const MambaShape& s, const MambaAr
   const int64_t channels = mamba_channels(params, s);
   const int64_t conv_bytes = s.slots * (s.taps - 1) * channels * element_bytes(s.element);
   const int64_t ssm_bytes = int64_t{s.slots} * s.heads * s.state_size * s.head_dim * 4;
-  if (s.slots > 0 && (a.conv_state == nullptr || a.ssm_state == nullptr ||
+  const void* const conv_state = a.inputs[MambaInput::kConvState];
+  const void* const ssm_state = a.inputs[MambaInput::kSsmState];
+  if (s.slots > 0 && (conv_state == nullptr || ssm_state == nullptr ||
                       a.present_conv_state == nullptr || a.present_ssm_state == nullptr))
     return cudaErrorInvalidValue;
-  ADAPTIVE_K_RETURN_IF(copy_unless_same(a.conv_state, a.present_conv_state, conv_bytes, stream));
-  ADAPTIVE_K_RETURN_IF(copy_unless_same(a.ssm_state, a.present_ssm_state, ssm_bytes, stream));
+  ADAPTIVE_K_RETURN_IF(copy_unless_same(conv_state, a.present_conv_state, conv_bytes, stream));
+  ADAPTIVE_K_RETURN_IF(copy_unless_same(ssm_state, a.present_ssm_state, ssm_bytes, stream));
   if (s.tokens == 0 || s.sequences == 0) return cudaSuccess;
-  for (const void* needed :
-       {a.conv_input, a.dt, static_cast<const void*>(a.subsequence_begins),
-        static_cast<const void*>(a.past_lens), static_cast<const void*>(a.state_slots),
-        static_cast<const void*>(a.conv_weight), static_cast<const void*>(a.conv_bias),
-        static_cast<const void*>(a.a), static_cast<const void*>(a.d),
-        static_cast<const void*>(a.dt_bias), static_cast<const void*>(a.y),
-        static_cast<const void*>(workspace)})
-    if (needed == nullptr) return cudaErrorInvalidValue;
+  for (int32_t i = 0; i < static_cast<int32_t>(MambaInput::kConvState); ++i)
+    if (a.inputs.at[i] == nullptr) return cudaErrorInvalidValue;
+  if (a.y == nullptr || workspace == nullptr) return cudaErrorInvalidValue;
 
   MambaLayer layer = {};
   layer.params = params;
-  layer.begins = a.subsequence_begins;
-  layer.past_lens = a.past_lens;
-  layer.slots = a.state_slots;
+  layer.begins = a.inputs.integers(MambaInput::kSubsequenceBegins);
+  layer.past_lens = a.inputs.integers(MambaInput::kPastLens);
+  layer.slots = a.inputs.integers(MambaInput::kStateSlots);
   layer.tokens = static_cast<int32_t>(s.tokens);
   layer.sequences = s.sequences;
   layer.num_slots = s.slots;
@@ -91,13 +88,13 @@ cudaError_t launch(const MambaParams& params, const MambaShape& s, const MambaAr
   layer.state_size = s.state_size;
   layer.taps = s.taps;
   layer.channels = static_cast<int32_t>(channels);
-  layer.conv_input = a.conv_input;
-  layer.dt = a.dt;
-  layer.conv_weight = a.conv_weight;
-  layer.conv_bias = a.conv_bias;
-  layer.a = a.a;
-  layer.d = a.d;
-  layer.dt_bias = a.dt_bias;
+  layer.conv_input = a.inputs[MambaInput::kConvInput];
+  layer.dt = a.inputs[MambaInput::kDt];
+  layer.conv_weight = a.inputs.floats(MambaInput::kConvWeight);
+  layer.conv_bias = a.inputs.floats(MambaInput::kConvBias);
+  layer.a = a.inputs.floats(MambaInput::kA);
+  layer.d = a.inputs.floats(MambaInput::kD);
+  layer.dt_bias = a.inputs.floats(MambaInput::kDtBias);
   layer.conv_state = a.present_conv_state;
   layer.ssm_state = a.present_ssm_state;
   layer.mixed = workspace;

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Mamba2 on an NVIDIA GPU: the interface between the kernels and the faces that call them. Plain
-// C++; what moe/launcher.h says of launch() holds here too.
+// Mamba2 on an NVIDIA GPU: the interface between the kernels and the bindings that call them.
+// What moe/launcher.h says of launch() holds here too.
 #pragma once
 
-#include "cuda/moe/launcher.h"
-#include "operator/mamba/params.h"
+#include "cuda/interface.h"
+#include "operator/mamba/description.h"
 
 namespace adaptive_k::cuda {
 
@@ -25,29 +25,19 @@ inline int64_t mamba_channels(const MambaParams& params, const MambaShape& s) {
   return int64_t{s.heads} * s.head_dim + int64_t{2} * params.n_groups * s.state_size;
 }
 
-// Device pointers, row-major and contiguous, aligned to 16 bytes where marked *. The states go in
-// and come out: where both pointers are the same, they are updated in place; where not, the states
-// that no sequence has are copied too.
+// Device pointers, row-major and contiguous, with types and shapes as in the operator's
+// description; conv_input, conv_weight, conv_bias, the states and y are aligned to 16 bytes. The
+// states go in and come out: where both pointers are the same, they are updated in place; where
+// not, the states that no sequence has are copied too. A slot outside [0, slots), as kNoSlot is, is
+// none.
 struct MambaArguments {
-  const void* conv_input = nullptr;             // * [T, channels] element type
-  const void* dt = nullptr;                     // [T, heads] element type, before its bias
-  const int32_t* subsequence_begins = nullptr;  // [S + 1], from 0 to T
-  const int32_t* past_lens = nullptr;           // [S]; at 0 a sequence starts from zero states
-  const int32_t* state_slots = nullptr;         // [S]; outside [0, slots), as kNoSlot is: no states
-  const float* conv_weight = nullptr;           // * [K, channels], the newest token's tap last
-  const float* conv_bias = nullptr;             // * [channels]
-  const float* a = nullptr;                     // [heads], below 0
-  const float* d = nullptr;                     // [heads]
-  const float* dt_bias = nullptr;               // [heads]
-  const void* conv_state = nullptr;             // * [slots, K - 1, channels] element type
-  const float* ssm_state = nullptr;             // * [slots, heads, N, P]
-  void* y = nullptr;                            // * [T, heads * P] element type
-  void* present_conv_state = nullptr;           // * as conv_state
-  float* present_ssm_state = nullptr;           // * as ssm_state
+  Addresses<MambaInput> inputs;
+  void* y = nullptr;                   // [T, heads * P] element type
+  void* present_conv_state = nullptr;  // as conv_state
+  float* present_ssm_state = nullptr;  // as ssm_state
 };
 
-// Limits of this implementation.
-constexpr int32_t kMaxStateSize = 256;
+// A limit of this implementation.
 constexpr int32_t kMaxHeads = 65535;
 
 // As those of AdaptiveKMoe. With 0 tokens a launch only copies states that are not in place.

@@ -18,7 +18,7 @@ constexpr int kRowGroups = kThreads / kVectors;
 constexpr int kRowsAhead = 8;  // that a thread loads before it uses the first
 
 struct RecurrenceShared {
-  float b[kMaxStateSize], c[kMaxStateSize];
+  float b[kMaxStateSizeOnGpu], c[kMaxStateSizeOnGpu];
   float partial[kWarps][kColumns];
   MambaStep<float> step;
 };

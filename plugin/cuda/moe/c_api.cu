@@ -11,13 +11,8 @@ using namespace adaptive_k::cuda;  // NOLINT
 
 MoeParams params_of(const AdaptiveKLayer& layer) {
   MoeParams params;
-  params.activation = static_cast<Activation>(layer.activation);
-  params.scoring = static_cast<Scoring>(layer.scoring);
-  params.norm_topk_prob = layer.norm_topk_prob != 0;
-  params.routed_scaling_factor = layer.routed_scaling_factor;
-  params.n_group = layer.n_group;
-  params.topk_group = layer.topk_group;
-  params.max_k = layer.max_k;
+  for (int32_t i = 0; i < kNumAttributes<Moe>; ++i)
+    Moe::kAttributes[i].set(&params, layer.attributes[i]);
   return params;
 }
 
@@ -30,7 +25,6 @@ MoeShape shape_of(const AdaptiveKLayer& layer) {
   shape.policies = layer.policies;
   shape.choices = layer.choices;
   shape.element = static_cast<ElementType>(layer.element);
-  shape.weights = static_cast<WeightStorage>(layer.weights);
   shape.group_size = layer.group_size;
   shape.path = static_cast<Path>(layer.path);
   return shape;
@@ -49,18 +43,7 @@ size_t adaptive_k_cuda_workspace_size(const AdaptiveKLayer* layer) {
 int adaptive_k_cuda_launch(const AdaptiveKLayer* layer, const AdaptiveKPointers* p, void* workspace,
                            void* stream) {
   MoeArguments a;
-  a.hidden_states = p->hidden_states;
-  a.router_logits = static_cast<const float*>(p->router_logits);
-  a.policy_index = static_cast<const int32_t*>(p->policy_index);
-  a.policy_kind = static_cast<const int32_t*>(p->policy_kind);
-  a.thresholds = static_cast<const float*>(p->thresholds);
-  a.k_values = static_cast<const int32_t*>(p->k_values);
-  a.up = p->up;
-  a.down = p->down;
-  a.up_scales = p->up_scales;
-  a.down_scales = p->down_scales;
-  a.correction_bias = static_cast<const float*>(p->correction_bias);
-  a.expert_norms = static_cast<const float*>(p->expert_norms);
+  for (int32_t i = 0; i < kNumInputs<Moe>; ++i) a.inputs.at[i] = p->inputs[i];
   a.output = p->output;
   a.k = static_cast<int32_t*>(p->k);
   a.entropy = static_cast<float*>(p->entropy);

@@ -1,26 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// The launcher for callers without C++ (tests and benchmarks through ctypes). Structures are plain
-// and fixed; enumerations travel as their numbers.
+// The C interface of the library: AdaptiveKMoe's launcher for callers without C++ (the tests and
+// benchmarks call it through ctypes). Attributes and inputs travel in the order of the operator's
+// tables, words as their numbers; the Python package has the tables in plugin/description.py.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
 #include "cuda/moe/launcher.h"
+#include "operator/table.h"
 
 extern "C" {
 
 struct AdaptiveKLayer {
   int64_t tokens;
-  int32_t hidden, intermediate, experts, policies, choices;
-  int32_t element, weights, group_size, path;
-  int32_t activation, scoring, norm_topk_prob, n_group, topk_group, max_k;
-  float routed_scaling_factor;
+  int32_t hidden, intermediate, experts, policies, choices, element, group_size, path;
+  double attributes[adaptive_k::kNumAttributes<adaptive_k::Moe>];
 };
 
 struct AdaptiveKPointers {
-  const void *hidden_states, *router_logits, *policy_index, *policy_kind, *thresholds, *k_values;
-  const void *up, *down, *up_scales, *down_scales, *correction_bias, *expert_norms;
+  const void* inputs[adaptive_k::kNumInputs<adaptive_k::Moe>];  // null where one is absent
   void *output, *k, *entropy;
 };
 

@@ -24,19 +24,19 @@ constexpr int kTokenRows = 4;   // at most, of a pass
 
 // 16-byte pieces of each weight row that are loaded before the first is used. With many activation
 // rows two pieces do not fit into the registers; quantised pieces hold more weights and need more.
-constexpr int pieces_ahead(WeightStorage storage, int rows) {
-  return rows <= (storage == WeightStorage::kElement ? 2 : 1) ? 2 : 1;
+constexpr int pieces_ahead(WeightFormat format, int rows) {
+  return rows <= (format == WeightFormat::kAsHiddenStates ? 2 : 1) ? 2 : 1;
 }
 
 // Blocks that a multiprocessor holds at once. The registers that this leaves a thread, 128 or 168,
 // are as few as serve without spilling; the compiler for Blackwell takes more to have more loads
 // under way.
-constexpr int resident_blocks(WeightStorage storage) {
+constexpr int resident_blocks(WeightFormat format) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  (void)storage;
+  (void)format;
   return 3;
 #else
-  return storage == WeightStorage::kElement ? 4 : 3;
+  return format == WeightFormat::kAsHiddenStates ? 4 : 3;
 #endif
 }
 
@@ -61,13 +61,13 @@ struct DecodeArguments {
 };
 
 // S values from piece c of 16 bytes of weights, S being what 16 bytes of T hold.
-template <typename T, WeightStorage storage>
+template <typename T, WeightFormat format>
 __device__ __forceinline__ void unpack_weights(const uint4& v, int c, float* to) {
   constexpr int kSize = Vector16<T>::kSize;
   const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-  if constexpr (storage == WeightStorage::kElement) {
+  if constexpr (format == WeightFormat::kAsHiddenStates) {
     Vector16<T>::unpack(v, to);
-  } else if constexpr (storage == WeightStorage::kInt8) {
+  } else if constexpr (format == WeightFormat::kInt8) {
 #pragma unroll
     for (int i = 0; i < kSize / 4; ++i) unpack_int8(words[c * (kSize / 4) + i], to + 4 * i);
   } else {
@@ -93,13 +93,13 @@ __device__ __forceinline__ const unsigned char* piece_at(const unsigned char* ba
 }
 
 // Adds to acc[m][r] the products of the lane's pieces of weight row r and activation row m.
-template <typename T, WeightStorage storage, int kRows>
+template <typename T, WeightFormat format, int kRows>
 __device__ __forceinline__ void multiply(const DecodeArguments& a, const Operands<T>& from,
                                          int first, int step,
                                          float (&acc)[kTokenRows][kWeightRows]) {
-  constexpr int kWeights = WeightVector<T, storage>::kSize;
+  constexpr int kWeights = WeightVector<T, format>::kSize;
   constexpr int kSize = Vector16<T>::kSize;
-  constexpr int kPiecesAhead = pieces_ahead(storage, kRows);
+  constexpr int kPiecesAhead = pieces_ahead(format, kRows);
   const int pieces = a.k / kWeights - (fault(kFaultDecodeTail) ? 1 : 0);
 #pragma unroll 1  // the loads ahead are written out; more would spill
   for (int v = first; v < pieces; v += kPiecesAhead * step) {
@@ -127,12 +127,12 @@ __device__ __forceinline__ void multiply(const DecodeArguments& a, const Operand
 #pragma unroll
         for (int r = 0; r < kWeightRows; ++r) {
           float ws[kSize];
-          unpack_weights<T, storage>(loaded[u][r], c, ws);
+          unpack_weights<T, format>(loaded[u][r], c, ws);
 #pragma unroll
           for (int m = 0; m < kRows; ++m) {
 #pragma unroll
             for (int i = 0; i < kSize; ++i) {
-              if constexpr (storage == WeightStorage::kElement) {
+              if constexpr (format == WeightFormat::kAsHiddenStates) {
                 acc[m][r] += ws[i] * xs[m][i];
               } else {
                 sums[m][r] += ws[i] * xs[m][i];
@@ -141,7 +141,7 @@ __device__ __forceinline__ void multiply(const DecodeArguments& a, const Operand
           }
         }
       }
-      if constexpr (storage != WeightStorage::kElement) {
+      if constexpr (format != WeightFormat::kAsHiddenStates) {
         const int group = piece * kWeights / a.group_size;
 #pragma unroll
         for (int r = 0; r < kWeightRows; ++r) {
@@ -181,12 +181,12 @@ __device__ __forceinline__ int sum_over_lanes(float (&v)[kCount], int lane) {
 }
 
 // The sums of kRows activation rows over all lanes, left in shared.partial.
-template <typename T, WeightStorage storage, int kRows>
+template <typename T, WeightFormat format, int kRows>
 __device__ __forceinline__ void multiply_rows(const DecodeArguments& a, const Operands<T>& from,
                                               int part, DecodeShared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float acc[kTokenRows][kWeightRows] = {};
-  multiply<T, storage, kRows>(a, from, part * 32 + lane, a.split * 32, acc);
+  multiply<T, format, kRows>(a, from, part * 32 + lane, a.split * 32, acc);
   float sums[kRows * kWeightRows];
 #pragma unroll
   for (int i = 0; i < kRows * kWeightRows; ++i) sums[i] = acc[i / kWeightRows][i % kWeightRows];
@@ -195,8 +195,8 @@ __device__ __forceinline__ void multiply_rows(const DecodeArguments& a, const Op
     shared.partial[warp][index / kWeightRows][index % kWeightRows] = sums[0];
 }
 
-template <typename T, WeightStorage storage, bool kUp>
-__global__ void __launch_bounds__(kThreads, resident_blocks(storage))
+template <typename T, WeightFormat format, bool kUp>
+__global__ void __launch_bounds__(kThreads, resident_blocks(format))
     decode_product(DecodeArguments a) {
   auto& shared = shared_memory<DecodeShared>();
   const int slot = blockIdx.y;
@@ -210,9 +210,9 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(storage))
   const int teams = kWarps / a.split;
   const int per_team = a.gated ? kWeightRows / 2 : kWeightRows;
   const int first_neuron = (static_cast<int>(blockIdx.x) * teams + warp / a.split) * per_team;
-  const uint32_t row_pieces = static_cast<uint32_t>(a.k / WeightVector<T, storage>::kSize);
+  const uint32_t row_pieces = static_cast<uint32_t>(a.k / WeightVector<T, format>::kSize);
   const uint32_t row_scales =
-      storage == WeightStorage::kElement ? 0 : static_cast<uint32_t>(a.k / a.group_size);
+      format == WeightFormat::kAsHiddenStates ? 0 : static_cast<uint32_t>(a.k / a.group_size);
   const int64_t expert_row = static_cast<int64_t>(expert) * a.n;
   Operands<T> from;
   from.w = static_cast<const unsigned char*>(a.w) + expert_row * row_pieces * 16;
@@ -240,11 +240,11 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(storage))
     }
     const int part = warp % a.split;
     if (count == 1) {
-      multiply_rows<T, storage, 1>(a, from, part, shared);
+      multiply_rows<T, format, 1>(a, from, part, shared);
     } else if (count == 2) {
-      multiply_rows<T, storage, 2>(a, from, part, shared);
+      multiply_rows<T, format, 2>(a, from, part, shared);
     } else {
-      multiply_rows<T, storage, kTokenRows>(a, from, part, shared);
+      multiply_rows<T, format, kTokenRows>(a, from, part, shared);
     }
     if (!fault(kFaultDecodeBarrier)) __syncthreads();
 
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(storage))
 }
 
 template <bool kUp>
-cudaError_t launch_product(ElementType element, WeightStorage storage, DecodeArguments a,
+cudaError_t launch_product(ElementType element, WeightFormat format, DecodeArguments a,
                            cudaStream_t stream) {
   const int per_team = a.gated ? kWeightRows / 2 : kWeightRows;
   const auto blocks = [&](int split) {
@@ -284,7 +284,7 @@ cudaError_t launch_product(ElementType element, WeightStorage storage, DecodeArg
   };
   // The number of active experts is not known here, so one alone should fill the machine: four
   // blocks for each multiprocessor, as long as every warp keeps a few pieces of its rows.
-  const int64_t row_bytes = weight_bytes(element, storage, a.k);
+  const int64_t row_bytes = weight_bytes(element, format, a.k);
   a.split = 1;
   while (a.split < kWarps && blocks(a.split) < 4 * multiprocessors() &&
          row_bytes >= 2 * a.split * 2 * 512)
@@ -295,51 +295,37 @@ cudaError_t launch_product(ElementType element, WeightStorage storage, DecodeArg
   const dim3 block(kThreads);
   return with_element(element, [&](auto t) {
     using T = decltype(t);
-    switch (storage) {
-      case WeightStorage::kInt8:
-        return ADAPTIVE_K_LAUNCH((decode_product<T, WeightStorage::kInt8, kUp>), grid, block,
+    switch (format) {
+      case WeightFormat::kInt8:
+        return ADAPTIVE_K_LAUNCH((decode_product<T, WeightFormat::kInt8, kUp>), grid, block,
                                  sizeof(DecodeShared), stream, a);
-      case WeightStorage::kInt4:
-        return ADAPTIVE_K_LAUNCH((decode_product<T, WeightStorage::kInt4, kUp>), grid, block,
+      case WeightFormat::kInt4:
+        return ADAPTIVE_K_LAUNCH((decode_product<T, WeightFormat::kInt4, kUp>), grid, block,
                                  sizeof(DecodeShared), stream, a);
       default:
-        return ADAPTIVE_K_LAUNCH((decode_product<T, WeightStorage::kElement, kUp>), grid, block,
-                                 sizeof(DecodeShared), stream, a);
+        return ADAPTIVE_K_LAUNCH((decode_product<T, WeightFormat::kAsHiddenStates, kUp>), grid,
+                                 block, sizeof(DecodeShared), stream, a);
     }
   });
 }
 
 }  // namespace
 
-cudaError_t decode_up(const DecodeUpArguments& up, cudaStream_t stream) {
+cudaError_t decode(const Projection& p, cudaStream_t stream) {
   DecodeArguments a = {};
-  a.rows = up.rows;
-  a.x = up.x;
-  a.w = up.up;
-  a.scales = up.up_scales;
-  a.out = up.h;
-  a.gated = is_gated(up.activation);
-  a.activation = up.activation;
-  a.k = up.hidden;
-  a.n = up.intermediate * (a.gated ? 2 : 1);
-  a.neurons = up.intermediate;
-  a.group_size = up.group_size > 0 ? up.group_size : a.k;
-  return launch_product<true>(up.element, up.storage, a, stream);
-}
-
-cudaError_t decode_down(const DecodeDownArguments& down, cudaStream_t stream) {
-  DecodeArguments a = {};
-  a.rows = down.rows;
-  a.x = down.h;
-  a.w = down.down;
-  a.scales = down.down_scales;
-  a.out = down.y;
-  a.gated = false;
-  a.activation = Activation::kRelu;
-  a.k = down.intermediate;
-  a.n = a.neurons = down.hidden;
-  a.group_size = down.group_size > 0 ? down.group_size : a.k;
-  return launch_product<false>(down.element, down.storage, a, stream);
+  a.rows = p.rows;
+  a.x = p.x;
+  a.w = p.w;
+  a.scales = p.scales;
+  a.out = p.out;
+  a.gated = p.gated();
+  a.activation = p.activation;
+  a.k = p.k;
+  a.n = p.weight_rows();
+  a.neurons = p.neurons;
+  a.group_size = p.group_size;
+  return p.up ? launch_product<true>(p.element, p.format, a, stream)
+              : launch_product<false>(p.element, p.format, a, stream);
 }
 
 }  // namespace adaptive_k::cuda

@@ -12,6 +12,7 @@
 #include "cuda/moe/rows.h"
 #include "cuda/moe/workspace.h"
 #include "cuda/numeric.h"
+#include "operator/table.h"
 
 namespace adaptive_k::cuda {
 namespace {
@@ -28,43 +29,48 @@ bool decodes(int64_t tokens, int32_t capacity, int32_t experts) {
          (tokens <= kMostDecodeTokens && tokens * capacity <= kDecodeRowsPerExpert * experts);
 }
 
-bool can_prefill(const MoeShape& shape) {
-  return shape.weights == WeightStorage::kElement ? grouped_gemm_supports(shape.element)
-                                                  : shape.element != ElementType::kFloat32;
+bool can_prefill(const MoeParams& params, const MoeShape& shape) {
+  return is_quantised(params.weight_format) ? shape.element != ElementType::kFloat32
+                                            : grouped_gemm_supports(shape.element);
 }
 
 bool is_one_of(int32_t value, int32_t last) { return value >= 0 && value <= last; }
+
+WeightFormat format_of(ElementType element) {
+  return element == ElementType::kFloat16    ? WeightFormat::kFloat16
+         : element == ElementType::kBFloat16 ? WeightFormat::kBFloat16
+                                             : WeightFormat::kFloat32;
+}
 
 }  // namespace
 
 const char* check(const MoeParams& params, const MoeShape& s) {
   if (s.experts < 1) return "there must be at least one expert";
-  if (s.experts > kMaxExperts) return "there may be at most 512 experts";
+  if (s.experts > kMaxExpertsOnGpu) return "there may be at most 512 experts";
   if (const char* wrong = check_attributes(params, s.experts)) return wrong;
-  if (largest_k(params, s.experts) > kMaxSelected)
-    return "max_k must be at most 32 on CUDA devices";
+  if (largest_k(params, s.experts) > kMaxK) return "max_k must be at most 32 on CUDA devices";
   if (s.policies < 1) return "policy_kind needs at least one row";
   if (s.choices < 1) return "k_values needs at least one column";
   if (s.hidden < 1 || s.intermediate < 1) return "hidden and intermediate size must be positive";
   if (!is_one_of(static_cast<int32_t>(s.element), 2)) return "the element type is unknown";
-  if (!is_one_of(static_cast<int32_t>(s.weights), 2)) return "the weight storage is unknown";
+  const WeightFormat format = params.weight_format;
+  if (!is_one_of(static_cast<int32_t>(format), static_cast<int32_t>(WeightFormat::kInt4)))
+    return "the weight format is unknown";
+  if (!is_quantised(format) && stored_format(format, format_of(s.element)) != format_of(s.element))
+    return "weights that are not quantised must be of hidden_states' type";
   if (!is_one_of(static_cast<int32_t>(s.path), 2)) return "the path is unknown";
   if (s.hidden % 8 != 0 || s.intermediate % 8 != 0)
     return "hidden and intermediate size must be multiples of 8, for 16-byte loads";
-  if (s.weights == WeightStorage::kInt8) {
-    if (s.hidden % 16 != 0 || s.intermediate % 16 != 0)
-      return "hidden and intermediate size must be multiples of 16 for int8 weights";
-  }
-  if (s.weights == WeightStorage::kInt4) {
-    if (s.hidden % 32 != 0 || s.intermediate % 32 != 0)
-      return "hidden and intermediate size must be multiples of 32 for int4 weights";
-  }
-  if (s.weights != WeightStorage::kElement && (s.group_size < 0 || s.group_size % 32 != 0))
+  if (s.hidden % row_multiple(format) != 0 || s.intermediate % row_multiple(format) != 0)
+    return format == WeightFormat::kInt8
+               ? "hidden and intermediate size must be multiples of 16 for int8 weights"
+               : "hidden and intermediate size must be multiples of 32 for int4 weights";
+  if (is_quantised(format) && (s.group_size < 0 || s.group_size % kGroupMultiple != 0))
     return "group_size must be 0 or a multiple of 32";
-  if (s.weights != WeightStorage::kElement && s.group_size > 0 &&
+  if (is_quantised(format) && s.group_size > 0 &&
       (s.hidden % s.group_size != 0 || s.intermediate % s.group_size != 0))
     return "group_size must divide the hidden and the intermediate size";
-  if (s.path == Path::kPrefill && !can_prefill(s))
+  if (s.path == Path::kPrefill && !can_prefill(params, s))
     return "the prefill path takes float16 and bfloat16 only";
   if (s.tokens < 0) return "the number of tokens must not be negative";
   if (s.tokens * largest_k(params, s.experts) >= int64_t{1} << 31)
@@ -80,7 +86,7 @@ const char* check(const MoeParams& params, const MoeShape& s) {
 
 Path choose_path(const MoeParams& params, const MoeShape& s) {
   if (s.path != Path::kAuto) return s.path;
-  if (!can_prefill(s)) return Path::kDecode;
+  if (!can_prefill(params, s)) return Path::kDecode;
   return decodes(s.tokens, largest_k(params, s.experts), s.experts) ? Path::kDecode
                                                                     : Path::kPrefill;
 }
@@ -106,7 +112,7 @@ Workspace lay_out(const MoeParams& params, const MoeShape& s, Path path) {
   w.h = reserve(rows * s.intermediate * element);
   if (path == Path::kDecode) {
     w.y = reserve(rows * s.hidden * 4);
-  } else if (s.weights != WeightStorage::kElement) {
+  } else if (is_quantised(params.weight_format)) {
     w.y = reserve(rows * s.hidden * element);
     w.tiles = reserve(mixed_max_tiles(rows, s.experts) * static_cast<int64_t>(sizeof(RowTile)));
     w.num_tiles = reserve(4);
@@ -126,7 +132,7 @@ size_t workspace_size(const MoeParams& params, const MoeShape& s) {
   if (s.path != Path::kPrefill) {
     MoeShape few = s;
     const int32_t capacity = largest_k(params, s.experts);
-    if (s.path == Path::kAuto && can_prefill(s))
+    if (s.path == Path::kAuto && can_prefill(params, s))
       while (few.tokens > 0 && !decodes(few.tokens, capacity, s.experts))
         few.tokens = few.tokens > kMostDecodeTokens ? kMostDecodeTokens : few.tokens - 1;
     const size_t decode = lay_out(params, few, Path::kDecode).size;
@@ -139,12 +145,15 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
                    void* workspace, cudaStream_t stream) {
   if (check(params, s) != nullptr) return cudaErrorInvalidValue;
   if (s.tokens == 0) return cudaSuccess;
-  const bool quantised = s.weights != WeightStorage::kElement;
-  if (a.hidden_states == nullptr || a.router_logits == nullptr || a.policy_index == nullptr ||
-      a.policy_kind == nullptr || (a.thresholds == nullptr && s.choices > 1) ||
-      a.k_values == nullptr || a.up == nullptr || a.down == nullptr ||
-      (quantised && (a.up_scales == nullptr || a.down_scales == nullptr)) || a.output == nullptr ||
-      a.k == nullptr || a.entropy == nullptr || workspace == nullptr)
+  const bool quantised = is_quantised(params.weight_format);
+  for (int32_t i = 0; i < kNumInputs<Moe>; ++i) {
+    const auto input = static_cast<MoeInput>(i);
+    const bool needed = Moe::kInputs[i].presence == Presence::kAlways ||
+                        (Moe::kInputs[i].presence == Presence::kIfQuantised && quantised);
+    if (needed && a.inputs[input] == nullptr && (input != MoeInput::kThresholds || s.choices > 1))
+      return cudaErrorInvalidValue;
+  }
+  if (a.output == nullptr || a.k == nullptr || a.entropy == nullptr || workspace == nullptr)
     return cudaErrorInvalidValue;
 
   const Path path = choose_path(params, s);
@@ -161,13 +170,13 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   r.num_policies = s.policies;
   r.num_choices = s.choices;
   r.capacity = capacity;
-  r.logits = a.router_logits;
-  r.policy_index = a.policy_index;
-  r.policy_kind = a.policy_kind;
-  r.thresholds = a.thresholds;
-  r.k_values = a.k_values;
-  r.correction_bias = a.correction_bias;
-  r.expert_norms = a.expert_norms;
+  r.logits = a.inputs.floats(MoeInput::kRouterLogits);
+  r.policy_index = a.inputs.integers(MoeInput::kPolicyIndex);
+  r.policy_kind = a.inputs.integers(MoeInput::kPolicyKind);
+  r.thresholds = a.inputs.floats(MoeInput::kThresholds);
+  r.k_values = a.inputs.integers(MoeInput::kKValues);
+  r.correction_bias = a.inputs.floats(MoeInput::kCorrectionBias);
+  r.expert_norms = a.inputs.floats(MoeInput::kExpertNorms);
   r.k = a.k;
   r.entropy = a.entropy;
   r.experts = integers(w.experts);
@@ -195,43 +204,42 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   const int64_t max_rows = s.tokens * capacity;
   if (path == Path::kDecode || quantised) {
     const PlannedRows rows = {p.offsets, p.active, p.num_active, p.row_token, s.experts, max_rows};
-    DecodeUpArguments up = {};
+    Projection up = {};
+    up.up = true;
     up.element = s.element;
-    up.storage = s.weights;
+    up.format = quantised ? params.weight_format : WeightFormat::kAsHiddenStates;
     up.activation = params.activation;
-    up.hidden = s.hidden;
-    up.intermediate = s.intermediate;
-    up.group_size = s.group_size;
     up.rows = rows;
-    up.x = a.hidden_states;
-    up.up = a.up;
-    up.up_scales = a.up_scales;
-    up.h = base + w.h;
-    DecodeDownArguments down = {};
-    down.element = s.element;
-    down.storage = s.weights;
-    down.hidden = s.hidden;
-    down.intermediate = s.intermediate;
-    down.group_size = s.group_size;
-    down.rows = rows;
-    down.h = up.h;
-    down.down = a.down;
-    down.down_scales = a.down_scales;
-    down.y = base + w.y;
+    up.k = s.hidden;
+    up.neurons = s.intermediate;
+    up.group_size = s.group_size > 0 ? s.group_size : up.k;
+    up.x = a.inputs[MoeInput::kHiddenStates];
+    up.w = a.inputs[MoeInput::kUp];
+    up.scales = a.inputs[MoeInput::kUpScales];
+    up.out = base + w.h;
+    Projection down = up;
+    down.up = false;
+    down.k = s.intermediate;
+    down.neurons = s.hidden;
+    down.group_size = s.group_size > 0 ? s.group_size : down.k;
+    down.x = up.out;
+    down.w = a.inputs[MoeInput::kDown];
+    down.scales = a.inputs[MoeInput::kDownScales];
+    down.out = base + w.y;
     if (path == Path::kDecode) {
-      ADAPTIVE_K_RETURN_IF(decode_up(up, stream));
-      ADAPTIVE_K_RETURN_IF(decode_down(down, stream));
+      ADAPTIVE_K_RETURN_IF(decode(up, stream));
+      ADAPTIVE_K_RETURN_IF(decode(down, stream));
     } else {
       auto* tiles = reinterpret_cast<RowTile*>(base + w.tiles);
       int32_t* num_tiles = integers(w.num_tiles);
       ADAPTIVE_K_RETURN_IF(mixed_tiles(rows, tiles, num_tiles, stream));
-      ADAPTIVE_K_RETURN_IF(mixed_up(up, tiles, num_tiles, stream));
-      ADAPTIVE_K_RETURN_IF(mixed_down(down, tiles, num_tiles, stream));
+      ADAPTIVE_K_RETURN_IF(mixed(up, tiles, num_tiles, stream));
+      ADAPTIVE_K_RETURN_IF(mixed(down, tiles, num_tiles, stream));
     }
   } else {
     const int32_t* num_rows = p.offsets + s.experts;
-    ADAPTIVE_K_RETURN_IF(gather_rows(s.element, a.hidden_states, p.row_token, num_rows, max_rows,
-                                     s.hidden, base + w.x, stream));
+    ADAPTIVE_K_RETURN_IF(gather_rows(s.element, a.inputs[MoeInput::kHiddenStates], p.row_token,
+                                     num_rows, max_rows, s.hidden, base + w.x, stream));
     GroupedGemm gemm = {};
     gemm.element = s.element;
     gemm.experts = s.experts;
@@ -241,7 +249,7 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
     gemm.max_rows = max_rows;
     gemm.offsets = p.offsets;
     gemm.a = base + w.x;
-    gemm.b = a.up;
+    gemm.b = a.inputs[MoeInput::kUp];
     // A gated activation needs two columns that lie I apart, which no tile has both of.
     const bool gated = is_gated(params.activation);
     gemm.c = base + (gated ? w.u : w.h);
@@ -255,7 +263,7 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
     gemm.n = s.hidden;
     gemm.k = s.intermediate;
     gemm.a = base + w.h;
-    gemm.b = a.down;
+    gemm.b = a.inputs[MoeInput::kDown];
     gemm.c = base + w.y;
     ADAPTIVE_K_RETURN_IF(grouped_gemm(gemm, base + w.gemm, stream));
   }

@@ -28,7 +28,7 @@ constexpr int kChunkK = 32;  // what one flush of sums covers at least
 constexpr int kStages = 3;
 constexpr int kThreads = 256;
 constexpr int kListThreads = 512;
-static_assert(kListThreads >= kMaxExperts, "a thread for each expert");
+static_assert(kListThreads >= kMaxExpertsOnGpu, "a thread for each expert");
 
 struct MixedArguments {
   const RowTile* tiles;
@@ -44,9 +44,9 @@ struct MixedArguments {
   Activation activation;
 };
 
-template <WeightStorage storage>
+template <WeightFormat format>
 struct MixedShared {
-  static constexpr int kWeightVectors = storage == WeightStorage::kInt8 ? 4 : 2;  // of a row
+  static constexpr int kWeightVectors = format == WeightFormat::kInt8 ? 4 : 2;  // of a row
   struct Stage {
     uint4 x[kTileRows][kTileK / 8];
     uint4 w[kTileWeights][kWeightVectors];
@@ -57,9 +57,9 @@ struct MixedShared {
 // Where a row's 16-byte vector lies in shared memory, so that the lanes that read together find
 // their data in different banks.
 __device__ __forceinline__ int swizzle_x(int row, int vector) { return vector ^ (row % 2 * 4); }
-template <WeightStorage storage>
+template <WeightFormat format>
 __device__ __forceinline__ int swizzle_w(int row, int vector) {
-  return storage == WeightStorage::kInt8 ? vector ^ (row / 2 % 2 * 2) : vector ^ (row / 4 % 2);
+  return format == WeightFormat::kInt8 ? vector ^ (row / 2 % 2 * 2) : vector ^ (row / 4 % 2);
 }
 
 template <typename T>
@@ -68,27 +68,27 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 }
 
 // The lane's 8 weights of a chunk as 16-bit numbers, for two products of 16.
-template <typename T, WeightStorage storage>
+template <typename T, WeightFormat format>
 __device__ __forceinline__ void load_weights(const uint4* row, int row_index, int chunk, int quad,
                                              uint32_t (&b)[2][2]) {
   float values[8];
-  if constexpr (storage == WeightStorage::kInt8) {
+  if constexpr (format == WeightFormat::kInt8) {
     // Bytes 32 chunk + 8 quad and on.
-    const int vector = swizzle_w<storage>(row_index, 2 * chunk + quad / 2);
+    const int vector = swizzle_w<format>(row_index, 2 * chunk + quad / 2);
     const uint2 words = reinterpret_cast<const uint2*>(row + vector)[quad % 2];
     unpack_int8(words.x, values);
     unpack_int8(words.y, values + 4);
   } else {
-    const int vector = swizzle_w<storage>(row_index, chunk);
+    const int vector = swizzle_w<format>(row_index, chunk);
     unpack_int4(reinterpret_cast<const uint32_t*>(row + vector)[quad], values);
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
 }
 
-template <typename T, WeightStorage storage>
+template <typename T, WeightFormat format>
 __global__ void __launch_bounds__(kThreads, 1) mixed_product(MixedArguments a) {
-  using Shared = MixedShared<storage>;
+  using Shared = MixedShared<format>;
   auto& shared = shared_memory<Shared>();
   if (static_cast<int>(blockIdx.x) >= *a.num_tiles) return;  // the whole block
   const RowTile tile = a.tiles[blockIdx.x];
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_product(MixedArguments a) {
   // What this thread copies in every step.
   constexpr int kXCopies = kTileRows * (kTileK / 8) / kThreads;
   constexpr int kWCopies = kTileWeights * Shared::kWeightVectors / kThreads;
-  constexpr int kPerVector = WeightVector<T, storage>::kSize;
+  constexpr int kPerVector = WeightVector<T, format>::kSize;
   const T* x_from[kXCopies];
   const unsigned char* w_from[kWCopies];
   const int64_t row_bytes = static_cast<int64_t>(a.k) / kPerVector * 16;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_product(MixedArguments a) {
         const int vector = at % Shared::kWeightVectors;
         const bool valid = w_from[i] != nullptr && step * kTileK + vector * kPerVector < a.k;
         copy_async(
-            &stage.w[row][swizzle_w<storage>(row, vector)],
+            &stage.w[row][swizzle_w<format>(row, vector)],
             valid ? static_cast<const void*>(w_from[i] + step * (kTileK / kPerVector) * 16) : a.w,
             valid);
       }
@@ -199,7 +199,7 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_product(MixedArguments a) {
       for (int ni = 0; ni < 4; ++ni) {
         const int row = warp_column + ni * 8 + group_of_lanes;
         uint32_t b[2][2];
-        load_weights<T, storage>(stage.w[row], row, chunk, quad, b);
+        load_weights<T, format>(stage.w[row], row, chunk, quad, b);
 #pragma unroll
         for (int mi = 0; mi < 2; ++mi) {
           const uint32_t first[4] = {x[mi][0].x, x[mi][1].x, x[mi][0].y, x[mi][1].y};
@@ -288,23 +288,23 @@ __global__ void __launch_bounds__(kListThreads)
   }
 }
 
-cudaError_t launch_product(ElementType element, WeightStorage storage, const MixedArguments& a,
+cudaError_t launch_product(ElementType element, WeightFormat format, const MixedArguments& a,
                            int64_t max_tiles, cudaStream_t stream) {
   const int tile_neurons = a.gated ? kTileWeights / 2 : kTileWeights;
   const dim3 grid(static_cast<unsigned>(max_tiles),
                   static_cast<unsigned>(divide_up(a.neurons, tile_neurons)));
   const auto run = [&](auto t, auto chosen) {
     using T = decltype(t);
-    constexpr WeightStorage kStorage = decltype(chosen)::value;
-    static_assert(sizeof(MixedShared<kStorage>) <= 48 << 10, "no attribute is needed");
-    return ADAPTIVE_K_LAUNCH((mixed_product<T, kStorage>), grid, dim3(kThreads),
-                             sizeof(MixedShared<kStorage>), stream, a);
+    constexpr WeightFormat kFormat = decltype(chosen)::value;
+    static_assert(sizeof(MixedShared<kFormat>) <= 48 << 10, "no attribute is needed");
+    return ADAPTIVE_K_LAUNCH((mixed_product<T, kFormat>), grid, dim3(kThreads),
+                             sizeof(MixedShared<kFormat>), stream, a);
   };
-  using Int8 = std::integral_constant<WeightStorage, WeightStorage::kInt8>;
-  using Int4 = std::integral_constant<WeightStorage, WeightStorage::kInt4>;
+  using Int8 = std::integral_constant<WeightFormat, WeightFormat::kInt8>;
+  using Int4 = std::integral_constant<WeightFormat, WeightFormat::kInt4>;
   if (element == ElementType::kFloat16)
-    return storage == WeightStorage::kInt8 ? run(Half(), Int8()) : run(Half(), Int4());
-  return storage == WeightStorage::kInt8 ? run(BFloat16(), Int8()) : run(BFloat16(), Int4());
+    return format == WeightFormat::kInt8 ? run(Half(), Int8()) : run(Half(), Int4());
+  return format == WeightFormat::kInt8 ? run(BFloat16(), Int8()) : run(BFloat16(), Int4());
 }
 
 }  // namespace
@@ -320,41 +320,25 @@ cudaError_t mixed_tiles(const PlannedRows& rows, RowTile* tiles, int32_t* num_ti
                            stream, rows, tiles, num_tiles);
 }
 
-cudaError_t mixed_up(const DecodeUpArguments& up, const RowTile* tiles, const int32_t* num_tiles,
-                     cudaStream_t stream) {
+cudaError_t mixed(const Projection& p, const RowTile* tiles, const int32_t* num_tiles,
+                  cudaStream_t stream) {
   MixedArguments a = {};
   a.tiles = tiles;
   a.num_tiles = num_tiles;
-  a.row_token = up.rows.row_token;
-  a.x = up.x;
-  a.w = up.up;
-  a.scales = up.up_scales;
-  a.out = up.h;
-  a.gated = is_gated(up.activation);
-  a.activated = true;
-  a.activation = up.activation;
-  a.k = up.hidden;
-  a.n = up.intermediate * (a.gated ? 2 : 1);
-  a.neurons = up.intermediate;
-  a.group_size = up.group_size > 0 ? up.group_size : a.k;
-  return launch_product(up.element, up.storage, a,
-                        mixed_max_tiles(up.rows.max_rows, up.rows.num_experts), stream);
-}
-
-cudaError_t mixed_down(const DecodeDownArguments& down, const RowTile* tiles,
-                       const int32_t* num_tiles, cudaStream_t stream) {
-  MixedArguments a = {};
-  a.tiles = tiles;
-  a.num_tiles = num_tiles;
-  a.x = down.h;
-  a.w = down.down;
-  a.scales = down.down_scales;
-  a.out = down.y;
-  a.k = down.intermediate;
-  a.n = a.neurons = down.hidden;
-  a.group_size = down.group_size > 0 ? down.group_size : a.k;
-  return launch_product(down.element, down.storage, a,
-                        mixed_max_tiles(down.rows.max_rows, down.rows.num_experts), stream);
+  a.row_token = p.up ? p.rows.row_token : nullptr;
+  a.x = p.x;
+  a.w = p.w;
+  a.scales = p.scales;
+  a.out = p.out;
+  a.gated = p.gated();
+  a.activated = p.up;
+  a.activation = p.activation;
+  a.k = p.k;
+  a.n = p.weight_rows();
+  a.neurons = p.neurons;
+  a.group_size = p.group_size;
+  return launch_product(p.element, p.format, a,
+                        mixed_max_tiles(p.rows.max_rows, p.rows.num_experts), stream);
 }
 
 }  // namespace adaptive_k::cuda

@@ -3,8 +3,7 @@
 // become 16-bit numbers on the way from shared memory to the registers.
 #pragma once
 
-#include "cuda/moe/decode.h"
-#include "cuda/moe/launcher.h"
+#include "cuda/moe/projection.h"
 
 namespace adaptive_k::cuda {
 
@@ -18,15 +17,12 @@ struct RowTile {
 // No more tiles than this.
 int64_t mixed_max_tiles(int64_t max_rows, int32_t num_experts);
 
-// The tiles of the planned rows, in order, and their number. For mixed_up() and mixed_down().
+// The tiles of the planned rows, in order, and their number. For mixed().
 cudaError_t mixed_tiles(const PlannedRows& rows, RowTile* tiles, int32_t* num_tiles,
                         cudaStream_t stream);
 
-// As decode_up() and decode_down(), for float16 and bfloat16 with quantised weights; y, the result
-// of the second, is of the element type.
-cudaError_t mixed_up(const DecodeUpArguments& up, const RowTile* tiles, const int32_t* num_tiles,
-                     cudaStream_t stream);
-cudaError_t mixed_down(const DecodeDownArguments& down, const RowTile* tiles,
-                       const int32_t* num_tiles, cudaStream_t stream);
+// For float16 and bfloat16 with quantised weights; the result is of the element type.
+cudaError_t mixed(const Projection& projection, const RowTile* tiles, const int32_t* num_tiles,
+                  cudaStream_t stream);
 
 }  // namespace adaptive_k::cuda

@@ -12,11 +12,11 @@ namespace adaptive_k::cuda {
 
 constexpr int kPlanThreads = 512;
 constexpr int kPlanWords = kPlanTokens / 32;
-static_assert(kPlanThreads >= kMaxExperts, "the scan has a thread for each expert");
+static_assert(kPlanThreads >= kMaxExpertsOnGpu, "the scan has a thread for each expert");
 
 struct PlanShared {
-  uint32_t bitmap[kMaxExperts * kPlanWords];
-  int32_t base[kMaxExperts];
+  uint32_t bitmap[kMaxExpertsOnGpu * kPlanWords];
+  int32_t base[kMaxExpertsOnGpu];
   int32_t warp_rows[kPlanThreads / 32];
   int32_t warp_active[kPlanThreads / 32];
 };

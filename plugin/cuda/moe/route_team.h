@@ -23,8 +23,8 @@ struct TeamShared {
   float group_keys[kExperts];
   int32_t best_groups[kExperts];
   int32_t group_kept[kExperts];
-  float selected_scores[kMaxSelected];
-  int32_t selected[kMaxSelected];
+  float selected_scores[kMaxK];
+  int32_t selected[kMaxK];
   int32_t k;
 };
 

@@ -17,12 +17,14 @@
 #include <cstdint>
 #include <limits>
 
-#include "operator/moe/params.h"
+#include "operator/host_device.h"
 
 namespace adaptive_k {
 
 // The longest convolution.
 constexpr int32_t kMambaMaxTaps = 16;
+// The largest state of a head on a GPU.
+constexpr int32_t kMaxStateSizeOnGpu = 256;
 
 // In place of a slot: the sequence has no states. Its outputs are zeros and no state changes.
 constexpr int32_t kNoSlot = -1;

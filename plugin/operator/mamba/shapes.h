@@ -1,17 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The shapes of Mamba2's inputs and the sizes that they give.
+// The sizes of a layer by its inputs' shapes.
 #pragma once
 
 #include <cstdint>
 
-#include "operator/mamba/params.h"
-#include "operator/moe/shapes.h"
+#include "operator/mamba/description.h"
+#include "operator/shapes.h"
 
-namespace adaptive_k::cpu {
+namespace adaptive_k {
 
-// The most taps of the convolution.
-constexpr int64_t kMaxTaps = kMambaMaxTaps;
-
+// -1 where they are not yet known.
 struct MambaSizes {
   int64_t tokens = -1;     // T, over all sequences
   int64_t sequences = -1;  // S
@@ -23,27 +21,7 @@ struct MambaSizes {
   int64_t state_size = -1;  // N
 };
 
-// The operator's array inputs, in order.
-enum class MambaInput : int {
-  kConvInput,
-  kDt,
-  kSubsequenceBegins,
-  kPastLens,
-  kStateSlots,
-  kConvWeight,
-  kConvBias,
-  kA,
-  kD,
-  kDtBias,
-  kConvState,
-  kSsmState,
-  kCount,
-};
-constexpr int kMambaInputs = static_cast<int>(MambaInput::kCount);
-const char* mamba_input_name(int index);
+// Throws std::invalid_argument with a sentence that names the input.
+MambaSizes check_shapes(const MambaParams& params, const Shapes<Mamba>& shapes);
 
-// The sizes by the inputs' shapes. Throws std::invalid_argument with a sentence that names the
-// operator and the input.
-MambaSizes check_mamba_shapes(const MambaParams& params, const Shape (&shapes)[kMambaInputs]);
-
-}  // namespace adaptive_k::cpu
+}  // namespace adaptive_k

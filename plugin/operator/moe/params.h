@@ -1,18 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// The attributes of AdaptiveKMoe, with the names that every face of the operator uses for them.
+// The attributes of AdaptiveKMoe and what is known of their values, for host and device.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
-#include <cstring>
 
-// Functions that CUDA kernels share with the host carry this mark. They are static because the CPU
-// files that include them are compiled for different instruction sets: the copy of one must never
-// serve another.
-#if defined(__CUDACC__)
-#define ADAPTIVE_K_HD __host__ __device__ static inline
-#else
-#define ADAPTIVE_K_HD static inline
-#endif
+#include "operator/description.h"
+#include "operator/host_device.h"
+#include "operator/weight_format.h"
 
 namespace adaptive_k {
 
@@ -30,61 +25,42 @@ enum class Activation : int32_t {
 
 enum class Scoring : int32_t { kSoftmax, kSigmoid };
 
-// How a row of K weights is stored. int8 and int4 stand for value * scale, with one scale for each
-// group of neighbours along the row, or for the whole row; two int4 share a byte, the one with the
-// even index in the low half, both in two's complement.
-enum class WeightFormat : int32_t { kFloat32, kBFloat16, kInt8, kInt4 };
-
 // What a policy row decides k by.
 enum class PolicyKind : int32_t { kEntropy = 0, kTopP = 1, kRatio = 2, kContribution = 3 };
 
-// The largest k when max_k is left at 0 (and the model has that many experts).
-constexpr int32_t kDefaultMaxK = 32;
-// The largest max_k.
-constexpr int32_t kMaxKLimit = 1024;
+// The most experts that a policy may name and that a GPU runs for a token; also the largest k where
+// max_k is left at 0 (and the model has that many experts).
+constexpr int32_t kMaxK = 32;
+// The largest max_k that the attribute may be; CPUs run it.
+constexpr int32_t kMaxKAttribute = 1024;
+// The most experts of a layer on a GPU.
+constexpr int32_t kMaxExpertsOnGpu = 512;
 
 struct MoeParams {
   Activation activation = Activation::kSwiglu;
   Scoring scoring = Scoring::kSoftmax;
-  WeightFormat weight_format = WeightFormat::kFloat32;
   bool norm_topk_prob = true;
   float routed_scaling_factor = 1.0f;
   int32_t n_group = 1;
   int32_t topk_group = 1;
-  int32_t max_k = 0;  // 0: min(num_experts, kDefaultMaxK)
+  int32_t max_k = 0;  // 0: min(num_experts, kMaxK)
+  WeightFormat weight_format = WeightFormat::kAsHiddenStates;
+  bool has_expert_norms = false;  // which of the optional inputs the last one is
 };
 
 ADAPTIVE_K_HD constexpr bool is_gated(Activation activation) {
   return activation == Activation::kSwiglu || activation == Activation::kGeglu;
 }
 
-ADAPTIVE_K_HD constexpr bool is_quantised(WeightFormat format) {
-  return format == WeightFormat::kInt8 || format == WeightFormat::kInt4;
-}
-
-ADAPTIVE_K_HD constexpr int32_t bits_of(WeightFormat format) {
-  return format == WeightFormat::kFloat32    ? 32
-         : format == WeightFormat::kBFloat16 ? 16
-         : format == WeightFormat::kInt8     ? 8
-                                             : 4;
-}
-
 // The number of experts that a token may select at most: max_k, capped by what the groups leave.
 ADAPTIVE_K_HD int32_t largest_k(const MoeParams& params, int32_t num_experts) {
-  int32_t limit = params.max_k > 0 ? params.max_k : kDefaultMaxK;
+  int32_t limit = params.max_k > 0 ? params.max_k : kMaxK;
   const int32_t selectable =
       params.n_group > 1 ? num_experts / params.n_group * params.topk_group : num_experts;
   return limit < selectable ? limit : selectable;
 }
 
-// The spelling of each attribute value. Parsing returns false for an unknown word, so that every
-// face can report it in its own kind of error; the lists are for those messages.
-struct AttributeWord {
-  const char* word;
-  int32_t value;
-};
-
-constexpr AttributeWord kActivationWords[] = {
+constexpr Word kActivationWords[] = {
     {"swiglu", static_cast<int32_t>(Activation::kSwiglu)},
     {"geglu", static_cast<int32_t>(Activation::kGeglu)},
     {"silu", static_cast<int32_t>(Activation::kSilu)},
@@ -93,51 +69,32 @@ constexpr AttributeWord kActivationWords[] = {
     {"relu", static_cast<int32_t>(Activation::kRelu)},
     {"relu2", static_cast<int32_t>(Activation::kRelu2)},
 };
-constexpr AttributeWord kScoringWords[] = {
+constexpr Word kScoringWords[] = {
     {"softmax", static_cast<int32_t>(Scoring::kSoftmax)},
     {"sigmoid", static_cast<int32_t>(Scoring::kSigmoid)},
 };
-constexpr AttributeWord kWeightFormatWords[] = {
-    {"float32", static_cast<int32_t>(WeightFormat::kFloat32)},
-    {"bfloat16", static_cast<int32_t>(WeightFormat::kBFloat16)},
-    {"int8", static_cast<int32_t>(WeightFormat::kInt8)},
-    {"int4", static_cast<int32_t>(WeightFormat::kInt4)},
+constexpr Word kPolicyKindWords[] = {
+    {"entropy", static_cast<int32_t>(PolicyKind::kEntropy)},
+    {"top_p", static_cast<int32_t>(PolicyKind::kTopP)},
+    {"ratio", static_cast<int32_t>(PolicyKind::kRatio)},
+    {"contribution", static_cast<int32_t>(PolicyKind::kContribution)},
 };
-constexpr const char* kActivationChoices = "swiglu, geglu, silu, gelu, gelu_tanh, relu, relu2";
-constexpr const char* kScoringChoices = "softmax, sigmoid";
-constexpr const char* kWeightFormatChoices = "float32, bfloat16, int8, int4";
-
-template <typename Enum, size_t N>
-bool parse_word(const AttributeWord (&words)[N], const char* word, Enum* value) {
-  for (const AttributeWord& entry : words) {
-    if (std::strcmp(entry.word, word) == 0) {
-      *value = static_cast<Enum>(entry.value);
-      return true;
-    }
-  }
-  return false;
-}
-
-inline bool parse(const char* word, Activation* value) {
-  return parse_word(kActivationWords, word, value);
-}
-inline bool parse(const char* word, Scoring* value) {
-  return parse_word(kScoringWords, word, value);
-}
-inline bool parse(const char* word, WeightFormat* value) {
-  return parse_word(kWeightFormatWords, word, value);
-}
+constexpr WordList words_of(Activation) { return {kActivationWords, 7}; }
+constexpr WordList words_of(Scoring) { return {kScoringWords, 2}; }
+constexpr WordList words_of(PolicyKind) { return {kPolicyKindWords, 4}; }
 
 // Returns nullptr when the numeric attributes fit a model of num_experts experts (0: not known
 // yet), else the sentence that says what is wrong.
 inline const char* check_attributes(const MoeParams& params, int32_t num_experts) {
   if (params.max_k < 0) return "max_k must be 0 (the default) or positive";
-  if (params.max_k > kMaxKLimit) return "max_k must be at most 1024";
+  if (params.max_k > kMaxKAttribute) return "max_k must be at most 1024";
   if (params.n_group < 1) return "n_group must be at least 1";
   if (params.topk_group < 1 || params.topk_group > params.n_group)
     return "topk_group must be between 1 and n_group";
   if (num_experts > 0 && num_experts % params.n_group != 0)
     return "n_group must divide the number of experts";
+  if (!std::isfinite(params.routed_scaling_factor))
+    return "routed_scaling_factor is not a finite number";
   return nullptr;
 }
 

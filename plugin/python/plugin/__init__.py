@@ -36,6 +36,7 @@ def _load_tbb() -> None:
 _load_tbb()
 
 from adaptive_k_moe.plugin import _plugin  # noqa: E402
+from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS, MOE  # noqa: E402
 from adaptive_k_moe.plugin.mamba import mamba2  # noqa: E402
 
 
@@ -76,16 +77,23 @@ def instruction_set() -> str:
     return name
 
 
+def _inputs(given: dict[str, Any], activation: str = "silu") -> list[Array | None]:
+    """The arrays in the table's order, None where one is absent; contents are never converted."""
+    arrays: list[Array | None] = []
+    for tensor in MOE.inputs:
+        value = given.get(tensor.name)
+        name = tensor.gated_name if activation in GATED_ACTIVATIONS else tensor.name
+        dtype = {"element": np.float32, "float32": np.float32, "int32": np.int32}.get(tensor.type)
+        arrays.append(value if value is None or dtype is None else _input(name, value, dtype))
+    return arrays
+
+
 def _input(name: str, value: npt.ArrayLike, dtype: type[np.generic]) -> Array:
-    """A contiguous array of exactly that type; contents are never converted."""
+    """A contiguous array of exactly that type."""
     array = np.asarray(value)
     if array.dtype != dtype:
         raise ValueError(f"AdaptiveKMoe: input {name} is {array.dtype} but must be {np.dtype(dtype).name}")
     return np.ascontiguousarray(array) if array.ndim else array
-
-
-def _optional(name: str, value: npt.ArrayLike | None) -> Array | None:
-    return None if value is None else _input(name, value, np.float32)
 
 
 def _weights(name: str, array: Array, integers: str | None) -> tuple[Array, str]:
@@ -149,34 +157,34 @@ def route(
     Raises:
         ValueError: An input or attribute does not fit; the message names it.
     """
-    params = _plugin.parse_params(
-        activation="swiglu",
+    attributes = dict(
         scoring=scoring,
-        weight_format="float32",
         norm_topk_prob=norm_topk_prob,
         routed_scaling_factor=routed_scaling_factor,
         n_group=n_group,
         topk_group=topk_group,
         max_k=max_k,
     )
-    inputs = (
-        _input("router_logits", router_logits, np.float32),
-        _input("policy_index", policy_index, np.int32),
-        _input("policy_kind", policy_kind, np.int32),
-        _input("thresholds", thresholds, np.float32),
-        _input("k_values", k_values, np.int32),
-        _optional("correction_bias", correction_bias),
-        _optional("expert_norms", expert_norms),
+    inputs = _inputs(
+        dict(
+            router_logits=router_logits,
+            policy_index=policy_index,
+            policy_kind=policy_kind,
+            thresholds=thresholds,
+            k_values=k_values,
+            correction_bias=correction_bias,
+            expert_norms=expert_norms,
+        )
     )
-    width = _plugin.routing_width(params, *inputs)
-    tokens = len(inputs[0])
+    width = _plugin.routing_width(attributes, inputs)
+    tokens = len(np.asarray(router_logits))
     routing = Routing(
         k=np.empty(tokens, np.int32),
         entropy=np.empty(tokens, np.float32),
         experts=np.empty((tokens, width), np.int32),
         weights=np.empty((tokens, width), np.float32),
     )
-    _plugin.route(params, *inputs, *routing)
+    _plugin.route(attributes, inputs, *routing)
     return routing
 
 
@@ -250,7 +258,7 @@ def moe(
         raise ValueError(f"AdaptiveKMoe: input down is {down_format} but gate_up is {weight_format}")
     if num_threads is not None and num_threads < 1:
         raise ValueError(f"AdaptiveKMoe: num_threads is {num_threads} but must be at least 1")
-    params = _plugin.parse_params(
+    attributes = dict(
         activation=activation,
         scoring=scoring,
         weight_format=weight_format,
@@ -260,28 +268,27 @@ def moe(
         topk_group=topk_group,
         max_k=max_k,
     )
-    hidden = _input("hidden_states", hidden_states, np.float32)
+    inputs = _inputs(
+        dict(
+            hidden_states=hidden_states,
+            router_logits=router_logits,
+            policy_index=policy_index,
+            policy_kind=policy_kind,
+            thresholds=thresholds,
+            k_values=k_values,
+            up=up_bits,
+            down=down_bits,
+            up_scales=gate_up_scales,
+            down_scales=down_scales,
+            correction_bias=correction_bias,
+            expert_norms=expert_norms,
+        ),
+        activation,
+    )
+    hidden = np.asarray(hidden_states)
     output = np.empty_like(hidden)
     tokens = len(hidden) if hidden.ndim else 0
     k = np.empty(tokens, np.int32)
     entropy = np.empty(tokens, np.float32)
-    _plugin.moe(
-        params,
-        hidden,
-        _input("router_logits", router_logits, np.float32),
-        _input("policy_index", policy_index, np.int32),
-        _input("policy_kind", policy_kind, np.int32),
-        _input("thresholds", thresholds, np.float32),
-        _input("k_values", k_values, np.int32),
-        up_bits,
-        down_bits,
-        _optional("gate_up_scales", gate_up_scales),
-        _optional("down_scales", down_scales),
-        _optional("correction_bias", correction_bias),
-        _optional("expert_norms", expert_norms),
-        num_threads,
-        output,
-        k,
-        entropy,
-    )
+    _plugin.moe(attributes, inputs, num_threads, output, k, entropy)
     return output, k, entropy

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.plugin import _plugin
+from adaptive_k_moe.plugin.description import MAMBA
 
 Array = npt.NDArray[Any]
 
@@ -81,17 +82,18 @@ def mamba2(
         "ssm_state": ssm_state,
     }
     arrays = []
-    for name, value in inputs.items():
+    for tensor in MAMBA.inputs:
+        value = inputs[tensor.name]
         array = np.asarray(value)
-        dtype = np.int32 if name in ("subsequence_begins", "past_lens", "state_slots") else np.float32
+        dtype = np.int32 if tensor.type == "int32" else np.float32
         if array.dtype != dtype:
-            raise ValueError(f"Mamba2: input {name} is {array.dtype} but must be {np.dtype(dtype).name}")
+            raise ValueError(f"Mamba2: input {tensor.name} is {array.dtype} but must be {np.dtype(dtype).name}")
         updatable = isinstance(value, np.ndarray) and array.flags.c_contiguous and array.flags.writeable
-        if name.endswith("_state") and not updatable:
-            raise ValueError(f"Mamba2: input {name} must be a writeable C-contiguous NumPy array: it is updated")
+        if tensor.name.endswith("_state") and not updatable:
+            raise ValueError(f"Mamba2: input {tensor.name} must be a writeable C-contiguous NumPy array: it is updated")
         arrays.append(np.ascontiguousarray(array))
     tokens = len(arrays[0]) if arrays[0].ndim else 0
     width = ssm_state.shape[1] * ssm_state.shape[3] if ssm_state.ndim == 4 else 0
     y = np.empty((tokens, width), np.float32)
-    _plugin.mamba2(*arrays, n_groups, dt_min, dt_max, num_threads, y)
+    _plugin.mamba2(dict(n_groups=n_groups, dt_min=dt_min, dt_max=dt_max), arrays, num_threads, y)
     return y

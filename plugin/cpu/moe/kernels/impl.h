@@ -363,6 +363,9 @@ void multiply(const Tile* tiles, int num_tiles, const Weights& weights, int64_t 
       return multiply_rows<int8_t>(tiles, num_tiles, weights, K, cache_bytes, c);
     case WeightFormat::kInt4:
       return multiply_rows<Int4Pair>(tiles, num_tiles, weights, K, cache_bytes, c);
+    case WeightFormat::kAsHiddenStates:  // moe() has said what that is
+    case WeightFormat::kFloat16:         // check_cpu_weights() refuses it
+      return;
   }
 }
 
