@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The routing of one token by a team of one warp (up to 128 experts) or of four (up to 512), in one
-// pass: every thread keeps up to four experts' keys and scores in registers. The rules are those of
-// routing.h; where one of its functions takes a whole row, the row lies in shared memory.
+// The routing of one token by a team of one warp (up to 128 experts) or of four
+// (up to 512), in one pass: every thread keeps up to four experts' keys and
+// scores in registers. The rules are those of routing.h; where one of its
+// functions takes a whole row, the row lies in shared memory.
 #pragma once
 
 #include <cmath>
@@ -28,7 +29,8 @@ struct TeamShared {
   int32_t k;
 };
 
-// A candidate for selection. A thread without one offers {NaN, kNoExpert}, which ranks last.
+// A candidate for selection. A thread without one offers {NaN, kNoExpert},
+// which ranks last.
 struct Candidate {
   float key;
   int32_t index;
@@ -57,7 +59,8 @@ class Team {
     }
   }
 
-  // Every thread gets the same bits: the operations commute, and all follow the same tree.
+  // Every thread gets the same bits: the operations commute, and all follow the
+  // same tree.
   template <typename T, typename Operation>
   __device__ T reduce(T value, Operation operation) {
 #pragma unroll
@@ -92,8 +95,8 @@ class Team {
   }
 
  private:
-  // Two sets in turn: a thread that writes a set again has passed the barrier between, which all
-  // threads reach only after they read it.
+  // Two sets in turn: a thread that writes a set again has passed the barrier
+  // between, which all threads reach only after they read it.
   template <typename T>
   __device__ T* next_slots() {
     static_assert(sizeof(T) <= sizeof(double), "a slot holds one double");
@@ -110,8 +113,9 @@ class Team {
   int turn_ = 0;
 };
 
-// At a fixed k an entropy row needs nothing but the entropy; the team computes all the same things
-// for every kind of row, since they cost less than a second path would.
+// At a fixed k an entropy row needs nothing but the entropy; the team computes
+// all the same things for every kind of row, since they cost less than a second
+// path would.
 template <int kWarps>
 __device__ void route_with_team(const RouteArguments& a, int64_t token, Team<kWarps>& team,
                                 TeamShared<kWarps>& shared) {
@@ -150,7 +154,6 @@ __device__ void route_with_team(const RouteArguments& a, int64_t token, Team<kWa
   softmax.entropy = log(softmax.sum) - weighted / softmax.sum;
   if (softmax.entropy < 0) softmax.entropy = 0;
   const float entropy = static_cast<float>(softmax.entropy);
-  const bool defined = softmax.entropy == softmax.entropy;
 
   float score[kExpertsPerThread], key[kExpertsPerThread];
   const bool by_logit = a.correction_bias == nullptr && a.params.scoring == Scoring::kSoftmax;
@@ -173,27 +176,18 @@ __device__ void route_with_team(const RouteArguments& a, int64_t token, Team<kWa
   policy = policy < 0 ? 0 : policy < a.num_policies ? policy : a.num_policies - 1;
   const PolicyRow row = {a.policy_kind[policy], a.thresholds + policy * (a.num_choices - 1),
                          a.k_values + policy * a.num_choices, a.num_choices};
-  const bool by_mass = defined && row.kind == static_cast<int32_t>(PolicyKind::kTopP);
-  const bool by_contribution =
-      defined && row.kind == static_cast<int32_t>(PolicyKind::kContribution);
-  int32_t k = largest_k_of_row(row);
-  if (row.kind == static_cast<int32_t>(PolicyKind::kRatio)) {
-    if (defined) {
-      // As k_by_ratio().
-      best_score = static_cast<float>(team.reduce(static_cast<double>(best_score), larger));
-      const float limit = (row.num_choices > 1 ? row.thresholds[0] : 0.0f) * best_score;
-      int reached = 0;
+  // All of the team are here: they follow the same row.
+  int32_t k = k_to_rank(row, entropy, [&] {
+    best_score = static_cast<float>(team.reduce(static_cast<double>(best_score), larger));
+    const float limit = parameter_of(row, 0.0f) * best_score;
+    int reached = 0;
 #pragma unroll
-      for (int i = 0; i < kExpertsPerThread; ++i)
-        reached += team.rank() + i * Team<kWarps>::kThreads < num_experts && score[i] >= limit;
-      k = clamp_k(team.reduce(reached, count), row.k_values[0], largest_k_of_row(row));
-    }
-  } else if (row.kind != static_cast<int32_t>(PolicyKind::kTopP) &&
-             row.kind != static_cast<int32_t>(PolicyKind::kContribution)) {
-    k = k_by_entropy(row, entropy);
-  }
+    for (int i = 0; i < kExpertsPerThread; ++i)
+      reached += team.rank() + i * Team<kWarps>::kThreads < num_experts && score[i] >= limit;
+    return clamp_k(team.reduce(reached, count), k_min_of(row), k_max_of(row));
+  });
   k = clamp_k(k, 1, a.capacity);
-  if (by_mass) total = team.reduce(total, sum);
+  if (needs_total(row, entropy)) total = team.reduce(total, sum);
 
   // Experts that may be selected: those of the best groups.
   bool open[kExpertsPerThread];
@@ -245,10 +239,8 @@ __device__ void route_with_team(const RouteArguments& a, int64_t token, Team<kWa
   team.sync();
 
   if (team.rank() == 0) {
-    if (by_mass) k = clamp_k(k_by_mass(row, shared.selected_scores, k, total), 1, k);
     const float* norms = fault(kFaultRouteNorm) ? nullptr : a.expert_norms;
-    if (by_contribution)
-      k = clamp_k(k_by_contribution(row, norms, shared.selected, shared.selected_scores, k), 1, k);
+    k = k_of_ranked(row, entropy, norms, shared.selected, shared.selected_scores, k, total);
     if (!fault(kFaultRouteWeight)) weigh(a.params, shared.selected_scores, k);
     shared.k = k;
     a.k[token] = k;
