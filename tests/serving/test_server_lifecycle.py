@@ -175,6 +175,23 @@ def test_sigterm_leaves_nothing_behind(engine_dir: Path, tmp_path: Path) -> None
     assert not _leftovers(server, directory)
 
 
+def test_a_terminal_that_closes_ends_it_but_under_nohup(engine_dir: Path, tmp_path: Path) -> None:
+    with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does, and commands inherit
+    try:
+        with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
+            process.stdout.readline()
+            process.send_signal(signal.SIGHUP)
+            time.sleep(1.0)
+            assert process.poll() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_sigint_while_it_starts(engine_dir: Path, tmp_path: Path) -> None:
     with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
         server = _server(process)
