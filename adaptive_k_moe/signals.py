@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -29,6 +29,13 @@ def unwinding_when_terminated() -> Iterator[None]:
     finally:
         for number in taken:
             signal.signal(number, signal.SIG_DFL)
+
+
+def when_told_to_end(act: Callable[[], None]) -> None:
+    """Have SIGTERM, SIGINT and a terminal that goes away call `act`, in place of what they did before."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, lambda *_: act())
 
 
 def end_with_parent(parent: int) -> None:

@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -85,7 +85,9 @@ class ServerProcess:
         Raises:
             ServerError: the supervisor has been ended.
         """
-        if not select.select([self._link], [], [], 0)[0]:
+        try:
+            self._link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
             return None
         status: int = self._hear()["status"]
         return status
@@ -118,13 +120,24 @@ class ServerProcess:
         finally:
             self._messages.close()
             self._link.close()
-        if self._supervisor.returncode != 0:  # something ended it, so we do its work
-            self._supervisor.kill()
-            if self.pid is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self.pid, signal.SIGKILL)
-            self._supervisor.wait()
+        if self._supervisor.returncode != 0:
+            self._do_its_work()
+
+    def _do_its_work(self) -> None:
+        """End and remove what a supervisor has left that something else ended."""
+        self._supervisor.kill()
+        self._supervisor.wait()
+        if self.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+        deadline = time.monotonic() + _END_SECONDS
+        supervisor.remove_leftovers()
+        while self._has_directory() and time.monotonic() < deadline:  # a process that still ends holds it
+            time.sleep(0.05)
             supervisor.remove_leftovers()
+
+    def _has_directory(self) -> bool:
+        return hasattr(self, "directory") and self.directory.exists()
 
     def _say(self, **message: Any) -> None:
         with contextlib.suppress(OSError):  # it has gone, which shows when we listen

@@ -42,6 +42,7 @@ def test_a_build_that_is_told_to_end_leaves_nothing(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # tests may run under nohup or in the background
     ) as process:
         assert process.stdout is not None
         assert process.stderr is not None

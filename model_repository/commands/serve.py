@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import threading
 from pathlib import Path
 
@@ -81,10 +80,10 @@ def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM, SIGINT or a terminal that closes; 0 if that is how it ended."""
     from adaptive_k_moe.model_repository.observation_options import ObservationOptions
     from adaptive_k_moe.model_repository.server import TritonServer
+    from adaptive_k_moe.signals import when_told_to_end
 
     stop_asked = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop_asked.set())
+    when_told_to_end(stop_asked.set)
     observation = ObservationOptions(
         request_log=args.log_requests,
         log_prompts=args.log_prompts,

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 from collections.abc import Callable
 
@@ -11,6 +10,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from adaptive_k_moe.errors import ServerError
+from adaptive_k_moe.signals import when_told_to_end
 
 _SHUTDOWN_SECONDS = 2
 
@@ -37,13 +37,12 @@ def serve(app: Starlette, host: str, port: int, on_ready: Callable[[str], None])
     with _listen(host, port) as listener:
         server = uvicorn.Server(config)
 
-        def stop(*_: object) -> None:
+        def stop() -> None:
             server.should_exit = True
 
         # Whoever is told the address may end us before uvicorn takes the first two signals; once it has stopped at one,
         # it raises it again for this handler. An exception from a handler would get lost in the event loop.
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, stop)
+        when_told_to_end(stop)
         address = f"[{host}]" if ":" in host else host
         on_ready(f"http://{address}:{listener.getsockname()[1]}/")
         server.run(sockets=[listener])

@@ -175,6 +175,25 @@ def test_sigterm_leaves_nothing_behind(engine_dir: Path, tmp_path: Path) -> None
     assert not _leftovers(server, directory)
 
 
+@pytest.mark.parametrize("taken", [signal.SIG_DFL, signal.SIG_IGN], ids=["terminal", "nohup"])
+def test_a_terminal_that_closes_ends_it_but_under_nohup(
+    taken: signal.Handlers, engine_dir: Path, tmp_path: Path
+) -> None:
+    before = signal.signal(signal.SIGHUP, taken)  # commands inherit what is ignored
+    try:
+        with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
+            process.stdout.readline()
+            process.send_signal(signal.SIGHUP)
+            if taken == signal.SIG_DFL:
+                assert process.wait(60) == 0
+                assert process.stderr.read() == ""
+            else:
+                time.sleep(1.0)
+                assert process.poll() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_sigint_while_it_starts(engine_dir: Path, tmp_path: Path) -> None:
     with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
         server = _server(process)
