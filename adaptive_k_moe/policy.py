@@ -46,7 +46,7 @@ MAX_CHOICES = MAX_K + 1
 """Most choices of a policy: the columns that every target's tables have room for."""
 
 # The operator's policy kinds (input `policy_kind`).
-KIND_ENTROPY, KIND_TOP_P, KIND_RATIO, KIND_CONTRIBUTION = 0, 1, 2, 3
+KIND_ENTROPY, KIND_TOP_P, KIND_RATIO, KIND_CONTRIBUTION, KIND_SHARED_PRICE, KIND_SHARED_EXPERTS = range(6)
 
 _K = Annotated[int, Field(ge=1)]
 _Layer = Annotated[int, Field(ge=0)]

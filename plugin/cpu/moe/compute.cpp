@@ -12,6 +12,7 @@
 #include "cpu/moe/plan.h"
 #include "cpu/moe/scratch.h"
 #include "operator/moe/routing.h"
+#include "operator/moe/sharing.h"
 
 namespace adaptive_k::cpu {
 namespace {
@@ -128,6 +129,10 @@ class Layer {
         padded_intermediate_(round_up(args.intermediate, kernels_.lanes)) {}
 
   void run(const float* hidden_states, float* output) {
+    if (plan_.num_rows() == 0) {  // tokens that share, for which nothing is read
+      std::fill_n(output, plan_.num_tokens * args_.hidden, 0.0f);
+      return;
+    }
     const int64_t expert_bytes = up_.rows * up_.row_bytes() + down_.rows * down_.row_bytes();
     serial_ =
         expert_bytes * (plan_.num_experts_used + plan_.num_rows() / kRowsPerRead) < kSerialBytes;
@@ -265,26 +270,80 @@ class Layer {
 
 }  // namespace
 
+namespace {
+
+// Routes one token, among the experts that `read` marks if there is such a list.
+void route_one(const MoeParams& params, const RoutingArguments& args, int64_t token,
+               const uint8_t* read, int32_t* k, float* entropy, int32_t* experts, float* weights) {
+  static thread_local RoutingBuffers* buffers = nullptr;
+  if (buffers == nullptr) buffers = new RoutingBuffers;
+  const int32_t capacity = largest_k(params, args.experts);
+  const PolicyRow row = policy_row(args.policy_index[token], args.policy_kind, args.thresholds,
+                                   args.k_values, args.policies, args.choices);
+  int32_t* chosen = experts + token * capacity;
+  float* weight = weights + token * capacity;
+  k[token] = route_token(params, args.router_logits + token * args.experts, args.experts,
+                         args.correction_bias, args.expert_norms, row,
+                         buffers->get(args.experts, params.n_group), capacity, chosen, weight,
+                         entropy + token, read);
+  std::fill(chosen + k[token], chosen + capacity, -1);
+  std::fill(weight + k[token], weight + capacity, 0.0f);
+}
+
+// Has the tokens that share choose again among what the step reads (see sharing.h).
+void share(const MoeParams& params, const RoutingArguments& args, bool serial, int64_t grain,
+           int32_t* k, float* entropy, int32_t* experts, float* weights) {
+  const auto shares = [&](int64_t t) {
+    const int32_t p = clamp_policy(args.policy_index[t], args.policies);
+    return is_sharing(args.policy_kind[p]) && entropy[t] == entropy[t];
+  };
+  int64_t first = 0;
+  while (first < args.tokens && !shares(first)) ++first;
+  if (first == args.tokens) return;
+
+  SharingStep step;
+  step.tokens = args.tokens;
+  step.capacity = largest_k(params, args.experts);
+  step.policies = args.policies;
+  step.choices = args.choices;
+  step.policy_index = args.policy_index;
+  step.policy_kind = args.policy_kind;
+  step.thresholds = args.thresholds;
+  step.k_values = args.k_values;
+  step.k = k;
+  step.entropy = entropy;
+  step.experts = experts;
+  step.weights = weights;
+  std::vector<uint8_t> paid(args.experts), read;
+  const int64_t expert_grain = std::max<int64_t>(1, 4096 / args.tokens);
+  parallel_for(args.experts, expert_grain, serial,
+               [&](int64_t e) { paid[e] = is_paid_for(step, static_cast<int32_t>(e)); });
+  read = paid;
+  std::vector<double> worth(args.experts);
+  for (int32_t p = 0; p < args.policies; ++p) {
+    if (args.policy_kind[p] != static_cast<int32_t>(PolicyKind::kSharedExperts)) continue;
+    parallel_for(args.experts, expert_grain, serial,
+                 [&](int64_t e) { worth[e] = worth_to_row(step, p, static_cast<int32_t>(e)); });
+    const int32_t additions = additions_of_row(policy_row(
+        p, args.policy_kind, args.thresholds, args.k_values, args.policies, args.choices));
+    for (int32_t e = 0; e < args.experts; ++e)
+      read[e] |= is_added(worth.data(), paid.data(), args.experts, e, additions);
+  }
+  parallel_for(args.tokens, grain, serial, [&](int64_t t) {
+    if (shares(t)) route_one(params, args, t, read.data(), k, entropy, experts, weights);
+  });
+}
+
+}  // namespace
+
 void route(const MoeParams& params, const RoutingArguments& args, int32_t* k, float* entropy,
            int32_t* experts, float* weights) {
-  const int32_t capacity = largest_k(params, args.experts);
   const bool serial = args.tokens * args.experts < 2048;
   const int64_t grain = std::max<int64_t>(1, 1024 / args.experts);
   parallel_for(args.tokens, grain, serial, [&](int64_t t) {
-    static thread_local RoutingBuffers* buffers = nullptr;
-    if (buffers == nullptr) buffers = new RoutingBuffers;
-    const int64_t p = std::clamp<int64_t>(args.policy_index[t], 0, args.policies - 1);
-    const PolicyRow row = {args.policy_kind[p], args.thresholds + p * (args.choices - 1),
-                           args.k_values + p * args.choices, args.choices};
-    int32_t* chosen = experts + t * capacity;
-    float* weight = weights + t * capacity;
-    k[t] = route_token(params, args.router_logits + t * args.experts, args.experts,
-                       args.correction_bias, args.expert_norms, row,
-                       buffers->get(args.experts, params.n_group), capacity, chosen, weight,
-                       entropy + t);
-    std::fill(chosen + k[t], chosen + capacity, -1);
-    std::fill(weight + k[t], weight + capacity, 0.0f);
+    route_one(params, args, t, nullptr, k, entropy, experts, weights);
   });
+  share(params, args, serial, grain, k, entropy, experts, weights);
 }
 
 void moe(const MoeParams& params, const RoutingArguments& routing, const ExpertArguments& args,

@@ -36,7 +36,20 @@ enum class Scoring : int32_t { kSoftmax, kSigmoid };
 enum class WeightFormat : int32_t { kFloat32, kBFloat16, kInt8, kInt4 };
 
 // What a policy row decides k by.
-enum class PolicyKind : int32_t { kEntropy = 0, kTopP = 1, kRatio = 2, kContribution = 3 };
+enum class PolicyKind : int32_t {
+  kEntropy = 0,
+  kTopP = 1,
+  kRatio = 2,
+  kContribution = 3,
+  kSharedPrice = 4,    // sharing.h; the parameter is the price of reading an expert
+  kSharedExperts = 5,  // sharing.h; the parameter is how many experts the row adds to a step
+};
+
+// Whether a row's tokens choose among what the whole step reads.
+ADAPTIVE_K_HD bool is_sharing(int32_t kind) {
+  return kind == static_cast<int32_t>(PolicyKind::kSharedPrice) ||
+         kind == static_cast<int32_t>(PolicyKind::kSharedExperts);
+}
 
 // The largest k when max_k is left at 0 (and the model has that many experts).
 constexpr int32_t kDefaultMaxK = 32;

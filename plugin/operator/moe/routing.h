@@ -19,6 +19,19 @@ struct PolicyRow {
   int32_t num_choices;
 };
 
+ADAPTIVE_K_HD int32_t clamp_policy(int32_t index, int32_t num_policies) {
+  return index < 0 ? 0 : index < num_policies ? index : num_policies - 1;
+}
+
+// The row that a token follows. thresholds [policies, choices - 1], k_values [policies, choices].
+ADAPTIVE_K_HD PolicyRow policy_row(int32_t index, const int32_t* policy_kind,
+                                   const float* thresholds, const int32_t* k_values,
+                                   int32_t num_policies, int32_t num_choices) {
+  const int64_t p = clamp_policy(index, num_policies);
+  return {policy_kind[p], thresholds + p * (num_choices - 1), k_values + p * num_choices,
+          num_choices};
+}
+
 // The softmax over all raw logits, in the form from which every probability follows.
 struct SoftmaxSummary {
   double max;      // the largest logit
@@ -93,6 +106,13 @@ ADAPTIVE_K_HD int32_t largest_k_of_row(const PolicyRow& row) {
   return row.k_values[row.num_choices - 1];
 }
 
+ADAPTIVE_K_HD int32_t smallest_k_of_row(const PolicyRow& row) { return row.k_values[0]; }
+
+// The one parameter of rows that have no limits of entropy; `absent` where the table has no room.
+ADAPTIVE_K_HD float parameter_of_row(const PolicyRow& row, float absent) {
+  return row.num_choices > 1 ? row.thresholds[0] : absent;
+}
+
 // Entropy rows: the first choice whose limit lies above the entropy, else the last. A NaN entropy
 // is below no limit, so it takes the last.
 ADAPTIVE_K_HD int32_t k_by_entropy(const PolicyRow& row, float entropy) {
@@ -164,12 +184,13 @@ struct RoutingScratch {
 
 // Routes one token. `correction_bias` and `expert_norms` may be null. `experts` and `weights` have
 // room for `capacity` = largest_k(params, num_experts) entries, of which the first k, best first,
-// are written. Returns k.
+// are written. Returns k. With `read` [num_experts], only experts that are marked in it can be
+// selected (see sharing.h): then k may be 0.
 ADAPTIVE_K_HD int32_t route_token(const MoeParams& params, const float* logits, int32_t num_experts,
                                   const float* correction_bias, const float* expert_norms,
                                   const PolicyRow& row, const RoutingScratch& scratch,
                                   int32_t capacity, int32_t* experts, float* weights,
-                                  float* entropy) {
+                                  float* entropy, const uint8_t* read = nullptr) {
   const SoftmaxSummary softmax = summarize_softmax(logits, num_experts);
   *entropy = static_cast<float>(softmax.entropy);
   const bool defined = softmax.entropy == softmax.entropy;
@@ -198,7 +219,7 @@ ADAPTIVE_K_HD int32_t route_token(const MoeParams& params, const float* logits, 
   if (row.kind == static_cast<int32_t>(PolicyKind::kRatio)) {
     if (defined) k = k_by_ratio(row, scratch.scores, num_experts);
   } else if (row.kind != static_cast<int32_t>(PolicyKind::kTopP) &&
-             row.kind != static_cast<int32_t>(PolicyKind::kContribution)) {
+             row.kind != static_cast<int32_t>(PolicyKind::kContribution) && !is_sharing(row.kind)) {
     k = k_by_entropy(row, *entropy);
   }
   k = clamp_k(k, 1, capacity);
@@ -214,12 +235,13 @@ ADAPTIVE_K_HD int32_t route_token(const MoeParams& params, const float* logits, 
     for (int32_t i = 0; i < kept; ++i) {
       const int32_t first = scratch.best_groups[i] * group_size;
       for (int32_t e = first; e < first + group_size; ++e)
-        selected = insert_ranked(keys, e, experts, selected, k);
+        if (read == nullptr || read[e]) selected = insert_ranked(keys, e, experts, selected, k);
     }
   } else {
     for (int32_t e = 0; e < num_experts; ++e)
-      selected = insert_ranked(keys, e, experts, selected, k);
+      if (read == nullptr || read[e]) selected = insert_ranked(keys, e, experts, selected, k);
   }
+  if (read != nullptr) k = selected;
 
   for (int32_t i = 0; i < selected; ++i) weights[i] = scratch.scores[experts[i]];
   if (by_mass) k = clamp_k(k_by_mass(row, weights, k, total), 1, k);
