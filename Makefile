@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make demo` and `make test` set up all they need, in .venv and build/ of this folder.
+# PYTHON=... picks an interpreter, of 3.11 to 3.13.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# A Triton server. None of its Python code is used, so what that asks for (NumPy below 2) is neither installed nor heeded.
+TRITON := nvidia-pytriton==0.7.0
 CPP := $(shell find plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format cuda engine-env test-env prometheus clean
+.PHONY: demo test lint format cuda engine-env test-env prometheus litellm clean
 
 MODEL ?= mixtral-small
 
 demo: engine-env
-	$(BIN)/python examples/demo.py --model $(MODEL)
+	$(BIN)/python examples/demo.py --model $(MODEL) --end_with_parent $(shell echo $$PPID)
 
 test: test-env
 	$(BIN)/python -m pytest
@@ -43,8 +46,7 @@ cuda: $(VENV)/cuda.stamp
 		$(if $(TENSORRT_ROOT),-DTENSORRT_ROOT=$(TENSORRT_ROOT))
 	cmake --build build/cuda
 
-$(VENV)/cuda.stamp:
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+$(VENV)/cuda.stamp: | $(BIN)/pip
 	$(PIP) install --no-deps "ninja>=1.11" nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
 	touch $@
 
@@ -52,20 +54,28 @@ $(VENV)/cuda.stamp:
 engine-env: $(VENV)/engine.stamp
 test-env: $(VENV)/test.stamp
 
-$(VENV)/engine.stamp: pyproject.toml CMakeLists.txt $(CPP)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# What would fail after minutes is refused in a second. The first line is Python of any version.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+		echo "error: $(PYTHON) is not Python 3.11, 3.12 or 3.13: name one, make $(MAKECMDGOALS) PYTHON=python3.12" >&2; \
+		exit 1; }
+	@$(PYTHON) cmake/check_machine.py
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/engine.stamp: pyproject.toml CMakeLists.txt $(CPP) | $(BIN)/pip
+	$(PIP) install --no-deps $(TRITON)
 	$(PIP) install "scikit-build-core>=0.11" "nanobind>=2.4" "openvino==2026.4.1" "ninja>=1.11"
-	$(PIP) install --no-build-isolation --editable ".[engine]"
+	$(PIP) install --no-build-isolation --no-warn-conflicts --editable ".[engine]"
 	touch $@
 
 $(VENV)/test.stamp: $(VENV)/engine.stamp
-	$(PIP) install --no-build-isolation --editable ".[test]"
+	$(PIP) install --no-build-isolation --no-warn-conflicts --editable ".[test]"
 	touch $@
 
 build/lint.stamp: pyproject.toml
 	mkdir -p build && test -x build/lint/bin/python || $(PYTHON) -m venv build/lint
 	build/lint/bin/python -m pip --disable-pip-version-check --quiet install \
-		clang-format==19.1.7 mypy==1.18.2 ruff==0.14.5 pydantic numpy==1.26.4
+		clang-format==19.1.7 mypy==1.18.2 ruff==0.14.5 pydantic numpy
 	touch $@
 
 # Debian's Prometheus, unpacked and not installed: tests have it scrape a server.
@@ -75,6 +85,13 @@ build/debian/prometheus:
 	mkdir -p build/debian && rm -f build/debian/prometheus_*.deb
 	cd build/debian && apt-get download prometheus && dpkg -x prometheus_*.deb unpacked
 	mv build/debian/unpacked $@
+
+# LiteLLM, in an environment of its own, for it is large: a test has its provider triton/ ask a server.
+litellm: build/litellm/bin/litellm
+
+build/litellm/bin/litellm:
+	mkdir -p build && $(PYTHON) -m venv build/litellm
+	build/litellm/bin/python -m pip --disable-pip-version-check --quiet install litellm==1.110.2
 
 clean:
 	rm -rf build $(VENV) demo_output

@@ -8,20 +8,18 @@ packages only inside ``run``, so that ``--help`` answers at once and the client 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import errno
 import importlib
 import io
 import os
 import re
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from adaptive_k_moe import __version__
 from adaptive_k_moe.errors import AdaptiveKError, DependencyError
+from adaptive_k_moe.signals import unwinding_when_terminated
 
 
 class _Command(NamedTuple):
@@ -87,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         subparsers.choices[namespace.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        with _unwinding_when_terminated():
+        with unwinding_when_terminated():
             status = importlib.import_module(COMMANDS[namespace.command].module).run(namespace)
             sys.stdout.flush()
         return int(status)
@@ -112,25 +110,6 @@ def _with_underscores(argument: str) -> str:
     """A flag as it is declared, by TensorRT-LLM's words, where it came with hyphens, as vLLM's do."""
     name, equals, value = argument.partition("=")
     return f"--{name[2:].replace('-', '_')}{equals}{value}" if re.fullmatch(r"--[a-z0-9_-]+", name) else argument
-
-
-@contextlib.contextmanager
-def _unwinding_when_terminated() -> Iterator[None]:
-    """SIGTERM and a terminal that goes away end a command as Ctrl-C does: it removes what it has half written."""
-    numbers = [signal.SIGTERM, signal.SIGHUP] if threading.current_thread() is threading.main_thread() else []
-    taken = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-
-    def end(number: int, frame: object) -> None:
-        del frame
-        raise SystemExit(128 + number)
-
-    for number in taken:
-        signal.signal(number, end)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def _missing_package(command: str, error: ModuleNotFoundError) -> AdaptiveKError:

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pydantic's account of a wrong file, as one sentence of ours."""
+"""What everything that is read from a file is checked by, and pydantic's account of a wrong one as one sentence."""
 
 from __future__ import annotations
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class FileModel(BaseModel):
+    """Content of a file: unknown fields and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def first_error(error: ValidationError) -> tuple[str, str]:

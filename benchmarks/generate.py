@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptive_k_moe.engine_builder import build
-from adaptive_k_moe.engine_config import PretrainedConfig
+from adaptive_k_moe.model_config import PretrainedConfig
 from adaptive_k_moe.policy import PolicySet
 from adaptive_k_moe.runtime import LLM, SamplingParams
 

@@ -213,7 +213,8 @@ def run_case(
         np.zeros((1, 0), np.float32),
         np.array([[k]], np.int32),
     )
-    routing = route(logits, *policy)
+    max_k = max(k, layer.top_k)  # the room that an engine with these policies has
+    routing = route(logits, *policy, max_k=max_k)
     chosen, weights = routing.experts[:, :k].copy(), routing.weights[:, :k].copy()
     used = len(np.unique(chosen))
 
@@ -225,6 +226,7 @@ def run_case(
             stored.up,
             stored.down,
             activation=layer.activation,
+            max_k=max_k,
             num_threads=clock.threads,
             **stored.arguments,
         )

@@ -15,10 +15,10 @@ from adaptive_k_moe.calibration.bootstrap import Interval
 from adaptive_k_moe.calibration.by_layer import Damage
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
-from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, STATIC_KINDS, Kind
+from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, CURVE_KINDS, ROUTER_KINDS, Kind
 from adaptive_k_moe.calibration.laboratory import Budget, Laboratory, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces, can_collect, collect_routers
-from adaptive_k_moe.calibration.search import ROUTER_KINDS, Search, default_k_values
+from adaptive_k_moe.calibration.search import Search, default_k_values
 from adaptive_k_moe.calibration.solve import best_of
 from adaptive_k_moe.calibration.timing import Timing, time_policies
 from adaptive_k_moe.calibration.traces import EvaluationCache, Traces, collect, engine_fingerprint
@@ -27,8 +27,6 @@ from adaptive_k_moe.policy import Policy
 
 Report = Callable[[str, int, int | None], None]
 """Progress: what is being done, how much of it, and of how much (None: not known before)."""
-
-CURVE_KINDS: tuple[Kind, ...] = (*STATIC_KINDS, "random", *ADAPTIVE_KINDS)
 
 
 @dataclass(frozen=True)

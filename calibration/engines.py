@@ -8,8 +8,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from adaptive_k_moe.engine_config import Dtype
 from adaptive_k_moe.files import write_json
+from adaptive_k_moe.model_config import Dtype
 
 
 def engine_of(

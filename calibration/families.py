@@ -17,18 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from adaptive_k_moe.calibration.kinds import PER_LAYER, Kind, OneNumber
+from adaptive_k_moe.calibration.evaluator import Float64Array
+from adaptive_k_moe.calibration.kinds import PER_LAYER, Kind
 from adaptive_k_moe.calibration.laboratory import DECIMALS, Candidate
 from adaptive_k_moe.calibration.routers import RouterTraces
-from adaptive_k_moe.policy import (
-    ContributionPolicy,
-    EntropyChoices,
-    EntropyPolicy,
-    FixedPolicy,
-    Policy,
-    RatioPolicy,
-    TopPPolicy,
-)
+from adaptive_k_moe.policy import EntropyChoices, EntropyPolicy, FixedPolicy, Policy
+from adaptive_k_moe.policy_kinds import KINDS
 
 Family = Callable[[float], Candidate]
 
@@ -193,11 +187,10 @@ class OneNumberRules(Rules):
         by_layer: a rule for each layer.
     """
 
-    def __init__(self, kind: OneNumber, routers: RouterTraces, lowest: int, *, by_layer: bool) -> None:
+    def __init__(self, kind: Kind, routers: RouterTraces, lowest: int, *, by_layer: bool) -> None:
         layers, full_k = routers.scores.shape[-2:]
         super().__init__(PER_LAYER[kind] if by_layer else kind, layers if by_layer else 1, lowest, full_k)
         self._number_kind = kind
-        self._name = "ratio" if kind == "ratio" else "p"
         self._routers = routers
         self._layers = [[layer] for layer in range(layers)] if by_layer else [list(range(layers))]
         self._by_layer = by_layer
@@ -223,13 +216,12 @@ class OneNumberRules(Rules):
             return self.fixed(policy.k)
         if isinstance(policy, EntropyPolicy):
             return self.fixed(policy.choices(place, self.full_k).k[0])
-        assert isinstance(policy, TopPPolicy | RatioPolicy | ContributionPolicy)
         rule = policy.choices(place, self.full_k)
         low, high = rule.k_min, rule.k_max or self.full_k
         if low == high:
             return self.fixed(low)
         values = self._dropped_at(place, low, high)
-        dropped = values < rule.parameter if self._number_kind == "ratio" else values >= rule.parameter
+        dropped = values < rule.parameter if _keeps_from_below(self._number_kind) else values >= rule.parameter
         return _window(high - float(dropped.mean()) * (high - low), low, high)
 
     def fixed(self, k: int) -> Rule:
@@ -259,17 +251,16 @@ class OneNumberRules(Rules):
         ]
 
     def _rule(self, place: int, rule: Rule) -> dict[str, Any]:
-        """As in a policy file. A ratio drops the experts whose value lies below it, a share those that reach it."""
+        """As in a policy file."""
         if (place, rule) not in self._made:
             mean, low, high = rule[0], int(rule[1]), int(rule[2])
-            ratio = self._number_kind == "ratio"
             if low == high:
-                number = 0.0 if ratio else 1.0
+                number = KINDS[self._number_kind].keeps_all
             else:
                 kept = (mean - low) / (high - low)
                 values = self._dropped_at(place, low, high)
-                number = round(float(np.quantile(values, 1 - kept if ratio else kept)), DECIMALS + 2)
-            made: dict[str, Any] = {self._name: number if ratio else max(_SMALLEST, number), "k_min": low}
+                number = float(np.quantile(values, 1 - kept if _keeps_from_below(self._number_kind) else kept))
+            made = {**_number(self._number_kind, number), "k_min": low}
             if high < self.full_k:
                 made["k_max"] = high
             self._made[place, rule] = made
@@ -281,19 +272,51 @@ class OneNumberRules(Rules):
 
     def _dropped_in(self, layer: int, low: int, high: int) -> npt.NDArray[np.float32]:
         """[W, n, high - low] of one layer."""
-        scores = np.asarray(self._routers.scores[:, :, layer], np.float64)
-        match self._number_kind:
-            case "ratio":
-                # By score, which a correction bias does not follow.
-                by_size = -np.sort(-scores, axis=-1)
-                values = by_size / by_size[..., :1]
-            case "top_p":
-                values = (np.cumsum(scores, axis=-1) - scores) / self._routers.total[:, :, layer, None]
-            case "contribution":
-                weighed = scores * self._routers.norms[layer][self._routers.experts[:, :, layer]]
-                values = (np.cumsum(weighed, axis=-1) - weighed) / weighed[..., :high].sum(axis=-1, keepdims=True)
+        values = DROPPED_AT[self._number_kind](self._routers, layer, high)
         dropped: npt.NDArray[np.float32] = values[..., low:high].astype(np.float32)
         return dropped
+
+
+def _dropped_by_ratio(routers: RouterTraces, layer: int, high: int) -> Float64Array:  # noqa: ARG001 (as all)
+    # By score, which a correction bias does not follow.
+    by_size = -np.sort(-_scores(routers, layer), axis=-1)
+    ratios: Float64Array = by_size / by_size[..., :1]
+    return ratios
+
+
+def _dropped_by_mass(routers: RouterTraces, layer: int, high: int) -> Float64Array:  # noqa: ARG001 (as all)
+    scores = _scores(routers, layer)
+    return (np.cumsum(scores, axis=-1) - scores) / routers.total[:, :, layer, None]
+
+
+def _dropped_by_contribution(routers: RouterTraces, layer: int, high: int) -> Float64Array:
+    weighed = _scores(routers, layer) * routers.norms[layer][routers.experts[:, :, layer]]
+    shares: Float64Array = (np.cumsum(weighed, axis=-1) - weighed) / weighed[..., :high].sum(axis=-1, keepdims=True)
+    return shares
+
+
+DROPPED_AT: dict[Kind, Callable[[RouterTraces, int, int], Float64Array]] = {
+    "ratio": _dropped_by_ratio,
+    "top_p": _dropped_by_mass,
+    "contribution": _dropped_by_contribution,
+}
+"""For each kind with one number: [W, n, K], its value at which each expert of a layer is dropped, if `high` may run."""
+
+
+def _scores(routers: RouterTraces, layer: int) -> Float64Array:
+    """[W, n, K] of one layer."""
+    return np.asarray(routers.scores[:, :, layer], np.float64)
+
+
+def _keeps_from_below(kind: Kind) -> bool:
+    """Whether the experts whose value lies below the number are dropped, and not those that reach it."""
+    return KINDS[kind].keeps_all == 0
+
+
+def _number(kind: Kind, number: float) -> dict[str, Any]:
+    """A kind's number as in a policy file; a share is above 0."""
+    rounded = round(number, DECIMALS + 2)
+    return {str(KINDS[kind].parameter): rounded if _keeps_from_below(kind) else max(_SMALLEST, rounded)}
 
 
 def _window(mean: float, low: float, high: float) -> Rule:
@@ -346,9 +369,8 @@ def plain_family(kind: Kind, k_min: int) -> Family:
     """A kind with one number without the routers' traces: its number from one end to the other."""
 
     def at(x: float) -> Candidate:
-        number = round(x, DECIMALS + 2) if kind == "ratio" else max(round(1.0 - x, DECIMALS + 2), _SMALLEST)
-        name = "ratio" if kind == "ratio" else "p"
-        return Candidate(kind, _POLICY.validate_python({"kind": kind, name: number, "k_min": k_min}))
+        number = abs(KINDS[kind].keeps_all - x)
+        return Candidate(kind, _POLICY.validate_python({"kind": kind, **_number(kind, number), "k_min": k_min}))
 
     return at
 

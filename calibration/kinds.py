@@ -1,42 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kinds of policy that calibration finds. Imports nothing, so that commands can name them."""
+"""The kinds of policy that calibration finds. Imports nothing heavy, so that commands can name them."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from adaptive_k_moe.policy_kinds import KINDS, ONE_NUMBER
 
-AdaptiveKind = Literal[
-    "entropy",
-    "entropy_per_layer",
-    "top_p",
-    "top_p_per_layer",
-    "ratio",
-    "ratio_per_layer",
-    "contribution",
-    "contribution_per_layer",
-]
-StaticKind = Literal["static", "static_per_layer"]
-Kind = AdaptiveKind | StaticKind | Literal["random"]
-
-ADAPTIVE_KINDS: tuple[Kind, ...] = get_args(AdaptiveKind)
-STATIC_KINDS: tuple[Kind, ...] = get_args(StaticKind)
-
-OneNumber = Literal["top_p", "ratio", "contribution"]
-"""Kinds whose rule is one number, and a smallest and a largest k."""
-
-ONE_NUMBER: tuple[OneNumber, ...] = get_args(OneNumber)
+Kind = str
+"""A kind with one rule for all layers, one with a rule for each (`PER_LAYER`), or `random`, the control."""
 
 PER_LAYER: dict[Kind, Kind] = {
-    "entropy": "entropy_per_layer",
-    "top_p": "top_p_per_layer",
-    "ratio": "ratio_per_layer",
-    "contribution": "contribution_per_layer",
+    name: f"{name}_per_layer"
+    for name in ("static", *(name for name, kind in KINDS.items() if name != "fixed" and not kind.sees_step))
 }
-"""The kinds with one rule for all layers, and those with one for each."""
+"""The kinds with one rule for all layers, and those with one for each; `static` is a fixed k. Texts are read window by
+window, so kinds that see the whole step are not among them."""
+
+STATIC_KINDS: tuple[Kind, ...] = ("static", PER_LAYER["static"])
+ADAPTIVE_KINDS: tuple[Kind, ...] = tuple(
+    kind for pair in PER_LAYER.items() for kind in pair if kind not in STATIC_KINDS
+)
+CURVE_KINDS: tuple[Kind, ...] = (*STATIC_KINDS, "random", *ADAPTIVE_KINDS)
+
+ROUTER_KINDS = {name for name in ONE_NUMBER if KINDS[name].uses_norms} | {PER_LAYER[name] for name in ONE_NUMBER}
+"""Kinds that are found with the routers' traces."""
 
 CONTAINS: dict[Kind, tuple[Kind, ...]] = {
-    "static_per_layer": ("static",),
-    **dict.fromkeys(PER_LAYER, ("static",)),
-    **{by_layer: (one, "static_per_layer") for one, by_layer in PER_LAYER.items()},
+    **{one: ("static",) for one in PER_LAYER if one != "static"},
+    **{by_layer: (one, PER_LAYER["static"]) for one, by_layer in PER_LAYER.items()},
+    PER_LAYER["static"]: ("static",),
 }
 """The kinds that a kind can say as well: what is found of it may never be worse than what is found of them."""

@@ -16,40 +16,29 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_k_moe.calibration.calibrate import CURVE_KINDS, Calibration, Point
+from adaptive_k_moe.calibration.calibrate import Calibration, Point
 from adaptive_k_moe.calibration.evaluator import Evaluator
+from adaptive_k_moe.calibration.kinds import CURVE_KINDS, PER_LAYER, Kind
 from adaptive_k_moe.calibration.timing import Phase, Timing
 from adaptive_k_moe.calibration.windows import token_texts
 from adaptive_k_moe.errors import DependencyError
 from adaptive_k_moe.files import write_json
 from adaptive_k_moe.policy import EntropyPolicy
+from adaptive_k_moe.policy_kinds import KINDS
 
-COLOURS = {
-    "static": "#000000",
-    "static_per_layer": "#7f7f7f",
-    "random": "#c7a76c",
-    "entropy": "#9ecae1",
-    "entropy_per_layer": "#1f77b4",
-    "top_p": "#2ca02c",
-    "top_p_per_layer": "#98df8a",
-    "ratio": "#d62728",
-    "ratio_per_layer": "#ff9896",
-    "contribution": "#9467bd",
-    "contribution_per_layer": "#c5b0d5",
-}
-LABELS = {
-    "static": "fixed k",
-    "static_per_layer": "fixed k by layer",
-    "random": "random tokens (control)",
-    "entropy": "entropy, one rule",
-    "entropy_per_layer": "entropy by layer",
-    "top_p": "top-p",
-    "top_p_per_layer": "top-p by layer",
-    "ratio": "ratio",
-    "ratio_per_layer": "ratio by layer",
-    "contribution": "contribution",
-    "contribution_per_layer": "contribution by layer",
-}
+
+def _looks() -> dict[Kind, tuple[str, str]]:
+    """Each kind's colour in figures, and its name."""
+    looks = {"random": ("#c7a76c", "random tokens (control)")}
+    for one, by_layer in PER_LAYER.items():
+        kind = KINDS["fixed" if one == "static" else one]
+        looks[one] = kind.colours[0], "entropy, one rule" if one == "entropy" else kind.label
+        looks[by_layer] = kind.colours[1], f"{kind.label} by layer"
+    return looks
+
+
+COLOURS = {kind: colour for kind, (colour, _) in _looks().items()}
+LABELS = {kind: label for kind, (_, label) in _looks().items()}
 TEXT_WINDOWS = 4
 
 

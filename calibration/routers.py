@@ -20,8 +20,8 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Progress
 from adaptive_k_moe.calibration.traces import engine_fingerprint, open_arrays, read_json
 from adaptive_k_moe.calibration.windows import Windows
-from adaptive_k_moe.engine_config import MoeConfig, PretrainedConfig
 from adaptive_k_moe.files import write_json
+from adaptive_k_moe.model_config import MoeConfig, PretrainedConfig
 from adaptive_k_moe.policy import KIND_ENTROPY
 from adaptive_k_moe.runtime.session.expert_load import moe_operators
 from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
@@ -151,7 +151,8 @@ def relative_norms(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64
     # A layer whose experts add nothing at all has no norms to tell them apart by.
     usable = ran & (layer_means > 0)
     relative = np.divide(means, layer_means, out=np.ones_like(means), where=usable)
-    return np.round(relative, DECIMALS)
+    rounded: npt.NDArray[np.float64] = np.round(relative, DECIMALS)
+    return rounded
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,13 +54,11 @@ from adaptive_k_moe.calibration.families import (
     plain_family,
     random_family,
 )
-from adaptive_k_moe.calibration.kinds import CONTAINS, ONE_NUMBER, PER_LAYER, Kind
+from adaptive_k_moe.calibration.kinds import CONTAINS, PER_LAYER, ROUTER_KINDS, Kind
 from adaptive_k_moe.calibration.laboratory import Budget, Laboratory, Measured, static
 from adaptive_k_moe.calibration.routers import RouterTraces
 from adaptive_k_moe.calibration.solve import best_of, keeps, solve
-
-ROUTER_KINDS: tuple[Kind, ...] = ("contribution", "top_p_per_layer", "ratio_per_layer", "contribution_per_layer")
-"""Kinds that are found with the routers' traces."""
+from adaptive_k_moe.policy_kinds import ONE_NUMBER
 
 
 def default_k_values(full_k: int) -> list[int]:

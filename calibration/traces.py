@@ -183,5 +183,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _open(path: Path, mode: str, **layout: Any) -> np.memmap[Any, Any]:
-    file: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode=mode, **layout)  # type: ignore[no-untyped-call]
+    file: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode=mode, **layout)
     return file

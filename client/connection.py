@@ -21,7 +21,7 @@ from adaptive_k_moe.errors import ClientError
 QUESTION_SECONDS = 5.0
 """How long a question that needs no generation may take where the client has no timeout of its own."""
 
-CHANNEL_OPTIONS = (
+_CHANNEL_OPTIONS = (
     # Logits and long prompts exceed gRPC's 4 MB; tritonclient lifts the limits in the same way.
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
@@ -30,6 +30,13 @@ CHANNEL_OPTIONS = (
     # Servers that are replicas have one name and an address each: requests go to them in turn.
     ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
 )
+
+
+def channel_options(url: str) -> tuple[tuple[str, int | str], ...]:
+    """Options of a gRPC channel to this address."""
+    this_machine = url.startswith(("localhost:", "127.", "[::1]:", "ipv4:127."))
+    # A proxy for the world (http_proxy) is none for a server on this machine.
+    return (*_CHANNEL_OPTIONS, *((("grpc.enable_http_proxy", 0),) if this_machine else ()))
 
 
 class Connection:
@@ -81,9 +88,9 @@ class Connection:
         """The server's calls. A channel of asyncio belongs to the loop that runs when it is made, so none is early."""
         with self._lock:
             if self._channel is None and self._credentials is None:
-                self._channel = self._transport.insecure_channel(self._url, CHANNEL_OPTIONS)
+                self._channel = self._transport.insecure_channel(self._url, channel_options(self._url))
             elif self._channel is None:
-                self._channel = self._transport.secure_channel(self._url, self._credentials, CHANNEL_OPTIONS)
+                self._channel = self._transport.secure_channel(self._url, self._credentials, channel_options(self._url))
         return service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def _ask(self, prompt: Prompt, options: GenerateOptions, *, stream: bool) -> tuple[Any, float | None]:

@@ -18,20 +18,9 @@ from adaptive_k_moe.arguments import check_arguments, kinds_of
 from adaptive_k_moe.client.options import GenerateOptions, Prompt
 from adaptive_k_moe.client.results import Chunk, Completion, EngineDescription
 from adaptive_k_moe.errors import ClientError
+from adaptive_k_moe.request_options import DEFAULT_MAX_TOKENS, OPTIONS_BY_NAME, RequestOption
 
-# Types of the inputs that are one number, by name.
-_NUMBERS: dict[str, npt.DTypeLike] = {
-    "max_tokens": np.int32,
-    "temperature": np.float32,
-    "top_k": np.int32,
-    "top_p": np.float32,
-    "seed": np.uint64,
-    "end_id": np.int32,
-    "min_tokens": np.int32,
-    "repetition_penalty": np.float32,
-    "presence_penalty": np.float32,
-    "frequency_penalty": np.float32,
-}
+_NUMBERS = {"INT32": np.int32, "UINT64": np.uint64, "FP32": np.float32}
 
 
 def encode_request(model_name: str, prompt: Prompt, options: GenerateOptions, *, stream: bool) -> Any:
@@ -45,37 +34,33 @@ def encode_request(model_name: str, prompt: Prompt, options: GenerateOptions, *,
     for name, value in options.items():
         if name not in kinds:
             raise ClientError(f"generate() has no option {name!r}.")
-        if name in given and name not in _NUMBERS:  # those say which numbers they can hold
+        option = OPTIONS_BY_NAME.get(name)
+        if name in given and (option is None or option.data_type not in _NUMBERS):  # those say what they can hold
             check_arguments(ClientError, kinds[name], **{name: value})
     text, messages = (prompt, None) if isinstance(prompt, str) else ("", _messages(prompt))
-    tensors: dict[str, npt.NDArray[Any]] = {
-        "text_input": _strings(text),
-        "stream": _flag(stream),
-        "exclude_input_in_output": _flag(True),
-        "return_adaptive_k": _flag(given.get("return_k", True)),
-        "return_log_probs": _flag(given.get("return_log_probs", False)),
-        "return_num_input_tokens": _flag(True),
-        "return_num_output_tokens": _flag(True),
+    asked: dict[str, Any] = {
+        "prompt": text,
+        "messages": messages,
+        "stream": stream,
+        "exclude_input_in_output": True,
+        "return_num_input_tokens": True,
+        "return_num_output_tokens": True,
+        "return_k": True,
+        "max_tokens": DEFAULT_MAX_TOKENS,
+        **given,
     }
-    numbers: dict[str, Any] = {"max_tokens": 32, **given}
-    if numbers.get("temperature") and not {"top_k", "top_p"} & numbers.keys():
+    if asked.get("temperature") and not {"top_k", "top_p", "min_p"} & asked.keys():
         # The server follows TensorRT-LLM, where a temperature alone is still greedy.
-        numbers["top_p"] = 1.0
-    for name, dtype in _NUMBERS.items():
-        if name in numbers:
-            tensors[name] = _number(name, numbers[name], dtype)
-    for name, strings in (("stop_words", given.get("stop")), ("bad_words", given.get("bad"))):
-        if strings:
-            tensors[name] = _strings(*([strings] if isinstance(strings, str) else strings))
-    template = given.get("chat_template_kwargs")
-    for name, string in (
-        ("messages", messages),
-        ("chat_template_kwargs", _json("chat_template_kwargs", dict(template)) if template else None),
-        ("adaptive_k_policy", given.get("adaptive_k_policy")),
-        ("adaptive_k_user", given.get("user")),
-    ):
-        if string is not None:
-            tensors[name] = _strings(string)
+        asked["top_p"] = 1.0
+    if template := asked.pop("chat_template_kwargs", None):
+        asked["chat_template_kwargs"] = _json("chat_template_kwargs", dict(template))
+    if bias := asked.pop("logit_bias", None):
+        asked |= {"logit_bias": list(bias), "logit_bias_weights": list(bias.values())}
+    tensors = {
+        option.text[0]: _tensor(option, asked[name])
+        for name, option in OPTIONS_BY_NAME.items()
+        if option.text and asked.get(name) is not None and asked[name] != []
+    }
     return _request(model_name, tensors, given.get("request_id", ""))
 
 
@@ -198,6 +183,17 @@ def _json(name: str, value: Any) -> str:
         return json.dumps(value)
     except (TypeError, ValueError, RecursionError) as error:
         raise ClientError(f"{name} must be plain data, as JSON has it: {error}.") from None
+
+
+def _tensor(option: RequestOption, value: Any) -> npt.NDArray[Any]:
+    """The input of an option: [1, 1], or [1, n] of a list."""
+    if option.data_type == "BOOL":
+        return _flag(value)
+    values = value if option.dims == (-1,) and not isinstance(value, str) else [value]
+    if option.data_type == "STRING":
+        return _strings(*values)
+    numbers = [_number(option.name, number, _NUMBERS[option.data_type]) for number in values]
+    return np.concatenate(numbers, axis=1)
 
 
 def _number(name: str, value: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

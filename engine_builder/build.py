@@ -22,14 +22,13 @@ from adaptive_k_moe.engine_builder.targets import lower
 from adaptive_k_moe.engine_config import (
     ENGINE_VERSION,
     BuildConfig,
-    Dtype,
     EngineConfig,
-    PretrainedConfig,
     Target,
     file_entry,
     write_engine_config,
 )
 from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import Dtype, PretrainedConfig
 from adaptive_k_moe.policy import PolicySet, read_policy_file
 
 if TYPE_CHECKING:
@@ -105,14 +104,14 @@ def build(
     source, output = Path(checkpoint_dir), Path(output_dir)
     output = check_output(output, source, force=force)
     sizes = Sizes(max_batch_size, max_input_len, max_seq_len, max_num_tokens)
-    plan = _plan(source, target, dtype, weight_only_precision, group_size, sizes)
+    given = policy if isinstance(policy, PolicySet) else read_policy_file(policy) if policy else PolicySet()
+    plan = _plan(source, target, dtype, weight_only_precision, group_size, sizes, given)
     model, build_config = plan.model, plan.build_config
     if target == "tensorrt":
         from adaptive_k_moe.engine_builder.targets.tensorrt import require_tensorrt
 
         require_tensorrt()  # before hours of writing weights
-    policies = policy if isinstance(policy, PolicySet) else read_policy_file(policy) if policy else PolicySet()
-    policies = model.fit_policies(policies)
+    policies = plan.policies
 
     with written_beside(output, "engine") as temporary:
         total = model.num_hidden_layers + 4  # embedding, layers, head, lowering, hashes
@@ -190,7 +189,7 @@ def dry_run(
     check_arguments(BuildError, str | PathLike, checkpoint_dir=checkpoint_dir)
     check_arguments(BuildError, Callable | None, progress=progress)
     sizes = Sizes(max_batch_size, max_input_len, max_seq_len, max_num_tokens)
-    plan = _plan(Path(checkpoint_dir), "tensorrt", dtype, weight_only_precision, group_size, sizes)
+    plan = _plan(Path(checkpoint_dir), "tensorrt", dtype, weight_only_precision, group_size, sizes, PolicySet())
     total, done = plan.model.num_hidden_layers + 3, 0
 
     def report(part: str) -> None:
@@ -225,6 +224,7 @@ class _Plan:
     architecture: type[Decoder]
     model: PretrainedConfig
     build_config: BuildConfig
+    policies: PolicySet
 
 
 def _plan(
@@ -234,6 +234,7 @@ def _plan(
     weight_only_precision: WeightOnlyPrecision | None,
     group_size: int | None,
     sizes: Sizes,
+    policies: PolicySet,
 ) -> _Plan:
     check_arguments(BuildError, Target, target=target)
     check_arguments(BuildError, Dtype | None, dtype=dtype)
@@ -249,8 +250,9 @@ def _plan(
         model = model.model_copy(update={"quantization": quantization})
     elif group_size is not None:
         raise BuildError("group_size is for --use_weight_only with --weight_only_precision int4.")
-    build_config = _build_config(model, target, sizes)
-    return _Plan(source, architecture, model, build_config)
+    policies = model.fit_policies(policies)
+    build_config = _build_config(model, target, sizes, max(model.largest_k(policies).values()))
+    return _Plan(source, architecture, model, build_config, policies)
 
 
 def _write_graph(plan: _Plan, path: Path, report: Callable[[str], None]) -> None:
@@ -275,7 +277,7 @@ def _dtype(config: HfConfig, target: Target, asked: Dtype | None) -> Dtype:
     return asked or ("bfloat16" if own == "bfloat16" else "float16" if target == "tensorrt" else "float32")
 
 
-def _build_config(model: PretrainedConfig, target: Target, sizes: Sizes) -> BuildConfig:
+def _build_config(model: PretrainedConfig, target: Target, sizes: Sizes, max_k: int) -> BuildConfig:
     max_batch_size, input_len, seq_len, num_tokens = sizes
     if seq_len is None:
         seq_len = min(model.max_position_embeddings, _DEFAULT_MAX_SEQ_LEN)
@@ -306,4 +308,5 @@ def _build_config(model: PretrainedConfig, target: Target, sizes: Sizes) -> Buil
         max_input_len=input_len,
         max_seq_len=seq_len,
         max_num_tokens=num_tokens,
+        max_k=max_k,
     )

@@ -22,6 +22,7 @@ from adaptive_k_moe.errors import AdaptiveKError
 from adaptive_k_moe.model_repository.server import TritonServer
 from adaptive_k_moe.runtime import LLM
 from adaptive_k_moe.runtime.perplexity import measure_policies
+from adaptive_k_moe.signals import end_with_parent, unwinding_when_terminated
 
 EXAMPLES = Path(__file__).resolve().parent
 PROMPTS = [
@@ -37,12 +38,18 @@ def main() -> int:
     parser.add_argument("--output_dir", type=Path, default=Path("demo_output"))
     parser.add_argument("--max_tokens", type=int, default=40, help="tokens of each answer")
     parser.add_argument("--heldout_tokens", type=int, default=8192, help="held-out tokens for the perplexity")
+    parser.add_argument("--end_with_parent", type=int, metavar="PID", help="end when this parent process does")
     args = parser.parse_args()
     try:
-        demo(args, Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120))
+        with unwinding_when_terminated():
+            if args.end_with_parent is not None:
+                end_with_parent(args.end_with_parent)
+            demo(args, Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 120))
     except AdaptiveKError as error:
         print(f"demo: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

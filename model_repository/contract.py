@@ -81,6 +81,26 @@ def outputs_of(model: str) -> list[Tensor]:
     return [Tensor("text_output", "STRING", (-1,)), *_OUTPUTS]
 
 
+def input_table() -> str:
+    """The inputs as the table in `docs/serving.md`, in Markdown."""
+    lines = [
+        f"| `{ENSEMBLE}`, `{BLS}` | `{TOKENS}` | type | meaning |",
+        "| --- | --- | --- | --- |",
+    ]
+    sizes: dict[tuple[int, ...], str] = {(1,): "", (-1,): ", n", (2, -1): " [2, n]"}
+    for option in REQUEST_OPTIONS:
+        tokens = "same" if option.text == option.tokens else _in_words(option.tokens)
+        data_type = f"{option.data_type.lower()}{sizes[option.dims]}"
+        meaning = f"{option.help}{'; required' * option.required}"
+        lines.append(f"| {_in_words(option.text)} | {tokens} | {data_type} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _in_words(names: Sequence[str]) -> str:
+    older = f" (older: {', '.join(f'`{name}`' for name in names[1:])})" if names[1:] else ""
+    return f"`{names[0]}`{older}" if names else "none"
+
+
 def shipped_configs() -> dict[str, str]:
     """The `config.pbtxt` of each model as it stands in this package, with the engine left to be named."""
     engine = {"engine_dir": "${engine_dir}"}

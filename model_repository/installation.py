@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adaptive_k_moe.errors import DependencyError
-
-_STUB = "triton_python_backend_stub"
+from adaptive_k_moe.model_repository import triton_wheel
 
 
 class Installation(NamedTuple):
@@ -26,39 +25,31 @@ class Installation(NamedTuple):
     program: Path
     wheel_dir: Path | None
 
+    def check(self) -> None:
+        """Refuse a server that cannot run this Python.
+
+        Raises:
+            DependencyError: why, and what to install.
+        """
+        if self.wheel_dir is not None:
+            triton_wheel.check(self.wheel_dir)
+
     def prepare(self, directory: Path) -> tuple[list[str], dict[str, str]]:
-        """What this server needs besides its model repository; files it needs go to `directory`.
+        """What this server needs besides its model repository.
+
+        Args:
+            directory: where files go that it needs; the folder to start it in.
 
         Returns:
             Command-line options, and environment variables to set.
 
         Raises:
-            DependencyError: the wheel has no Python backend for this interpreter's version.
+            DependencyError: as `check` does.
         """
+        options, environment = ([], {}) if self.wheel_dir is None else triton_wheel.prepare(self.wheel_dir, directory)
         # The backend's stub process finds its packages through the `bin` that leads PATH.
-        environment = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])}
-        if self.wheel_dir is None:
-            return [], environment
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        stub = self.wheel_dir / "python_backend_stubs" / version / _STUB
-        if not stub.is_file():
-            raise DependencyError(
-                f"the nvidia-pytriton wheel has no Python backend for Python {version}: use one of "
-                f"{', '.join(sorted(path.name for path in stub.parent.parent.glob('3.*')))}, "
-                "or install NVIDIA's Triton server."
-            )
-        # The wheel ships the stubs apart from the backend; they are joined outside site-packages.
-        backend = directory / "backends" / "python"
-        backend.mkdir(parents=True)
-        for source in [*(self.wheel_dir / "backends" / "python").iterdir(), stub]:
-            if source.is_file():
-                shutil.copy2(source, backend)
-        (backend / _STUB).chmod(0o755)
-        libraries = str(self.wheel_dir.parent.parent / "nvidia_pytriton.libs")
-        search = [libraries, *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
-        environment["LD_LIBRARY_PATH"] = os.pathsep.join(search)
-        # This build has no GPU support to report on.
-        return [f"--backend-directory={backend.parent}", "--allow-gpu-metrics=false"], environment
+        environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        return options, environment
 
 
 def find_tritonserver(program: str | Path | None = None) -> Installation:
@@ -79,7 +70,7 @@ def find_tritonserver(program: str | Path | None = None) -> Installation:
         if (wheel_program := Path(location, "tritonserver", "bin", "tritonserver")).is_file():
             return _installation(wheel_program)
     raise DependencyError(
-        "there is no Triton server here: install one with pip install 'adaptive-k-moe[engine]', "
+        f"there is no Triton server here: install one with pip install --no-deps {triton_wheel.WHEEL}, "
         "or run inside NVIDIA's Triton container."
     )
 

@@ -125,9 +125,9 @@ def _parse_prompt(options: Inputs, row: int) -> GenerationRequest:
         raise RequestError(
             f"length_penalty is {length_penalty:g}: it acts on beam search, which is not supported; leave it out."
         )
-    # TensorRT-LLM's rule: neither top_k nor top_p means greedy, whatever the temperature.
-    top_k, top_p = value("top_k", 0), value("top_p", 0.0)
-    if top_k == 0 and top_p == 0:
+    # TensorRT-LLM's rule: neither top_k nor top_p means greedy, whatever the temperature. It has no min_p here.
+    top_k, top_p, min_p = value("top_k", 0), value("top_p", 0.0), value("min_p", 0.0)
+    if top_k == 0 and top_p == 0 and min_p == 0:
         top_k = 1
     returns_token_ids = options["prompt"].dtype != object
     prompt: str | list[int] | list[Message]
@@ -151,6 +151,7 @@ def _parse_prompt(options: Inputs, row: int) -> GenerationRequest:
             temperature=value("temperature", 1.0),
             top_k=top_k,
             top_p=top_p if top_p != 0 else 1.0,
+            min_p=min_p,
             repetition_penalty=value("repetition_penalty", 1.0),
             presence_penalty=value("presence_penalty", 0.0),
             frequency_penalty=value("frequency_penalty", 0.0),

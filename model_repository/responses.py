@@ -30,44 +30,20 @@ class ResponseBuilder:
         self._tokens_sent = [0] * request.sampling_params.n
         self._ended = [False] * request.sampling_params.n
         self._context_logits_sent = False
-        self._prompt_counted = False
-        self._experts_run = 0
-        self._expert_choices = 0  # tokens x layers that `_experts_run` is over
-        self._full_k = 0
-
-    @property
-    def avg_k(self) -> float:
-        """Mean k over the tokens (prompt and answers) and layers reported so far; NaN before any."""
-        return self._experts_run / self._expert_choices if self._expert_choices else float("nan")
-
-    @property
-    def compute_saved_ratio(self) -> float:
-        """Share of expert runs left out against the trained top-k."""
-        return 1.0 - self.avg_k / self._full_k if self._full_k else float("nan")
 
     def build(self, output: RequestOutput) -> list[Outputs]:
         """The responses that an output of the runtime calls for: at most one a sequence."""
         if not self._request.streaming and not output.finished:
             return []
-        self._full_k = output.full_k
-        if not self._prompt_counted and len(output.prompt_k):
-            self._count(output.prompt_k)
-            self._prompt_counted = True
         fresh = []
         for completion in output.outputs:
             sent = self._tokens_sent[completion.index]
             ending = completion.finish_reason is not None and not self._ended[completion.index]
             if len(completion.token_ids) > sent or completion.text_diff or ending:
                 fresh.append((completion, sent))
-                # The first token came from the last prompt token's pass, which has been counted.
-                self._count(completion.k[max(sent, 1) :])
                 self._tokens_sent[completion.index] = len(completion.token_ids)
                 self._ended[completion.index] = completion.finish_reason is not None
         return [self._tensors(output, completion, sent) for completion, sent in fresh]
-
-    def _count(self, k: npt.NDArray[np.int32]) -> None:
-        self._experts_run += int(k.sum())
-        self._expert_choices += k.size
 
     def _tensors(self, output: RequestOutput, completion: CompletionOutput, sent: int) -> Outputs:
         request = self._request
@@ -75,8 +51,8 @@ class ResponseBuilder:
             **(self._token_ids(output, completion, sent) if request.returns_token_ids else self._text(completion)),
             "batch_index": _scalar(request.batch_index, np.int32),
             "sequence_index": _scalar(completion.index, np.int32),
-            "adaptive_k_avg_k": _scalar(self.avg_k, np.float32),
-            "adaptive_k_compute_saved_ratio": _scalar(self.compute_saved_ratio, np.float32),
+            "adaptive_k_avg_k": _scalar(output.avg_k, np.float32),
+            "adaptive_k_compute_saved_ratio": _scalar(output.compute_saved_ratio, np.float32),
         }
         if output.variant is not None:
             tensors["adaptive_k_variant"] = _string(output.variant)

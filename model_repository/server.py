@@ -4,13 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -28,12 +25,13 @@ from adaptive_k_moe.model_repository.contract import MODELS
 from adaptive_k_moe.model_repository.installation import find_tritonserver
 from adaptive_k_moe.model_repository.observation_options import ObservationOptions
 from adaptive_k_moe.model_repository.repository import write_model_repository
-from adaptive_k_moe.model_repository.server_directory import ServerDirectory, server_directory
-from adaptive_k_moe.model_repository.socket_directory import socket_directory
+from adaptive_k_moe.model_repository.server_process import EndedProcess, ServerProcess
+from adaptive_k_moe.model_repository.supervisor import shared_memory_prefix
 
 _POLL_SECONDS = 0.1
 _DRAIN_SECONDS = 5
 _KILL_AFTER_SECONDS = 15.0
+_NOTICE_SECONDS = 2.0
 # What lines of a request log that goes to standard output begin with.
 _REQUEST_LINE = b'{"ts":'
 _PORT_NAMES = ("HTTP", "gRPC", "metrics")
@@ -41,6 +39,8 @@ _PORT_NAMES = ("HTTP", "gRPC", "metrics")
 
 class TritonServer:
     """A Triton server that serves one engine; a context manager that starts and stops it.
+
+    It ends when this process ends, however that happens, and leaves no process, file, socket or shared memory.
 
     Example::
 
@@ -61,8 +61,6 @@ class TritonServer:
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None leaves it to the runtime.
         observation: what the server writes down of its requests besides metrics; None is nothing.
         ready_timeout: seconds that the server may take to load the engine.
-        end_with_thread: on Linux, have the server end when the thread that calls `start` ends for whatever
-            reason, `kill -9` of this process among them. For a thread that lives as long as the server should.
 
     Raises:
         EngineError: the engine directory is missing, incomplete, or of another version.
@@ -86,7 +84,6 @@ class TritonServer:
         kv_cache_max_tokens: int | None = None,
         observation: ObservationOptions | None = None,
         ready_timeout: float = 600.0,
-        end_with_thread: bool = False,
     ) -> None:
         check_arguments(ServerError, str | os.PathLike, engine_dir=engine_dir)
         check_arguments(ServerError, int, http_port=http_port, grpc_port=grpc_port, metrics_port=metrics_port)
@@ -97,7 +94,6 @@ class TritonServer:
         check_arguments(ServerError, int | None, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens)
         check_arguments(ServerError, ObservationOptions | None, observation=observation)
         check_arguments(ServerError, float, ready_timeout=ready_timeout)
-        check_arguments(ServerError, bool, end_with_thread=end_with_thread)
         self.engine_dir = Path(engine_dir)
         self.host = host
         self._asked_ports = (http_port, grpc_port, metrics_port)
@@ -109,8 +105,8 @@ class TritonServer:
         self._kv_cache_max_tokens = kv_cache_max_tokens
         self._observation = observation or ObservationOptions()
         self._ready_timeout = ready_timeout
-        self._end_with_thread = end_with_thread
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ServerProcess | None = None
+        self._drain = False
         self._log_tail: deque[str] = deque(maxlen=400)
         self._resources = contextlib.ExitStack()
 
@@ -152,10 +148,16 @@ class TritonServer:
         read_engine_config(self.engine_dir, verify_files=False)
         self._observation.check()
         installation = find_tritonserver(self._tritonserver)
+        installation.check()
         self._ports = _reserve_ports(self.host, self._asked_ports)
         try:
-            self._directory = directory = self._resources.enter_context(server_directory())
-            repository = (self._model_repository or directory.path / "models").absolute()
+            sink = self._open_log()
+            self._process = process = ServerProcess()
+            reader = threading.Thread(target=self._copy_log, args=(process.log, sink), daemon=True)
+            reader.start()
+            # Runs before the sink is closed, when all writers of the pipe have gone.
+            self._resources.callback(reader.join, 5.0)
+            repository = (self._model_repository or process.directory / "models").absolute()
             write_model_repository(
                 repository,
                 self.engine_dir,
@@ -163,32 +165,27 @@ class TritonServer:
                 kv_cache_max_tokens=self._kv_cache_max_tokens,
                 parameters=self._observation.to_parameters(),
             )
-            options, environment = installation.prepare(directory.path)
-            environment["TMPDIR"] = str(directory.path)  # the models' sockets lie there, too
-            command = [str(installation.program.absolute()), *self._options(repository, directory), *options]
-            self._launch(command, {**os.environ, **environment}, directory)
-            return self._wait_ready(stop_asked)
+            options, environment = installation.prepare(process.directory)
+            environment["TMPDIR"] = str(process.directory)  # the models' sockets lie there, too
+            program = str(installation.program.absolute())
+            process.launch([program, *self._options(repository, process.directory), *options], environment)
+            return self._wait_ready(process, stop_asked)
         except BaseException:
             self.stop()
             raise
 
     def stop(self) -> None:
-        """Stop the server; no process of it is left afterwards."""
+        """Stop the server; no process of it is left afterwards.
+
+        One that is ready lets running requests end for 5 seconds.
+        """
         process, self._process = self._process, None
-        if process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(_DRAIN_SECONDS + _KILL_AFTER_SECONDS)
-            except subprocess.TimeoutExpired:
-                pass
-            # Stub processes of models outlive a server that was killed; they share its group.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            # A server that was killed leaves its sockets, which lie elsewhere where the path would be too long.
-            shutil.rmtree(socket_directory(process.pid, self._directory.path), ignore_errors=True)
-        self._resources.close()
+        try:
+            if process is not None:
+                process.stop(_DRAIN_SECONDS + _KILL_AFTER_SECONDS if self._drain else 0.0)
+        finally:
+            self._drain = False
+            self._resources.close()
 
     def wait(self, stop_asked: threading.Event) -> None:
         """Wait until `stop_asked` is set.
@@ -196,8 +193,8 @@ class TritonServer:
         Raises:
             ServerError: the server ended on its own.
         """
-        while not stop_asked.wait(_POLL_SECONDS):
-            self._check_alive("stopped on its own")
+        while self._process is not None and not stop_asked.wait(_POLL_SECONDS):
+            self._check_alive(self._process, "stopped on its own")
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -213,7 +210,7 @@ class TritonServer:
         address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
         return f"[{address}]" if ":" in address else address
 
-    def _options(self, repository: Path, directory: ServerDirectory) -> list[str]:
+    def _options(self, repository: Path, directory: Path) -> list[str]:
         return [
             f"--model-repository={repository}",
             "--disable-auto-complete-config",  # they are complete; spares starting each model twice
@@ -223,35 +220,17 @@ class TritonServer:
             f"--exit-timeout-secs={_DRAIN_SECONDS}",
             f"--log-verbose={self._log_verbose}",
             "--pinned-memory-pool-byte-size=0",  # nothing of ours travels through it
-            f"--backend-config=python,shm-region-prefix-name={directory.shared_memory_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={shared_memory_prefix(directory)}",
         ]
 
-    def _launch(self, command: list[str], environment: dict[str, str], directory: ServerDirectory) -> None:
-        sink: IO[bytes] = sys.stderr.buffer
-        if self._log_file is not None:
-            try:
-                log = Path(self._log_file).open("ab")  # noqa: SIM115  # closed when the server has stopped
-                sink = self._resources.enter_context(log)
-            except OSError as error:
-                raise ServerError(f"cannot write the log {self._log_file}: {error.strerror}.") from None
+    def _open_log(self) -> IO[bytes]:
+        if self._log_file is None:
+            return sys.stderr.buffer
         try:
-            self._process = subprocess.Popen(
-                command,
-                env=environment,
-                cwd=directory.path,  # the backend's Python imports what lies there first, whatever it is
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                pass_fds=(directory.lock,),
-                start_new_session=True,  # its own group: Ctrl-C reaches us only, and we can end all of it
-                preexec_fn=_end_with_parent if self._end_with_thread and sys.platform == "linux" else None,
-            )
+            log = Path(self._log_file).open("ab")  # noqa: SIM115  # closed when the server has stopped
         except OSError as error:
-            raise ServerError(f"cannot start {command[0]}: {error.strerror}.") from None
-        reader = threading.Thread(target=self._copy_log, args=(self._process.stdout, sink), daemon=True)
-        reader.start()
-        # Runs before the sink is closed, when all writers of the pipe have gone.
-        self._resources.callback(reader.join, 5.0)
+            raise ServerError(f"cannot write the log {self._log_file}: {error.strerror}.") from None
+        return self._resources.enter_context(log)
 
     def _copy_log(self, source: IO[bytes], sink: IO[bytes]) -> None:
         with source:
@@ -270,47 +249,57 @@ class TritonServer:
             sys.stdout.buffer.write(line)
             sys.stdout.buffer.flush()
 
-    def _wait_ready(self, stop_asked: threading.Event | None) -> bool:
+    def _wait_ready(self, process: ServerProcess, stop_asked: threading.Event | None) -> bool:
         deadline = time.monotonic() + self._ready_timeout
+        ended: dict[EndedProcess, float] = {}
         while time.monotonic() < deadline:
-            self._check_alive("did not start")
+            self._check_alive(process, "did not start")
             if all(_is_ready(f"http://{self.http_url}/v2/models/{model}/ready") for model in MODELS):
+                self._drain = True
                 return True
+            # Triton waits for ever for a model's process that ended before it could say so; one that said what is wrong
+            # it waits for, says it in its log, and ends.
+            ended = {child: ended.get(child, time.monotonic()) for child in process.ended_children()}
+            for child, since in ended.items():
+                if time.monotonic() - since > _NOTICE_SECONDS:
+                    how = "" if child.status is None else f" by {_in_words(child.status)}"
+                    raise ServerError(
+                        f"the Triton server did not start, as a model's process ended{how}: {self._reason()}"
+                    )
             if stop_asked is None:
                 time.sleep(_POLL_SECONDS)
             elif stop_asked.wait(_POLL_SECONDS):
                 return False
         raise ServerError(f"the Triton server was not ready after {self._ready_timeout:g} s: {self._reason()}")
 
-    def _check_alive(self, what: str) -> None:
-        if self._process is None or self._process.poll() is None:
+    def _check_alive(self, process: ServerProcess, what: str) -> None:
+        status = process.status()
+        if status is None:
             return
-        status = self._process.returncode
         time.sleep(_POLL_SECONDS)  # let the log's last lines arrive
         if status < 0:
-            raise ServerError(f"the Triton server {what}: signal {-status} ({signal.strsignal(-status)}) ended it.")
-        raise ServerError(f"the Triton server {what} (exit status {status}): {self._reason()}")
+            raise ServerError(f"the Triton server {what}: {_in_words(status)} ended it.")
+        raise ServerError(f"the Triton server {what} ({_in_words(status)}): {self._reason()}")
 
     def _reason(self) -> str:
         """The log's own account of what went wrong, shortened to its sentences."""
         found: list[str] = []
         for line in self._log_tail:
-            # "E1124 05:53:00.435649 5760 file.cc:241] message", or "error: message" from the server itself.
-            match = re.match(r"E\d{4} [\d:.]+ \d+ [\w.]+:\d+\] (.*)|error: (.*)", line)
+            # "E1124 05:53:00.435649 5760 file.cc:241] message"; "error: message" from the server itself; the loader's
+            # "PROGRAM: error while loading shared libraries: LIBRARY: reason".
+            match = re.match(r"E\d{4} [\d:.]+ \d+ [\w.]+:\d+\] (.*)|(?:.*: )?(error(?: while loading.*?)?: .*)", line)
             if match is None or "CudaDriverHelper" in line:  # said on every machine without a GPU
                 continue
             # A model's error is "...TritonModelException: sentence\n\nAt:\n  file(line): function".
-            message = (match[1] or match[2]).strip('"').split("\\n\\nAt:")[0]
+            message = (match[1] or match[2].removeprefix("error: ")).strip('"').split("\\n\\nAt:")[0]
             message = message.rpartition("TritonModelException: ")[2]
             if not any(message in other or other in message for other in found):
                 found.append(message)
         return "; ".join(found[:2]) or "its log says nothing of an error."
 
 
-def _end_with_parent() -> None:
-    """Ask Linux, in the child, for a SIGTERM when the parent's thread ends."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+def _in_words(status: int) -> str:
+    return f"exit status {status}" if status >= 0 else f"signal {-status} ({signal.strsignal(-status)})"
 
 
 def _reserve_ports(host: str, asked: tuple[int, ...]) -> list[int]:
@@ -335,8 +324,9 @@ def _reserve_ports(host: str, asked: tuple[int, ...]) -> list[int]:
 
 
 def _is_ready(url: str) -> bool:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is on this machine
     try:
-        with urllib.request.urlopen(url, timeout=2.0) as answer:
+        with direct.open(url, timeout=2.0) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

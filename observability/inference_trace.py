@@ -10,7 +10,7 @@ import numpy as np
 
 from adaptive_k_moe.observability.recorder import outcome_of
 from adaptive_k_moe.observability.trace_context import TraceContext, read_trace_context
-from adaptive_k_moe.runtime.outputs import RequestOutput
+from adaptive_k_moe.runtime.outputs import RequestOutput, rows_of_passes
 from adaptive_k_moe.runtime.telemetry import Refusal
 
 
@@ -73,11 +73,8 @@ class InferenceTrace:
         def date(seconds: float | None) -> float | None:
             return None if seconds is None else seconds + to_date
 
-        # As in `RequestOutput.avg_k`, the first token's pass is that of the last prompt token.
-        parts = [event.prompt_k.ravel(), *(completion.k[1:].ravel() for completion in event.outputs)]
-        counts = np.bincount(np.concatenate(parts), minlength=1)
-        total = int(counts.sum())
-        avg_k = float(counts @ np.arange(len(counts)) / total) if total else None
+        counts = np.bincount(rows_of_passes(event.prompt_k, *(each.k for each in event.outputs)).ravel())
+        ran = event.expert_runs.choices > 0
         return cls(
             request_id=event.context.client_id or event.request_id,
             batch_index=event.context.batch_index,
@@ -85,8 +82,8 @@ class InferenceTrace:
             variant=event.variant,
             num_input_tokens=len(event.prompt_token_ids),
             num_output_tokens=sum(len(completion.k) for completion in event.outputs),
-            avg_k=avg_k,
-            compute_saved_ratio=1.0 - avg_k / event.full_k if avg_k is not None and event.full_k else None,
+            avg_k=event.avg_k if ran else None,
+            compute_saved_ratio=event.compute_saved_ratio if ran else None,
             k_histogram={k: int(count) for k, count in enumerate(counts.tolist()) if count},
             finish_reason=outcome_of(event),
             error=event.error,

@@ -13,11 +13,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from adaptive_k_moe.errors import RequestError
 from adaptive_k_moe.files import write_text
+from adaptive_k_moe.runtime.outputs import RequestOutput, rows_of_passes
 from adaptive_k_moe.validation import describe_first_error
 
 if TYPE_CHECKING:
     from adaptive_k_moe.runtime import LLM
-    from adaptive_k_moe.runtime.outputs import RequestOutput
 
 
 # JSON has no NaN: it is null in a file.
@@ -83,9 +83,8 @@ class KTrace(_Model):
         completion = output.outputs[0]
         model = llm.config.pretrained_config
         num_prompt = len(output.prompt_token_ids)
-        # A generated token's row is that of the pass that produced it: of the token before it.
-        ks = np.concatenate([output.prompt_k, completion.k[1:]])
-        entropies = np.concatenate([output.prompt_entropy, completion.entropy[1:]])
+        ks = rows_of_passes(output.prompt_k, completion.k)
+        entropies = rows_of_passes(output.prompt_entropy, completion.entropy)
         answer = completion.token_ids[-len(completion.k) :] if len(completion.k) else []
         token_ids = [*output.prompt_token_ids, *answer][: len(ks)]
         texts = _texts(token_ids, llm)
@@ -93,7 +92,7 @@ class KTrace(_Model):
             model=model.architecture,
             policy=output.policy,
             num_experts=model.moe.num_experts,
-            full_k=output.full_k,
+            full_k=output.expert_runs.full_k,
             tokens=[
                 TokenTrace(
                     id=token_id,

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from adaptive_k_moe.observability.debugger import can_be_written
 from adaptive_k_moe.observability.k_trace import KTrace, TokenTrace
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
 
 _HEIGHTS = "▁▂▃▄▅▆▇█"
 _ASCII_HEIGHTS = ".:-=+*#@"
@@ -67,11 +68,11 @@ def _escaped(text: str) -> str:
 
 def _summary(trace: KTrace) -> Text:
     k = trace.k
-    avg_k = float(k.mean())
-    saved = 1.0 - avg_k / trace.full_k
+    runs = ExpertRuns.of(trace.full_k, k)
     by_layer = "  ".join(f"{layer}: {mean:.2f}" for layer, mean in enumerate(k.mean(axis=0).tolist()))
     return Text(
-        f"{len(trace.tokens)} tokens, mean k {avg_k:.3f}, {100 * saved:.1f} % of the expert runs saved\n"
+        f"{len(trace.tokens)} tokens, mean k {runs.avg_k:.3f}, {runs.compute_saved_ratio * 100:.1f} % of the expert "
+        f"runs saved\n"
         f"mean k by layer  {by_layer}"
     )
 

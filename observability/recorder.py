@@ -20,6 +20,7 @@ import numpy.typing as npt
 from adaptive_k_moe.observability import definitions
 from adaptive_k_moe.observability.definitions import MAX_POLICY_LABELS, METRICS, NO_POLICY, OTHER_POLICIES, Metric
 from adaptive_k_moe.observability.histogram import Histograms, HistogramValue
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
 from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, Refusal, StepRecord
 
 if TYPE_CHECKING:
@@ -111,17 +112,13 @@ class Recorder(Observer):
         """A recorder for an `LLM`, which it does not keep alive; it has yet to be added as an observer."""
         import weakref
 
-        from adaptive_k_moe.policy import MAX_K
-
         model = llm.config.pretrained_config
         reference = weakref.ref(llm)
-        # Policies can come later, but none runs more experts than there are.
-        max_k = max(model.num_experts_per_tok, int(llm.policies.k_values.max(initial=1)))
         return cls(
             num_layers=len(model.moe.layers),
             num_experts=model.moe.num_experts,
             full_k=model.num_experts_per_tok,
-            max_k=min(max_k, model.moe.num_experts, MAX_K),
+            max_k=llm.config.build_config.capacity(model),
             stats=lambda: None if (living := reference()) is None else living.stats(),
             expert_load=lambda: None if (living := reference()) is None else living.expert_load(),
             keep_observations=keep_observations,
@@ -269,9 +266,9 @@ class Recorder(Observer):
                 continue
             for layer, value in enumerate(values):
                 yield Sample(definitions.EXPERTS_PER_TOKEN, (str(layer), policy), value)
-            avg_k = sum(value.sum for value in values) / choices
-            yield Sample(definitions.AVG_K, (policy,), avg_k)
-            yield Sample(definitions.COMPUTE_SAVED, (policy,), 1.0 - avg_k / self._full_k)
+            runs = ExpertRuns(self._full_k, int(sum(value.sum for value in values)), choices)
+            yield Sample(definitions.AVG_K, (policy,), runs.avg_k)
+            yield Sample(definitions.COMPUTE_SAVED, (policy,), runs.compute_saved_ratio)
 
 
 def _by_policies(steps: Sequence[StepRecord]) -> Iterator[tuple[Sequence[str], Sequence[StepRecord]]]:

@@ -17,19 +17,11 @@ from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.block_manager import BlockManager
 from adaptive_k_moe.runtime.chat_template import Message
 from adaptive_k_moe.runtime.detokenizer import AnswerText
-from adaptive_k_moe.runtime.outputs import (
-    NO_CONTEXT,
-    Enrollment,
-    ErrorKind,
-    FinishReason,
-    RequestContext,
-    RequestMetrics,
-    RequestOutput,
-)
+from adaptive_k_moe.runtime.outputs import ErrorKind, FinishReason, RequestMetrics, RequestOutput
 from adaptive_k_moe.runtime.sampler import FloatArray, SamplingState, sample
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 from adaptive_k_moe.runtime.scheduler import Chunk, Scheduler
-from adaptive_k_moe.runtime.sequence import Request, Sequence
+from adaptive_k_moe.runtime.sequence import Request, RunOptions, Sequence
 from adaptive_k_moe.runtime.session.base import Int32Array, Int64Array, Session, StepInput, StepOutput
 from adaptive_k_moe.runtime.session.expert_load import CountsExperts
 from adaptive_k_moe.runtime.state_slots import StateSlots
@@ -113,23 +105,15 @@ class Engine:
         self,
         prompt: Prompt,
         params: SamplingParams,
-        request_id: str,
-        *,
-        streaming: bool = False,
-        enrollment: Enrollment | None = None,
-        context: RequestContext = NO_CONTEXT,
-        background: bool = False,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
+        options: RunOptions,
     ) -> Request:
         """Check a request and make it ready for `add`; changes nothing.
-
-        With `chat_template_kwargs`, which are given to the model's chat template, the prompt has to be a conversation.
 
         Raises:
             RequestError: the prompt or a parameter asks for something impossible here.
             PolicyError: there is no policy of that name.
         """
-        text, token_ids = self._encode(prompt, params, chat_template_kwargs or {})
+        text, token_ids = self._encode(prompt, params, options.chat_template_kwargs)
         session, max_seq_len = self._session, self.limits.max_seq_len
         if not token_ids:
             raise RequestError("the prompt is empty: give at least one token.")
@@ -140,7 +124,7 @@ class Engine:
             )
         # What the server scores in idle time is a prompt with its answer, which max_input_len is not about.
         max_input_len = self.limits.max_input_len
-        if max_input_len is not None and len(token_ids) > max_input_len and not background:
+        if max_input_len is not None and len(token_ids) > max_input_len and not options.background:
             raise RequestError(
                 f"the prompt has {len(token_ids)} tokens, but max_input_len is {max_input_len} here: shorten the "
                 "prompt or build the engine with a larger --max_input_len."
@@ -166,19 +150,15 @@ class Engine:
         logit_bias = self._logit_bias(params)
         policy_index = self.policies.index(params.adaptive_k_policy)
         request = Request(
-            request_id=request_id,
+            options=options,
             prompt=text,
             prompt_token_ids=token_ids,
             params=params,
             policy=self.policies.names[policy_index],
             policy_index=policy_index,
-            streaming=streaming,
             end_ids=end_ids,
             metrics=RequestMetrics(arrival_time=time.monotonic()),
             full_k=self._full_k,
-            enrollment=enrollment,
-            context=context,
-            background=background,
         )
         if not params.exclude_input_from_output:
             request.prompt_text = text if text is not None else self._decode(token_ids, params)
@@ -303,7 +283,7 @@ class Engine:
                     token_intervals=token_intervals,
                     k=result.k,
                     entropy=result.entropy,
-                    policy_index=step.policy_index,
+                    policy_index=self.policies.policy_of_row[step.policy_index],
                     policies=self.policies.names,
                 )
             )
@@ -385,7 +365,9 @@ class Engine:
             end = start + num_tokens
             input_ids += sequence.token_ids[start:end]
             position_ids += range(start, end)
-            policy_index += [sequence.request.policy_index] * num_tokens
+            in_prompt = min(max(sequence.num_prompt_tokens - start, 0), num_tokens)
+            policy = sequence.request.policy_index
+            policy_index += [policy] * in_prompt + [self.policies.decode_row[policy]] * (num_tokens - in_prompt)
             past_lens.append(start)
             begins.append(begin + num_tokens)
             block_tables.append(sequence.block_table[: self._blocks.blocks_for(end)])
@@ -474,7 +456,7 @@ class Engine:
                 continue
             if request.finished:
                 outputs.append(self._finished(request))
-            elif request.streaming:
+            elif request.options.streaming:
                 outputs.append(request.output())
         return outputs, token_intervals
 

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -24,6 +23,7 @@ from adaptive_k_moe.runtime.engine import Engine, EngineLimits, Prompt
 from adaptive_k_moe.runtime.handle import GenerationHandle, OnOutput
 from adaptive_k_moe.runtime.outputs import NO_CONTEXT, Enrollment, ErrorKind, RequestContext, RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
+from adaptive_k_moe.runtime.sequence import RunOptions
 from adaptive_k_moe.runtime.session.base import Int64Array, Session
 from adaptive_k_moe.runtime.telemetry import EngineStats, Observer, Refusal, logger
 from adaptive_k_moe.runtime.tokenizer import Tokenizer, TokenizerLike
@@ -219,7 +219,7 @@ class LLM:
         Raises:
             RequestError, PolicyError: a prompt or its parameters are unusable; none is run.
         """
-        with self._telling_of_a_refusal(_new_id()):
+        with self._telling_of_a_refusal(RunOptions(_new_id())):
             single, prompts = _prompts_in(inputs)
             params = _params_for(len(prompts), sampling_params)
         outputs = self._generate(prompts, params)
@@ -270,7 +270,7 @@ class LLM:
         # What is no list at all is refused as a conversation.
         single = not isinstance(messages, Sequence) or (len(messages) > 0 and isinstance(messages[0], Mapping))
         conversations: list[Any] = [messages] if single else list(messages)
-        with self._telling_of_a_refusal(_new_id()):
+        with self._telling_of_a_refusal(RunOptions(_new_id())):
             params = _params_for(len(conversations), sampling_params)
             variables = {"add_generation_prompt": add_generation_prompt, **_template_variables(chat_template_kwargs)}
         outputs = self._generate(conversations, params, variables)
@@ -324,26 +324,14 @@ class LLM:
         check_arguments(RequestError, str | None, request_id=request_id)
         check_arguments(RequestError, Enrollment | None, enrollment=enrollment)
         check_arguments(RequestError, RequestContext, context=context)
-        request_id = request_id or _new_id()
-        told = functools.partial(
-            self._telling_of_a_refusal, request_id, enrollment=enrollment, context=context, silent=background
-        )
-        with told():
+        options = RunOptions(request_id or _new_id(), streaming, enrollment, context, background)
+        with self._telling_of_a_refusal(options):
             check_arguments(RequestError, bool, streaming=streaming, background=background)
             check_arguments(RequestError, Callable | None, on_output=on_output)
             params = _params_for(1, sampling_params)[0]
-        with told(params):
-            request = self._engine.prepare(
-                inputs,
-                params,
-                request_id,
-                streaming=streaming,
-                enrollment=enrollment,
-                context=context,
-                background=background,
-                chat_template_kwargs=_template_variables(chat_template_kwargs),
-            )
-            return self._worker.submit(request, on_output, self)
+        with self._telling_of_a_refusal(options, params):
+            options = replace(options, chat_template_kwargs=_template_variables(chat_template_kwargs))
+            return self._worker.submit(self._engine.prepare(inputs, params, options), on_output, self)
 
     def stats(self) -> EngineStats:
         """Counts and totals at this moment."""
@@ -369,22 +357,14 @@ class LLM:
         self._engine.observers.remove(observer)
 
     @contextlib.contextmanager
-    def _telling_of_a_refusal(
-        self,
-        request_id: str,
-        params: SamplingParams | None = None,
-        *,
-        enrollment: Enrollment | None = None,
-        context: RequestContext = NO_CONTEXT,
-        silent: bool = False,
-    ) -> Iterator[None]:
+    def _telling_of_a_refusal(self, options: RunOptions, params: SamplingParams | None = None) -> Iterator[None]:
         try:
             yield
         except AdaptiveKError as error:
-            if not silent:
+            if not options.background:
                 policy = None if params is None else params.adaptive_k_policy
-                refusal = Refusal(request_id, policy, str(error), error_kind_of(error), enrollment, context)
-                self._engine.observers.request_refused(refusal)
+                told = options.request_id, policy, str(error), error_kind_of(error), options.enrollment, options.context
+                self._engine.observers.request_refused(Refusal(*told))
             raise
 
     def _generate(
@@ -393,13 +373,13 @@ class LLM:
         """Answer prompts, each with its parameters; with variables of the chat template they are conversations."""
         requests = []
         for prompt, param in zip(prompts, params, strict=True):
-            request_id = _new_id()
-            with self._telling_of_a_refusal(request_id, param):
-                requests.append(self._engine.prepare(prompt, param, request_id, chat_template_kwargs=variables))
+            options = RunOptions(_new_id(), chat_template_kwargs=variables or {})
+            with self._telling_of_a_refusal(options, param):
+                requests.append(self._engine.prepare(prompt, param, options))
         handles: list[GenerationHandle] = []
         try:
             for request in requests:
-                with self._telling_of_a_refusal(request.request_id, request.params):
+                with self._telling_of_a_refusal(request.options, request.params):
                     handles.append(self._worker.submit(request, None, self))
             return [handle.result() for handle in handles]
         except BaseException:
@@ -450,7 +430,7 @@ def _show(llm: LLM, watcher: Callable[[LLM], None]) -> None:
     try:
         watcher(llm)
     except Exception:
-        logger.exception("a watcher of new LLMs raised; the LLM runs on without it")
+        logger.exception("an LLM watcher raised")
 
 
 def error_kind_of(error: AdaptiveKError) -> ErrorKind:

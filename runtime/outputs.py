@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.arguments import check_fields
 from adaptive_k_moe.errors import RequestError
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -141,6 +142,7 @@ class RequestOutput:
         context_logits: [len(prompt_token_ids), V] if asked for.
         prompt_logprobs: for each prompt token after the first, token id to log-probability of it and of the
             likeliest tokens in its place, if asked for.
+        expert_runs: experts run for all tokens computed, prompt and answers, against the trained top-k.
         metrics: when things happened.
         error: the sentence, where `finish_reason` is "error".
         error_kind: what failed, where `finish_reason` is "error".
@@ -156,13 +158,12 @@ class RequestOutput:
     policy: str
     prompt_k: npt.NDArray[np.int32]
     prompt_entropy: npt.NDArray[np.float32]
+    expert_runs: ExpertRuns
     metrics: RequestMetrics
     context_logits: npt.NDArray[np.float32] | None = None
     error: str | None = None
     error_kind: ErrorKind | None = None
     context: RequestContext = NO_CONTEXT
-    # Trained top-k of the model: what a token would have run under the policy `full`.
-    full_k: int = field(default=0)
     enrollment: Enrollment | None = None
     prompt_logprobs: list[dict[int, float]] | None = None
 
@@ -173,15 +174,23 @@ class RequestOutput:
 
     @property
     def avg_k(self) -> float:
-        """Mean number of experts run over all tokens computed (prompt and answer) and layers; NaN before any.
-
-        The pass that produced an answer's first token is that of the last prompt token, and counts once.
-        """
-        parts = [self.prompt_k.ravel(), *(output.k[1:].ravel() for output in self.outputs)]
-        ks = np.concatenate(parts)
-        return float(ks.mean()) if ks.size else float("nan")
+        """Mean number of experts run over all tokens computed (prompt and answers) and layers; NaN before any."""
+        return self.expert_runs.avg_k
 
     @property
     def compute_saved_ratio(self) -> float:
         """Share of expert runs that the policy left out against the trained top-k; a count, not a time."""
-        return 1.0 - self.avg_k / self.full_k
+        return self.expert_runs.compute_saved_ratio
+
+
+def rows_of_passes(prompt: npt.NDArray[Any], *answers: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """What the passes through the model recorded, each pass once: [tokens computed, L].
+
+    A generated token's row is that of the pass that produced it, which computed the token before it. So an answer's
+    first row is the last prompt token's, and is left out.
+
+    Args:
+        prompt: [n, L] rows of the prompt's tokens (`prompt_k`).
+        answers: [m, L] rows of each answer's tokens (`CompletionOutput.k`).
+    """
+    return np.concatenate([prompt, *(rows[1:] for rows in answers)])

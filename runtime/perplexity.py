@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.errors import RequestError
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
 from adaptive_k_moe.runtime.outputs import RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
 
@@ -78,7 +79,8 @@ def measure_perplexity(llm: LLM, token_ids: Sequence[int], policy: str | None, w
 
     name = ""
     seconds = total = 0.0
-    num_tokens = num_predicted = num_runs = num_full_runs = 0
+    num_tokens = num_predicted = 0
+    runs = ExpertRuns(llm.config.pretrained_config.num_experts_per_tok)
     for start in range(0, len(windows), batch_size):
         batch = windows[start : start + batch_size]
         started = time.perf_counter()
@@ -88,18 +90,16 @@ def measure_perplexity(llm: LLM, token_ids: Sequence[int], policy: str | None, w
             total += negative_log_likelihood(_context_logits(output), tokens)
             num_tokens += len(tokens)
             num_predicted += len(tokens) - 1
-            num_runs += int(output.prompt_k.sum())
-            num_full_runs += output.prompt_k.size * output.full_k
+            runs += output.expert_runs  # the one token of the answer is never computed
             name = output.policy
-    full_k = outputs[0].full_k
     return PerplexityResult(
         policy=name,
         perplexity=math.exp(total / num_predicted),
         num_tokens=num_tokens,
         num_predicted=num_predicted,
         window=window,
-        avg_k=full_k * num_runs / num_full_runs,
-        compute_saved_ratio=1 - num_runs / num_full_runs,
+        avg_k=runs.avg_k,
+        compute_saved_ratio=runs.compute_saved_ratio,
         seconds=seconds,
         tokens_per_second=num_tokens / seconds,
     )

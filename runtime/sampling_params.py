@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from adaptive_k_moe.arguments import check_fields
 from adaptive_k_moe.errors import RequestError
+from adaptive_k_moe.request_options import DEFAULT_MAX_TOKENS
 
 MAX_N = 256
 """Most sequences of one prompt: each has memory of its own from the start, and one request must not take all of it."""
@@ -55,7 +56,7 @@ class SamplingParams:
         RequestError: a value is of a wrong type or outside its range.
     """
 
-    max_tokens: int = 32
+    max_tokens: int = DEFAULT_MAX_TOKENS
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.runtime.detokenizer import AnswerText
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
 from adaptive_k_moe.runtime.outputs import (
     NO_CONTEXT,
     CompletionOutput,
@@ -84,36 +86,52 @@ class PromptLogprobs:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How a request is run, and what its records say of it. How its tokens are chosen is `SamplingParams`.
+
+    Attributes:
+        request_id: unique among the running.
+        streaming: each step that brings a token brings an output, not only the last.
+        enrollment: its place in an A/B test.
+        context: what the caller said of it.
+        background: others go first, and it is counted nowhere.
+        chat_template_kwargs: given to the model's chat template; with any, the prompt has to be a conversation.
+    """
+
+    request_id: str
+    streaming: bool = False
+    enrollment: Enrollment | None = None
+    context: RequestContext = NO_CONTEXT
+    background: bool = False
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
 @dataclass(slots=True, eq=False)
 class Request:
     """A checked request.
 
     Attributes:
-        request_id: unique among the running.
+        options: how it is run.
         prompt: the prompt's text; None if it came as token ids.
         prompt_token_ids: its tokens, at least one.
         params: how tokens are chosen.
         policy: name of the policy; `policy_index` is its row in the engine's present tables.
-        streaming: whether each step that brings a token brings an output.
         end_ids: tokens that end an answer.
         prompt_text: what the answer's text begins with (the prompt, if asked for).
         sequences: `params.n` sequences.
         metrics: when things happened.
         full_k: the trained top-k.
         error, error_kind: why it ended in an error.
-        context: what the caller said of it.
-        enrollment: its place in an A/B test.
-        background: whether others go first, and it is counted nowhere.
         delayed: whether it has waited for a step of the background.
     """
 
-    request_id: str
+    options: RunOptions
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
     policy: str
     policy_index: int
-    streaming: bool
     end_ids: frozenset[int]
     metrics: RequestMetrics
     full_k: int
@@ -121,10 +139,17 @@ class Request:
     sequences: list[Sequence] = field(default_factory=list)
     error: str | None = None
     error_kind: ErrorKind | None = None
-    context: RequestContext = NO_CONTEXT
-    enrollment: Enrollment | None = None
-    background: bool = False
     delayed: bool = False
+
+    @property
+    def request_id(self) -> str:
+        """Unique among the running."""
+        return self.options.request_id
+
+    @property
+    def background(self) -> bool:
+        """Whether others go first, and it is counted nowhere."""
+        return self.options.background
 
     @property
     def finished(self) -> bool:
@@ -144,13 +169,13 @@ class Request:
             policy=self.policy,
             prompt_k=first.k.view(0, num_prompt_tokens),
             prompt_entropy=first.entropy.view(0, num_prompt_tokens),
+            expert_runs=sum((sequence.expert_runs() for sequence in self.sequences), ExpertRuns(self.full_k)),
             metrics=self.metrics,
             context_logits=None if first.context_logits is None else first.context_logits.view(),
             error=self.error,
             error_kind=self.error_kind,
-            context=self.context,
-            full_k=self.full_k,
-            enrollment=self.enrollment,
+            context=self.options.context,
+            enrollment=self.options.enrollment,
             prompt_logprobs=None if first.prompt_logprobs is None else list(first.prompt_logprobs.entries),
         )
 
@@ -198,6 +223,8 @@ class Sequence:
         capacity = self.num_prompt_tokens + min(params.max_tokens, 64)
         self.k = RowBuffer(num_layers, np.int32, capacity)
         self.entropy = RowBuffer(num_layers, np.float32, capacity)
+        # The prompt's runs are those of the first sequence.
+        self._expert_runs, self._rows_counted = ExpertRuns(request.full_k), self.num_prompt_tokens if index else 0
         self.context_logits = (
             RowBuffer(vocab_size, np.float32, self.num_prompt_tokens)
             if params.return_context_logits and index == 0
@@ -258,6 +285,12 @@ class Sequence:
         self.num_computed += len(k)
         self.k.append(k[known:])
         self.entropy.append(entropy[known:])
+
+    def expert_runs(self) -> ExpertRuns:
+        """The experts run so far for the answer's tokens, and in the first sequence for the prompt's."""
+        self._expert_runs += ExpertRuns.of(self.request.full_k, self.k.view(self._rows_counted))
+        self._rows_counted = max(self._rows_counted, len(self.k))
+        return self._expert_runs
 
     def finish(self, reason: FinishReason, stop_reason: str | int | tuple[int, ...] | None = None) -> None:
         """End the answer; text that was held back comes out, and a stop string in it still counts."""

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures shared by all tests: the bundled model's checkpoint and its engine, built once."""
+"""Fixtures shared by all tests: the bundled model's checkpoint and its engine, built once; what was left out, in the
+last lines of a run."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +29,34 @@ POLICIES = {
         "relative": {"kind": "ratio", "ratio": 0.5},
     },
 }
+
+
+# What skipped tests lack and what brings them in, by words of their reasons.
+LEFT_OUT = (
+    (r"Prometheus|promtool|prometheus", "Prometheus: make prometheus, on Debian or Ubuntu"),
+    (r"Chromium", "a browser: apt-get install chromium"),
+    (r"\bGPU\b|NVIDIA driver", "an NVIDIA GPU: run them where one is (docs/deploy.md)"),
+    (r"make cuda|CUTLASS|cuobjdump|nvcc", "the CUDA library: make cuda, where a CUDA toolkit is"),
+    (r"tensorrt_rtx", "TensorRT for RTX: x86-64, and a Python that its wheels are for"),
+    (r"TensorRT|NvInfer", "TensorRT: TENSORRT_ROOT=... make cuda, and its Python package (docs/tensorrt_plugin.md)"),
+    (r"torch|transformers", "torch and transformers: pip install '.[training]'"),
+    (r"this machine has", "other instructions than this processor's: run them on another"),
+    (r"openssl", "openssl: apt-get install openssl"),
+    (r"curl", "curl: apt-get install curl"),
+)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """What was left out, behind all else but pytest's closing line."""
+    yield
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports("skipped"):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = "a GPU" if "gpu" in report.keywords else reason.removeprefix("Skipped: ")
+        counts[next((way for words, way in LEFT_OUT if re.search(words, reason)), reason)] += 1
+    for way, count in sorted(counts.items()):
+        terminalreporter.write_line(f"left out: {count} {'test' if count == 1 else 'tests'}, for want of {way}")
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ def test_a_build_that_is_told_to_end_leaves_nothing(
         assert process.stdout.readline() == "half\n"
         assert list(tmp_path.glob(".engine-*"))
         process.send_signal(number)
-        assert process.wait(30) == status
+        assert process.wait(60) == status
         assert process.stderr.read() == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -65,7 +65,7 @@ def test_a_command_outlives_a_terminal_that_it_was_told_to_ignore(checkpoint_dir
         assert process.stdout is not None
         assert process.stdout.readline() == "half\n"
         process.send_signal(signal.SIGHUP)
-        process.wait(30)
+        process.wait(60)
         assert "built" in process.stdout.read()
 
 

@@ -6,15 +6,17 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptive_k_moe.calibration.families import DROPPED_AT
 from adaptive_k_moe.errors import PolicyError
-from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies, parse_policy_set, read_policy_file
+from adaptive_k_moe.policy import Policy, PolicySet, PolicyTables, compile_policies, parse_policy_set, read_policy_file
+from adaptive_k_moe.policy_kinds import KINDS, ONE_NUMBER
 
 from checkpoints import REPOSITORY
 
@@ -234,3 +236,13 @@ def test_json_round_trip(thresholds: list[float], data: st.DataObject) -> None:
     once = parse_policy_set(content, "x")
     assert parse_policy_set(json.loads(json.dumps(once.to_json())), "x") == once
     assert isinstance(once, PolicySet)
+
+
+def test_every_kind_of_a_policy_file_is_in_the_table_of_kinds() -> None:
+    union, _ = get_args(Policy)
+    assert {get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(union)} == set(KINDS)
+    assert set(ONE_NUMBER) == set(DROPPED_AT)
+    for name in ONE_NUMBER:
+        whole = {"kind": name, KINDS[name].parameter: KINDS[name].keeps_all}
+        content = {**policies(a=whole), "expert_norms": [[1.0] * 8] * 3}
+        assert tables(content).policy_kind[1] == KINDS[name].number

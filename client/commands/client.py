@@ -7,12 +7,15 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adaptive_k_moe.arguments import json_object
-
-if TYPE_CHECKING:
-    from adaptive_k_moe.client.options import Prompt
+from adaptive_k_moe.client.options import GenerateOptions
+from adaptive_k_moe.request_arguments import (
+    add_prompt_arguments,
+    add_request_arguments,
+    given_options,
+    read_prompt,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,26 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model_name", default="ensemble", metavar="NAME", help="the served model (default: %(default)s)"
     )
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from; - reads standard input")
-    parser.add_argument(
-        "--apply_chat_template",
-        action="store_true",
-        help="the prompt is a user's message: the server puts it into the model's chat template",
-    )
-    parser.add_argument("--system_prompt", metavar="TEXT", help="the system's message before it")
-    parser.add_argument(
-        "--chat_template_kwargs", type=json_object, metavar="JSON", help="what else the template knows, as an object"
-    )
+    add_prompt_arguments(parser)
     parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
     parser.add_argument("--show_k", action="store_true", help="print the experts that ran, layer by layer, by token")
-    parser.add_argument("--adaptive_k_policy", metavar="NAME", help="policy that decides k (default: the engine's)")
-    parser.add_argument("--user", metavar="NAME", help="whose request it is, for a server's A/B test")
-    parser.add_argument("--max_tokens", type=int, default=64, metavar="N", help="most tokens (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: greedy)")
-    parser.add_argument("--top_k", type=int, metavar="N", help="sample among so many tokens")
-    parser.add_argument("--top_p", type=float, metavar="P", help="sample among tokens that reach this probability")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the request's random generator")
-    parser.add_argument("--stop", action="append", metavar="TEXT", help="ends the answer; may be repeated")
+    add_request_arguments(parser, GenerateOptions.__annotations__)
     parser.add_argument("--timeout", type=float, metavar="S", help="seconds that the answer may take")
     parser.add_argument("--ssl", action="store_true", help="encrypt the connection")
     for name in ("root_certificates", "private_key", "certificate_chain"):
@@ -52,14 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the answer on standard output and what it took on standard error."""
     from adaptive_k_moe.client.sync import Client
-    from adaptive_k_moe.errors import ClientError
 
-    prompt: Prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if args.apply_chat_template:
-        turns = [("system", args.system_prompt), ("user", prompt)]
-        prompt = [{"role": role, "content": text} for role, text in turns if text is not None]
-    elif args.system_prompt is not None or args.chat_template_kwargs is not None:
-        raise ClientError("--system_prompt and --chat_template_kwargs are for a chat: give --apply_chat_template, too.")
+    prompt = read_prompt(args)
     client = Client(
         args.url,
         model_name=args.model_name,
@@ -69,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
         private_key=args.private_key,
         certificate_chain=args.certificate_chain,
     )
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed", "stop", "adaptive_k_policy", "user")
-    options: Any = {name: getattr(args, name) for name in (*names, "chat_template_kwargs")}
+    options: Any = {**given_options(args), "chat_template_kwargs": args.chat_template_kwargs}
     started = time.perf_counter()
     tokens, last = 0, None
     with client:

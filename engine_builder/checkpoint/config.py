@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from adaptive_k_moe.engine_config import RopeConfig
 from adaptive_k_moe.errors import CheckpointError
+from adaptive_k_moe.model_config import RopeConfig
 from adaptive_k_moe.validation import first_error
 
 _T = TypeVar("_T")

@@ -14,8 +14,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from adaptive_k_moe.engine_builder.graph.weight_only import quantise
-from adaptive_k_moe.engine_config import QuantizationConfig
 from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import QuantizationConfig
 
 OPSET = 24
 IR_VERSION = 11

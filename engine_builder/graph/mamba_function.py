@@ -15,7 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN, FunctionBody
-from adaptive_k_moe.engine_config import MambaConfig
+from adaptive_k_moe.model_config import MambaConfig
 
 OP_TYPE = "Mamba2"
 

@@ -14,7 +14,7 @@ import onnx
 from onnx import helper, numpy_helper
 
 from adaptive_k_moe.engine_builder.graph.weight_only import dequantise_in_function
-from adaptive_k_moe.engine_config import MoeConfig, QuantizationConfig
+from adaptive_k_moe.model_config import MoeConfig, QuantizationConfig
 from adaptive_k_moe.policy import (
     KIND_CONTRIBUTION,
     KIND_RATIO,

@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
-from adaptive_k_moe.engine_config import PretrainedConfig, QuantizationConfig
 from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import PretrainedConfig, QuantizationConfig
 
 GROUP_SIZES = (128, 64, 32)
 """The sizes of groups that the kernels and TensorRT have, the usual one first."""
@@ -106,7 +106,7 @@ def quantise(name: str, rows: Array, quantization: QuantizationConfig, dtype: st
     bits, shape = quantization.bits, rows.shape
     size = quantization.group_size or shape[-1]
     groups = rows.reshape(-1, size)
-    values = np.empty(groups.shape, np.int8)
+    values: npt.NDArray[np.int8] = np.empty(groups.shape, np.int8)
     scales = np.empty((len(groups), 1), _SCALE_TYPES[dtype])
     step = max(1, _CHUNK // size)
     for start in range(0, len(groups), step):

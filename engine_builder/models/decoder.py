@@ -19,9 +19,9 @@ from adaptive_k_moe.engine_builder.graph import DOMAIN, GraphBuilder, make_moe_f
 from adaptive_k_moe.engine_builder.graph.moe_function import GATED_ACTIVATIONS, OP_TYPE, moe_attributes
 from adaptive_k_moe.engine_builder.models.expert_tensors import ExpertTensors
 from adaptive_k_moe.engine_builder.models.rope import rope_tables
-from adaptive_k_moe.engine_config import (
+from adaptive_k_moe.engine_config import BuildConfig
+from adaptive_k_moe.model_config import (
     AttentionConfig,
-    BuildConfig,
     Dtype,
     MlpConfig,
     MoeConfig,
@@ -242,11 +242,6 @@ class Decoder:
 
     # The graph. ----------------------------------------------------------------------------------
 
-    @property
-    def max_k(self) -> int:
-        """Most experts that the operator lets a token run (policies are capped lower by default)."""
-        return min(self.model.num_experts, MAX_K)
-
     def build(self, progress: Progress) -> None:
         """Write the whole graph; `progress` is called with a name as each part is done."""
         g, m = self.graph, self.model
@@ -261,7 +256,7 @@ class Decoder:
         g.function(
             make_moe_function(
                 m.moe,
-                max_k=self.max_k,
+                max_k=self.build_config.capacity(m),
                 correction_bias=m.moe.correction_bias,
                 expert_norms=True,
                 quantization=m.quantization,
@@ -427,7 +422,9 @@ class Decoder:
             [hidden, router_logits, "policy_index", "policy_kind", thresholds, k_values, *weights, *scales, norms],
             [f"{name}.output", f"{name}.k", f"{name}.entropy"],
             domain=DOMAIN,
-            **moe_attributes(m.moe, max_k=self.max_k, weight_format=m.weight_format, expert_norms=True),
+            **moe_attributes(
+                m.moe, max_k=self.build_config.capacity(m), weight_format=m.weight_format, expert_norms=True
+            ),
         )
         self._k.append(k)
         self._entropy.append(entropy)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy.typing as npt
 
 from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors
-from adaptive_k_moe.engine_config import PretrainedConfig
+from adaptive_k_moe.model_config import PretrainedConfig
 
 Array = npt.NDArray[Any]
 

@@ -16,9 +16,9 @@ from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
 from adaptive_k_moe.engine_builder.graph import DOMAIN, GraphBuilder, make_mamba_function
 from adaptive_k_moe.engine_builder.graph.mamba_function import OP_TYPE, mamba_attributes
 from adaptive_k_moe.engine_builder.models.decoder import Array, Decoder, Progress, expert_shapes
-from adaptive_k_moe.engine_config import (
+from adaptive_k_moe.engine_config import BuildConfig
+from adaptive_k_moe.model_config import (
     AttentionConfig,
-    BuildConfig,
     Dtype,
     MambaConfig,
     MlpConfig,

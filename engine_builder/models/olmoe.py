@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from adaptive_k_moe.engine_builder.checkpoint import HfConfig
 from adaptive_k_moe.engine_builder.models.decoder import Decoder
-from adaptive_k_moe.engine_config import AttentionConfig
+from adaptive_k_moe.model_config import AttentionConfig
 
 
 class Olmoe(Decoder):

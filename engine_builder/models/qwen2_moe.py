@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from adaptive_k_moe.engine_builder.checkpoint import HfConfig
 from adaptive_k_moe.engine_builder.models.decoder import Decoder
-from adaptive_k_moe.engine_config import AttentionConfig, SharedExpertConfig
 from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import AttentionConfig, SharedExpertConfig
 
 
 class Qwen2Moe(Decoder):

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adaptive_k_moe.engine_config import RopeConfig
 from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import RopeConfig
 
 FloatArray = npt.NDArray[np.float32]
 

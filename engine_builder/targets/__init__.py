@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
+from adaptive_k_moe.engine_config import BuildConfig
+from adaptive_k_moe.model_config import PretrainedConfig
 
 __all__ = ["lower"]
 

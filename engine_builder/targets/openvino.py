@@ -10,11 +10,11 @@ from onnx import TensorProto, helper
 
 from adaptive_k_moe.engine_builder.graph import keep_states_in_place
 from adaptive_k_moe.engine_builder.graph.moe_function import INPUTS, OP_TYPE
-from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
+from adaptive_k_moe.engine_config import BuildConfig
+from adaptive_k_moe.engine_format.openvino import ENGINE_XML, use_paged_attention
 from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import PretrainedConfig
 from adaptive_k_moe.plugin import openvino_extension_path
-from adaptive_k_moe.runtime.session.openvino import ENGINE_XML
-from adaptive_k_moe.runtime.session.paged_attention import use_paged_attention
 
 # The places of the experts' weights among the operator's inputs.
 _EXPERTS = INPUTS.index("up"), INPUTS.index("down")

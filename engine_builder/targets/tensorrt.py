@@ -17,9 +17,8 @@ import onnx
 
 from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Progress, compile_graph
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_compiler, for_plugin, lower_graph, tensor_bytes
-from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
-from adaptive_k_moe.errors import BuildError
-from adaptive_k_moe.tensorrt_bindings import (
+from adaptive_k_moe.engine_config import BuildConfig
+from adaptive_k_moe.engine_format.tensorrt import (
     ENGINE_NAME,
     ITEM_SIZES,
     PROFILES,
@@ -27,6 +26,8 @@ from adaptive_k_moe.tensorrt_bindings import (
     make_bindings,
     slots_that_cannot_be_bound,
 )
+from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import PretrainedConfig
 from adaptive_k_moe.tensorrt_plugin import load_plugin
 
 CAPABILITIES = ("SM89", "SM120")

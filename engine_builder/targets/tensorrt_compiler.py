@@ -17,9 +17,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
+from adaptive_k_moe.engine_config import BuildConfig
+from adaptive_k_moe.engine_format.tensorrt import DTYPES, PROFILES, Binding, make_bindings
 from adaptive_k_moe.errors import BuildError
-from adaptive_k_moe.tensorrt_bindings import DTYPES, PROFILES, Binding, make_bindings
+from adaptive_k_moe.model_config import PretrainedConfig
 
 Progress = Callable[[str], None]
 

@@ -18,8 +18,9 @@ from onnx import TensorProto, helper, numpy_helper
 from adaptive_k_moe.engine_builder.graph import mamba_function, moe_function
 from adaptive_k_moe.engine_builder.graph.graph_builder import DATA_TYPES, NUMPY_TYPES, require_float16
 from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN
-from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
-from adaptive_k_moe.tensorrt_bindings import Binding, make_bindings
+from adaptive_k_moe.engine_config import BuildConfig
+from adaptive_k_moe.engine_format.tensorrt import Binding, make_bindings
+from adaptive_k_moe.model_config import PretrainedConfig
 
 # What repeats the cache's heads for the query's; `Attention` does that itself.
 _SPREADING = ("Reshape", "Expand", "Unsqueeze")

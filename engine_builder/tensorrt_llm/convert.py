@@ -25,8 +25,8 @@ from adaptive_k_moe.engine_builder.models.expert_tensors import ExpertTensors
 from adaptive_k_moe.engine_builder.models.mixtral import Mixtral
 from adaptive_k_moe.engine_builder.output_dir import check_empty, replace, written_beside
 from adaptive_k_moe.engine_builder.tensorrt_llm.safetensors_writer import SafetensorsWriter, TensorSpec
-from adaptive_k_moe.engine_config import Dtype, PretrainedConfig
 from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import Dtype, PretrainedConfig
 from adaptive_k_moe.policy import PolicySet, compile_policies, read_policy_file
 
 _QUANT_ALGOS = {"int8": "W8A16", "int4": "W4A16"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`adaptive-k serve`: serve an engine with Triton until SIGTERM or SIGINT."""
+"""`adaptive-k serve`: serve an engine with Triton until it is told to end."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve until asked to stop; 0 if that is how it ended."""
+    """Serve until SIGTERM, SIGINT or a terminal that closes; 0 if that is how it ended."""
     from adaptive_k_moe.model_repository.observation_options import ObservationOptions
     from adaptive_k_moe.model_repository.server import TritonServer
 
     stop_asked = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: stop_asked.set())
     observation = ObservationOptions(
         request_log=args.log_requests,
@@ -101,7 +101,6 @@ def run(args: argparse.Namespace) -> int:
         num_threads=args.num_threads,
         kv_cache_max_tokens=args.kv_cache_max_tokens,
         observation=observation,
-        end_with_thread=True,
     )
     try:
         if server.start(stop_asked):

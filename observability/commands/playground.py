@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serve the page until SIGTERM or SIGINT; 0 if that is how it ended."""
+    """Serve the page until SIGTERM, SIGINT or a terminal that closes; 0 if that is how it ended."""
     from adaptive_k_moe.client.connection import check_url
     from adaptive_k_moe.observability.playground.app import Playground, create_app
     from adaptive_k_moe.observability.playground.web_server import serve

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adaptive_k_moe.request_arguments import add_request_arguments, given_options
+
 if TYPE_CHECKING:
     from adaptive_k_moe.observability.k_trace import KTrace
 
@@ -18,8 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--engine_dir", type=Path, metavar="DIR", help="engine to run")
     source.add_argument("--open", type=Path, metavar="FILE", help="show a trace that was saved")
     parser.add_argument("--prompt", metavar="TEXT", help="text to continue; - reads standard input")
-    parser.add_argument("--max_tokens", type=int, default=32, metavar="N", help="of the answer (default: 32)")
-    parser.add_argument("--adaptive_k_policy", metavar="NAME", help="policy to follow (default: the engine's)")
+    add_request_arguments(parser, ["max_tokens", "adaptive_k_policy"])
     parser.add_argument("--num_threads", type=int, metavar="N", help="CPU threads (default: all)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="save the trace to this file")
     parser.add_argument(
@@ -58,9 +59,8 @@ def _traced(args: argparse.Namespace) -> KTrace:
     from adaptive_k_moe.runtime import LLM, SamplingParams
 
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    params = SamplingParams(max_tokens=args.max_tokens, temperature=0.0, adaptive_k_policy=args.adaptive_k_policy)
     with LLM(args.engine_dir, num_threads=args.num_threads) as llm:
-        output = llm.generate(prompt, params)
+        output = llm.generate(prompt, SamplingParams(**given_options(args)))
         if output.error is not None:
             raise EngineError(output.error)
         return KTrace.of(output, llm)

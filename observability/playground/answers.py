@@ -70,7 +70,7 @@ def _piece(chunk: Chunk) -> dict[str, Any]:
         "k": [] if chunk.k is None else chunk.k.tolist(),
         "entropy": [] if chunk.entropy is None else [[_number(nats) for nats in row] for row in chunk.entropy.tolist()],
         "avg_k": _number(chunk.avg_k),
-        "saved_ratio": _number(chunk.compute_saved_ratio),
+        "compute_saved_ratio": _number(chunk.compute_saved_ratio),
         "variant": chunk.variant,
     }
 

@@ -16,7 +16,7 @@ _SHUTDOWN_SECONDS = 2
 
 
 def serve(app: Starlette, host: str, port: int, on_ready: Callable[[str], None]) -> None:
-    """Serve `app` until SIGINT or SIGTERM.
+    """Serve `app` until SIGINT, SIGTERM or SIGHUP.
 
     Args:
         app: the page.
@@ -40,9 +40,9 @@ def serve(app: Starlette, host: str, port: int, on_ready: Callable[[str], None])
         def stop(*_: object) -> None:
             server.should_exit = True
 
-        # Whoever is told the address may end us before uvicorn takes these signals; once it has stopped at one, it
-        # raises it again for this handler.
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # Whoever is told the address may end us before uvicorn takes the first two signals; once it has stopped at one,
+        # it raises it again for this handler. An exception from a handler would get lost in the event loop.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, stop)
         address = f"[{host}]" if ":" in host else host
         on_ready(f"http://{address}:{listener.getsockname()[1]}/")

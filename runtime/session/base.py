@@ -92,7 +92,7 @@ class Session(Protocol):
         """Run the model once over the packed tokens; their keys and values go into their blocks, states into slots."""
 
     def set_policies(self, tables: PolicyTables) -> None:
-        """Use these policy tables from the next step on."""
+        """Use these policy tables from the next step on; they have to come once before the first."""
 
     def close(self) -> None:
         """Free the engine; calling it twice is harmless."""

@@ -10,13 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.engine_config import EngineConfig
+from adaptive_k_moe.engine_format.openvino import ENGINE_XML, use_paged_attention
 from adaptive_k_moe.errors import DependencyError, EngineError, PolicyError
 from adaptive_k_moe.policy import KIND_CONTRIBUTION, PolicyTables
 from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
 from adaptive_k_moe.runtime.session.expert_load import ExpertLoad
-from adaptive_k_moe.runtime.session.paged_attention import use_paged_attention
-
-ENGINE_XML = "rank0.xml"
 
 # Memory that the KV cache takes at most unless the caller says how many tokens it must hold.
 _DEFAULT_CACHE_BYTES = 4 << 30
@@ -54,7 +52,6 @@ class OpenVinoSession:
         self._compile(Path(engine_dir), num_threads)
         self._allocate_cache(kv_cache_max_tokens)
         self._allocate_states()
-        self.set_policies(config.policy_tables())
 
     @property
     def block_size(self) -> int:

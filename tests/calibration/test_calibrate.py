@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from adaptive_k_moe.calibration import bootstrap
-from adaptive_k_moe.calibration.calibrate import CURVE_KINDS, Calibration, calibrate
+from adaptive_k_moe.calibration.calibrate import Calibration, calibrate
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator
+from adaptive_k_moe.calibration.kinds import CURVE_KINDS
 from adaptive_k_moe.calibration.laboratory import Budget
 from adaptive_k_moe.calibration.traces import EvaluationCache, collect
 from adaptive_k_moe.calibration.windows import Windows

@@ -104,7 +104,7 @@ def test_a_stream_that_is_given_up_is_cancelled(service: Any, how: str) -> None:
         else:
             with stream:
                 pass
-        assert fake.left.wait(5)
+        assert fake.left.wait(60)
 
 
 def test_a_server_that_dies_in_the_middle_raises(service: Any) -> None:
@@ -176,7 +176,7 @@ def test_no_server_is_an_error_at_once() -> None:
         assert not client.is_ready()
         with pytest.raises(ClientError, match=r"127.0.0.1:1 cannot be reached"):
             client.generate("p")
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30
 
 
 def test_the_async_twin(service: Any) -> None:
@@ -237,7 +237,7 @@ def test_tls(tmp_path: Path, service: Any) -> None:
         try:
             with Client(f"localhost:{port}", ssl=True, root_certificates=str(certificate)) as client:
                 assert client.generate("p").text == "a"
-            with Client(f"localhost:{port}", ssl=True, timeout=10) as client:
+            with Client(f"localhost:{port}", ssl=True, timeout=60) as client:
                 with pytest.raises(ClientError, match="no secure connection"):
                     client.generate("p")
         finally:

@@ -77,14 +77,14 @@ def test_any_triton_serves_the_repository_that_was_written(engine_dir: Path, tmp
         )
     try:
         with Client(f"127.0.0.1:{grpc}", timeout=60) as client:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while not client.is_ready():
                 assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-2000:]
                 time.sleep(0.1)
             assert client.generate("import os", max_tokens=8).num_output_tokens == 8
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 @pytest.mark.parametrize("block", NOT_RUN, ids=lambda block: block.splitlines()[1][:40])

@@ -32,8 +32,8 @@ from packaging.utils import canonicalize_name
 
 # The image's Python; markers of requirements are read for it.
 IMAGE = {"python_version": "3.12", "python_full_version": "3.12.3", "platform_machine": "x86_64", "extra": ""}
-# NVIDIA's images bring these.
-FROM_THE_IMAGE = {"nvidia-pytriton", "tensorrt"}
+# NVIDIA's images bring it.
+FROM_THE_IMAGE = {"tensorrt"}
 
 
 def test_hadolint_has_nothing_to_say() -> None:

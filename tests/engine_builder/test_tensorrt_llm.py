@@ -19,8 +19,8 @@ from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_builder.graph.moe_function import moe_attributes
 from adaptive_k_moe.engine_builder.tensorrt_llm import convert
 from adaptive_k_moe.engine_builder.tensorrt_llm.safetensors_writer import SafetensorsWriter, TensorSpec
-from adaptive_k_moe.engine_config import MoeConfig
 from adaptive_k_moe.errors import BuildError, CheckpointError, PolicyError
+from adaptive_k_moe.model_config import MoeConfig
 from adaptive_k_moe.policy import KIND_ENTROPY, PolicySet
 
 from checkpoints import MIXTRAL_SMALL, REPOSITORY, Shape, hub_tensors, make_checkpoint, make_mixtral

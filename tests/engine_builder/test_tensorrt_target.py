@@ -31,9 +31,10 @@ from adaptive_k_moe.engine_builder.graph.graph_builder import DATA_TYPES
 from adaptive_k_moe.engine_builder.targets import tensorrt as target
 from adaptive_k_moe.engine_builder.targets.tensorrt_compiler import Tensor, require_bindings
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_plugin
-from adaptive_k_moe.engine_config import BuildConfig, Dtype, PretrainedConfig, read_engine_config
+from adaptive_k_moe.engine_config import BuildConfig, read_engine_config
+from adaptive_k_moe.engine_format.tensorrt import PROFILES, Binding, make_bindings
 from adaptive_k_moe.errors import BuildError, DependencyError
-from adaptive_k_moe.tensorrt_bindings import PROFILES, Binding, make_bindings
+from adaptive_k_moe.model_config import Dtype, PretrainedConfig
 from adaptive_k_moe.tensorrt_plugin import PLUGIN_VARIABLE
 
 from checkpoints import MIXTRAL_SMALL, Shape, make_checkpoint

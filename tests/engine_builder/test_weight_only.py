@@ -34,8 +34,9 @@ from adaptive_k_moe.engine_builder.graph.weight_only import quantise
 from adaptive_k_moe.engine_builder.models import architecture_of
 from adaptive_k_moe.engine_builder.targets import tensorrt as target
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_compiler, for_plugin
-from adaptive_k_moe.engine_config import Dtype, QuantizationConfig, read_engine_config
+from adaptive_k_moe.engine_config import read_engine_config
 from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.model_config import Dtype, QuantizationConfig
 
 from checkpoints import CONFIGS, MIXTRAL_SMALL, Shape, make_checkpoint, make_mixtral
 from nemotron_models import Nemotron

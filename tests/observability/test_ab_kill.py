@@ -46,7 +46,7 @@ def test_nothing_acknowledged_is_lost_by_kill_9(tmp_path: Path) -> None:
             time.sleep(generator.uniform(0, 0.05))
             writer.kill()
         for writer in writers:
-            said, complained = writer.communicate(timeout=30)
+            said, complained = writer.communicate(timeout=60)
             assert complained == b"" and writer.returncode == -9
             # A line that was cut off says nothing.
             acknowledged += said.decode().split("\n")[:-1]

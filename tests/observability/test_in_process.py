@@ -139,9 +139,9 @@ def test_promtool_and_the_openmetrics_parser_take_the_page(
     url = f"http://127.0.0.1:{page.port}/metrics"
     with LLM(engine_dir) as llm:
         llm.generate("import os", PARAMS)
-        text = urllib.request.urlopen(url, timeout=10).read()
+        text = urllib.request.urlopen(url, timeout=60).read()
         wanted = {"Accept": "application/openmetrics-text; version=1.0.0"}
-        openmetrics = urllib.request.urlopen(urllib.request.Request(url, headers=wanted), timeout=10).read().decode()
+        openmetrics = urllib.request.urlopen(urllib.request.Request(url, headers=wanted), timeout=60).read().decode()
     lint = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True)
     assert (lint.returncode, lint.stdout, lint.stderr) == (0, b"", b"")
     families = {family.name for family in text_string_to_metric_families(openmetrics)}

@@ -21,6 +21,7 @@ from adaptive_k_moe.observability.inference_trace import InferenceTrace
 from adaptive_k_moe.observability.logs import InferenceLogger, SampleFilter, as_fields, file_handler
 from adaptive_k_moe.observability.request_records import RequestRecords
 from adaptive_k_moe.observability.trace_context import read_trace_context
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
 from adaptive_k_moe.runtime.outputs import Enrollment, RequestContext
 from adaptive_k_moe.runtime.telemetry import Refusal
 
@@ -92,7 +93,7 @@ def test_refused_and_failed_requests_have_lines_of_a_graver_level(caplog: pytest
 
 
 def test_a_request_that_ended_before_its_first_step() -> None:
-    output = make_output(prompt_k=np.zeros((0, 2), np.int32))
+    output = make_output(prompt_k=np.zeros((0, 2), np.int32), expert_runs=ExpertRuns(full_k=4))
     output.outputs[0].k = np.zeros((0, 2), np.int32)
     output.outputs[0].finish_reason = "cancelled"
     output.metrics.first_scheduled_time = output.metrics.first_token_time = None

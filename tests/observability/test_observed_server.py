@@ -264,7 +264,7 @@ class _Prometheus:
     def close(self) -> None:
         if self._process is not None:
             self._process.terminate()
-            self._process.wait(10)
+            self._process.wait(60)
 
 
 def _ask_all(server: TritonServer, scraper: _Prometheus) -> list[Asked]:
@@ -299,7 +299,7 @@ def _ask_all(server: TritonServer, scraper: _Prometheus) -> list[Asked]:
 def ask_prometheus(url: str, path: str, **parameters: str) -> Any:
     """Data of an answer of Prometheus' API."""
     address = f"{url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-    with urllib.request.urlopen(address, timeout=10) as answer:
+    with urllib.request.urlopen(address, timeout=60) as answer:
         return json.load(answer)["data"]
 
 

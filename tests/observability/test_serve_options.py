@@ -64,8 +64,8 @@ def test_request_lines_on_standard_output_with_prompts(engine_dir: Path, tmp_pat
         assert (line["request_id"], line["trace_id"]) == ("of HTTP", "ab" * 16)
         began = time.monotonic()
         process.terminate()
-        assert process.wait(30) == 0
-        assert time.monotonic() - began < 20
+        assert process.wait(60) == 0
+        assert time.monotonic() - began < 40
         assert "import os" not in log.read_text()
     finally:
         process.kill()

@@ -24,7 +24,7 @@ from adaptive_k_moe.engine_builder.graph.moe_function import (
     make_moe_function,
     moe_attributes,
 )
-from adaptive_k_moe.engine_config import MoeConfig
+from adaptive_k_moe.model_config import MoeConfig
 
 import oracle
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from adaptive_k_moe.engine_builder import build
-from adaptive_k_moe.engine_config import Dtype
+from adaptive_k_moe.model_config import Dtype
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
 from checkpoints import Shape, make_checkpoint

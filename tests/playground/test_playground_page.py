@@ -67,10 +67,9 @@ def test_tokens_are_coloured_by_their_average_k(browser: Browser, server: Triton
     assert len(pieces) == len(average)  # every token of this answer is text of its own
     np.testing.assert_allclose([piece["share"] for piece in pieces], average - 1, atol=1e-6)
     assert len({piece["colour"] for piece in pieces}) == len(set(average.tolist()))
-    assert browser.text(".avg-k").split("\n")[0] == f"{average.mean():.2f}"
-    runs = answer.k.sum()
-    full = answer.k.size * 2
-    assert browser.text(".saved").split() == [f"{full - runs}", "of", f"{full},", f"{100 * (1 - runs / full):.1f}", "%"]
+    assert f"{answer.avg_k:.2f}" != f"{average.mean():.2f}"  # the server counts the prompt, too
+    assert browser.text(".avg-k").split("\n")[0] == f"{answer.avg_k:.2f}"
+    assert browser.text(".saved").split("\n")[0] == f"{100 * answer.compute_saved_ratio:.1f} %"
     assert float(browser.text(".speed").split()[0]) > 0
 
 
@@ -170,7 +169,9 @@ def test_everything_has_a_name(browser: Browser) -> None:
     browser.click("#compare")
     _run(browser, tokens=4)
     nodes = browser.call("Accessibility.getFullAXTree")["nodes"]
-    told = [(node["role"]["value"], node.get("name", {}).get("value", "")) for node in nodes if not node.get("ignored")]
+    spoken = [node for node in nodes if not node.get("ignored")]
+    # Chromium 150 keeps the space between a label's words and its field.
+    told = [(node["role"]["value"], node.get("name", {}).get("value", "").strip()) for node in spoken]
     for role in ("textbox", "spinbutton", "checkbox", "button", "combobox", "listbox", "option", "image"):
         names = [name for found, name in told if found == role]
         assert names or role in ("image",), role
@@ -190,7 +191,7 @@ def test_two_policies_side_by_side(browser: Browser, server: TritonServer) -> No
     _run(browser)
     assert {piece["share"] for piece in _pieces(browser, 1)} == {0}
     assert {piece["share"] for piece in _pieces(browser, 2)} == {1}
-    assert browser.text(".side:nth-child(1) .saved").split("\n")[1].endswith("50.0 %")
+    assert browser.text(".side:nth-child(1) .saved").split("\n")[0] == "50.0 %"
     speeds = [float(browser.text(f".side:nth-child({side}) .speed").split()[0]) for side in (1, 2)]
     told = browser.text(".side:nth-child(1) .against")
     assert told.startswith("Against full: ") and "one pair, run one after the other" in told
@@ -342,7 +343,8 @@ def test_pieces_that_come_at_once_are_laid_out_once(browser: Browser) -> None:
     before = layouts()
     browser.evaluate(
         "(() => { for (let index = 0; index < 2000; index += 1) window.side.add({text: ' word', tokens: 1,"
-        " seconds: index, k: [[1, 2]], entropy: [[0.5, 0.6]], variant: null}); })()"
+        " seconds: index, k: [[1, 2]], entropy: [[0.5, 0.6]], avg_k: 1.5, compute_saved_ratio: 0.25, variant: null});"
+        " })()"
     )
     browser.until("document.querySelector('.avg-k').innerText.startsWith('1.50')")
     assert layouts() - before < 100

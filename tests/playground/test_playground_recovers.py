@@ -62,7 +62,7 @@ def test_a_server_that_dies_in_the_middle_and_comes_back(
 
         port = int(server.grpc_url.rpartition(":")[2])
         stack.enter_context(TritonServer(hostile_engine_dir, grpc_port=port, **options))
-        assert eventually(lambda: httpx.get(f"{page}api/engine", timeout=30).status_code == 200, 20)
+        assert eventually(lambda: httpx.get(f"{page}api/engine", timeout=30).status_code == 200)
         assert ask(page, prompt=PROMPT, max_tokens=4)[-1][0] == "end"
         if browser:
             browser.until("document.querySelector('#server').dataset.state === 'up'")

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from adaptive_k_moe import plugin
 from adaptive_k_moe.engine_builder.graph import keep_states_in_place, make_mamba_function
 from adaptive_k_moe.engine_builder.graph.mamba_function import DOMAIN, INPUTS, OP_TYPE, OUTPUTS, mamba_attributes
-from adaptive_k_moe.engine_config import MambaConfig
+from adaptive_k_moe.model_config import MambaConfig
 
 from mamba_oracle import CASES, Array, Case, assert_close, copied, make_inputs, oracle
 

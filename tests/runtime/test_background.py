@@ -18,6 +18,7 @@ from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime import LLM, SamplingParams
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.outputs import RequestOutput
+from adaptive_k_moe.runtime.sequence import RunOptions
 from adaptive_k_moe.runtime.telemetry import Observer
 
 PROMPT = [7, 3, 44, 12, 9, 30, 21, 8]
@@ -42,7 +43,7 @@ def make_engine(session: ToySession, *, batch: int = 8, seq_len: int = 200) -> E
 
 
 def add(engine: Engine, prompt: list[int], params: SamplingParams, request_id: str, **more: Any) -> None:
-    engine.add(engine.prepare(prompt, params, request_id, **more))
+    engine.add(engine.prepare(prompt, params, RunOptions(request_id, **more)))
 
 
 def run(engine: Engine) -> dict[str, RequestOutput]:
@@ -89,7 +90,7 @@ def test_prompt_logprobs_are_checked() -> None:
     with pytest.raises(RequestError, match="prompt_logprobs is -1"):
         SamplingParams(prompt_logprobs=-1)
     with pytest.raises(RequestError, match="prompt_logprobs is 51, but the vocabulary has 50 tokens"):
-        make_engine(ToySession()).prepare([1], SamplingParams(prompt_logprobs=51), "a")
+        make_engine(ToySession()).prepare([1], SamplingParams(prompt_logprobs=51), RunOptions("a"))
 
 
 def test_a_request_waits_for_at_most_one_small_step_of_the_background() -> None:

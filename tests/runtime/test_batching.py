@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from toy_session import ToySession, toy_policies
 
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
-from adaptive_k_moe.runtime.outputs import RequestOutput
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
+from adaptive_k_moe.runtime.outputs import RequestOutput, rows_of_passes
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
+from adaptive_k_moe.runtime.sequence import RunOptions
 
 Ask = tuple[list[int], SamplingParams]
 
@@ -26,7 +28,7 @@ def make_engine(session: ToySession, *, batch: int = 8, tokens: int = 32, seq_le
 def run_alone(ask: Ask) -> RequestOutput:
     """The answer of an engine that has plenty of everything and nobody else to serve."""
     engine = make_engine(ToySession(num_blocks=64), tokens=64)
-    engine.add(engine.prepare(*ask, "alone"))
+    engine.add(engine.prepare(*ask, RunOptions("alone")))
     outputs: list[RequestOutput] = []
     while engine.has_work:
         outputs += engine.step()
@@ -38,6 +40,10 @@ def assert_same(got: RequestOutput, expected: RequestOutput) -> None:
     assert got.policy == expected.policy
     np.testing.assert_array_equal(got.prompt_k, expected.prompt_k)
     np.testing.assert_array_equal(got.prompt_entropy, expected.prompt_entropy)
+    # However often a step was cut or repeated, each pass counts once.
+    passes = rows_of_passes(got.prompt_k, *(each.k for each in got.outputs))
+    assert got.expert_runs == expected.expert_runs == ExpertRuns.of(2, passes)
+    assert len(passes) == len(got.prompt_token_ids) + sum(len(each.token_ids) - 1 for each in got.outputs)
     if expected.context_logits is not None:
         assert got.context_logits is not None
         np.testing.assert_array_equal(got.context_logits, expected.context_logits)
@@ -87,7 +93,7 @@ def test_every_request_gets_what_it_gets_alone(data: st.DataObject) -> None:
     for now in range(3000):
         for index, arrival in enumerate(arrivals):
             if arrival == now:
-                engine.add(engine.prepare(*requests[index], str(index)))
+                engine.add(engine.prepare(*requests[index], RunOptions(str(index))))
         for index, when in cancelled.items():
             if when == now and (output := engine.abort(str(index))) is not None:
                 ends[index] = output
@@ -121,7 +127,7 @@ def test_preemption_happens_and_changes_nothing() -> None:
     engine = make_engine(ToySession(num_blocks=9))
     requests = [([i + 1] * 8, SamplingParams(max_tokens=16, end_id=-1, seed=i, temperature=1)) for i in range(4)]
     for index, ask in enumerate(requests):
-        engine.add(engine.prepare(*ask, str(index)))
+        engine.add(engine.prepare(*ask, RunOptions(str(index))))
     ends = run_all(engine)
     assert engine.stats().preemptions_total > 0
     assert any(output.metrics.num_preemptions for output in ends.values())
@@ -132,9 +138,9 @@ def test_preemption_happens_and_changes_nothing() -> None:
 def test_a_long_prefill_runs_beside_decode() -> None:
     session = ToySession()
     engine = make_engine(session, tokens=8)
-    engine.add(engine.prepare([1, 2], SamplingParams(max_tokens=12, end_id=-1), "short"))
+    engine.add(engine.prepare([1, 2], SamplingParams(max_tokens=12, end_id=-1), RunOptions("short")))
     engine.step()
-    engine.add(engine.prepare(list(range(1, 31)), SamplingParams(max_tokens=1), "long"))
+    engine.add(engine.prepare(list(range(1, 31)), SamplingParams(max_tokens=1), RunOptions("long")))
     generated = 1
     while "long" in engine.request_ids:
         engine.step()
@@ -148,7 +154,7 @@ def test_a_step_never_exceeds_its_limits() -> None:
     session = ToySession()
     engine = make_engine(session, batch=3, tokens=10)
     for index in range(8):
-        engine.add(engine.prepare([5] * (index + 1), SamplingParams(max_tokens=5, end_id=-1), str(index)))
+        engine.add(engine.prepare([5] * (index + 1), SamplingParams(max_tokens=5, end_id=-1), RunOptions(str(index))))
     run_all(engine)
     assert max(len(step.input_ids) for step in session.steps) <= 10
     assert max(len(step.past_lens) for step in session.steps) == 3
@@ -157,7 +163,7 @@ def test_a_step_never_exceeds_its_limits() -> None:
 def test_first_come_first_served_under_pressure() -> None:
     engine = make_engine(ToySession(num_blocks=6), batch=4)
     for index in range(6):
-        engine.add(engine.prepare([3] * 8, SamplingParams(max_tokens=10, end_id=-1), str(index)))
+        engine.add(engine.prepare([3] * 8, SamplingParams(max_tokens=10, end_id=-1), RunOptions(str(index))))
     order: list[str] = []
     while engine.has_work:
         order += [output.request_id for output in engine.step() if output.finished]
@@ -166,7 +172,7 @@ def test_first_come_first_served_under_pressure() -> None:
 
 def test_an_abort_frees_blocks_before_the_next_step() -> None:
     engine = make_engine(ToySession())
-    engine.add(engine.prepare([1] * 9, SamplingParams(max_tokens=20, end_id=-1), "a"))
+    engine.add(engine.prepare([1] * 9, SamplingParams(max_tokens=20, end_id=-1), RunOptions("a")))
     engine.step()
     assert engine.stats().kv_blocks_used == 3
     output = engine.abort("a")
@@ -183,7 +189,7 @@ def test_a_failing_step_ends_its_requests_and_no_others() -> None:
     engine = make_engine(session, batch=2)
     session.fail_on = 49
     for name, prompt in (("a", [1, 49]), ("b", [2, 3]), ("c", [4, 5])):
-        engine.add(engine.prepare(prompt, SamplingParams(max_tokens=3, end_id=-1), name))
+        engine.add(engine.prepare(prompt, SamplingParams(max_tokens=3, end_id=-1), RunOptions(name)))
     ends = {output.request_id: output for output in engine.step()}
     assert {name: output.outputs[0].finish_reason for name, output in ends.items()} == {
         "a": "error",
@@ -200,8 +206,8 @@ def test_logits_that_are_not_finite_end_only_their_request() -> None:
     session = ToySession()
     session.nan_on = 49
     engine = make_engine(session)
-    engine.add(engine.prepare([1, 49], SamplingParams(max_tokens=3), "a"))
-    engine.add(engine.prepare([1, 2], SamplingParams(max_tokens=3, end_id=-1), "b"))
+    engine.add(engine.prepare([1, 49], SamplingParams(max_tokens=3), RunOptions("a")))
+    engine.add(engine.prepare([1, 2], SamplingParams(max_tokens=3, end_id=-1), RunOptions("b")))
     ends = run_all(engine)
     assert ends["a"].outputs[0].finish_reason == "error"
     assert "not finite" in str(ends["a"].error)
@@ -212,7 +218,9 @@ def test_generated_k_is_that_of_the_pass_that_produced_the_token() -> None:
     session = ToySession()
     engine = make_engine(session, tokens=4)
     prompt = [7, 8, 9, 10, 11]
-    engine.add(engine.prepare(prompt, SamplingParams(max_tokens=4, end_id=-1, adaptive_k_policy="balanced"), "a"))
+    engine.add(
+        engine.prepare(prompt, SamplingParams(max_tokens=4, end_id=-1, adaptive_k_policy="balanced"), RunOptions("a"))
+    )
     output = run_all(engine)["a"]
     answer = output.outputs[0]
     everything = np.concatenate([prompt, answer.token_ids])
@@ -228,7 +236,7 @@ def test_generated_k_is_that_of_the_pass_that_produced_the_token() -> None:
 
 def test_the_answer_ends_at_max_seq_len() -> None:
     engine = make_engine(ToySession(), seq_len=10)
-    engine.add(engine.prepare([1] * 7, SamplingParams(max_tokens=30, end_id=-1), "a"))
+    engine.add(engine.prepare([1] * 7, SamplingParams(max_tokens=30, end_id=-1), RunOptions("a")))
     answer = run_all(engine)["a"].outputs[0]
     assert len(answer.token_ids) == 3
     assert answer.finish_reason == "length"
@@ -238,7 +246,7 @@ def test_context_logits_survive_chunks_and_are_those_of_each_prompt_token() -> N
     prompt = list(range(1, 20))
     for tokens in (3, 32):
         engine = make_engine(ToySession(), tokens=tokens)
-        engine.add(engine.prepare(prompt, SamplingParams(max_tokens=2, return_context_logits=True), "a"))
+        engine.add(engine.prepare(prompt, SamplingParams(max_tokens=2, return_context_logits=True), RunOptions("a")))
         context = run_all(engine)["a"].context_logits
         assert context is not None
         assert context.shape == (19, 50)

@@ -14,6 +14,7 @@ from adaptive_k_moe.errors import BuildError, RequestError
 from adaptive_k_moe.runtime import LLM, SamplingParams
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.perplexity import measure_perplexity
+from adaptive_k_moe.runtime.sequence import RunOptions
 
 from checkpoints import make_mixtral
 
@@ -24,8 +25,8 @@ def test_a_prompt_may_have_so_many_tokens_and_no_more() -> None:
     limits = EngineLimits(max_batch_size=4, max_num_tokens=32, max_seq_len=64, max_input_len=5)
     engine = Engine(ToySession(), toy_policies(), limits, tokenizer=None, eos_token_ids=[0], full_k=2)
     with pytest.raises(RequestError, match="6 tokens, but max_input_len is 5 here: shorten"):
-        engine.prepare([1] * 6, PARAMS, "long")
-    engine.add(engine.prepare([1] * 5, SamplingParams(max_tokens=59, end_id=-1), "fits"))
+        engine.prepare([1] * 6, PARAMS, RunOptions("long"))
+    engine.add(engine.prepare([1] * 5, SamplingParams(max_tokens=59, end_id=-1), RunOptions("fits")))
     ended = [output for _ in range(80) for output in engine.step() if output.finished]
     assert [len(output.outputs[0].token_ids) for output in ended] == [59]
 
@@ -33,9 +34,9 @@ def test_a_prompt_may_have_so_many_tokens_and_no_more() -> None:
 def test_a_prompt_with_its_answer_may_be_scored_in_the_background() -> None:
     limits = EngineLimits(max_batch_size=4, max_num_tokens=32, max_seq_len=64, max_input_len=5)
     engine = Engine(ToySession(), toy_policies(), limits, tokenizer=None, eos_token_ids=[0], full_k=2)
-    engine.prepare([1] * 63, PARAMS, "scored", background=True)
+    engine.prepare([1] * 63, PARAMS, RunOptions("scored", background=True))
     with pytest.raises(RequestError, match="max_seq_len is 64"):
-        engine.prepare([1] * 64, PARAMS, "longer", background=True)
+        engine.prepare([1] * 64, PARAMS, RunOptions("longer", background=True))
 
 
 def test_a_built_engine_keeps_to_it(tmp_path: Path) -> None:

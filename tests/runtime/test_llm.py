@@ -476,7 +476,7 @@ def test_who_watches_for_llms_sees_each_and_cannot_keep_one_from_opening(
         assert llm in seen and another not in seen  # it is closed
     finally:
         _watchers.remove(watch)
-    assert "could not take one" in caplog.text
+    assert "an LLM watcher raised" in caplog.text
 
 
 def test_metrics_are_in_order(llm: LLM) -> None:
@@ -510,13 +510,13 @@ def test_an_interpreter_with_a_running_request_exits_at_once() -> None:
         "from toy_session import *; from adaptive_k_moe.runtime import *\n"
         "session = ToySession(); session.delay = 0.2\n"
         "llm = LLM.from_session(session, toy_config(), toy_policies())\n"
-        "handle = llm.generate_async([1], SamplingParams(max_tokens=50, end_id=-1), streaming=True)\n"
+        "handle = llm.generate_async([1], SamplingParams(max_tokens=500, end_id=-1), streaming=True)\n"
         "next(handle)\n"
     )
     started = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", script], cwd=SUPPORT, capture_output=True, text=True, timeout=30)
+    result = subprocess.run([sys.executable, "-c", script], cwd=SUPPORT, capture_output=True, text=True, timeout=90)
     assert (result.returncode, result.stderr) == (0, "")
-    assert time.monotonic() - started < 8
+    assert time.monotonic() - started < 60
 
 
 def test_prompts_may_be_arrays(llm: LLM) -> None:

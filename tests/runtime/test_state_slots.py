@@ -10,6 +10,7 @@ from toy_session import ToySession
 
 from adaptive_k_moe.runtime.outputs import RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
+from adaptive_k_moe.runtime.sequence import RunOptions
 from adaptive_k_moe.runtime.state_slots import StateSlots
 
 
@@ -42,7 +43,7 @@ def test_every_request_gets_what_it_gets_alone(data: st.DataObject) -> None:
     engine = make_engine(session, batch=batch, tokens=data.draw(st.sampled_from([1, 3, 8, 32])))
     cancelled = data.draw(st.dictionaries(st.integers(0, len(requests) - 1), st.integers(0, 30), max_size=2))
     for index, ask in enumerate(requests):
-        engine.add(engine.prepare(*ask, str(index)))
+        engine.add(engine.prepare(*ask, RunOptions(str(index))))
     ends: dict[int, RequestOutput] = {}
     for now in range(3000):
         for index, when in cancelled.items():
@@ -65,7 +66,7 @@ def test_a_preempted_sequence_gives_its_slot_to_the_next_and_takes_another_later
     engine = make_engine(session)
     requests = [([i + 1] * 8, SamplingParams(max_tokens=16, end_id=-1, seed=i, temperature=1)) for i in range(5)]
     for index, ask in enumerate(requests):
-        engine.add(engine.prepare(*ask, str(index)))
+        engine.add(engine.prepare(*ask, RunOptions(str(index))))
     ends: dict[str, RequestOutput] = {}
     while engine.has_work:
         ends |= {output.request_id: output for output in engine.step()}
@@ -79,7 +80,7 @@ def test_a_failing_step_frees_the_slots_of_its_requests() -> None:
     session.fail_on = 7
     engine = make_engine(session)
     for index, token in enumerate((7, 8, 9)):
-        engine.add(engine.prepare([token], SamplingParams(max_tokens=3, end_id=-1), str(index)))
+        engine.add(engine.prepare([token], SamplingParams(max_tokens=3, end_id=-1), RunOptions(str(index))))
     ends: dict[str, RequestOutput] = {}
     while engine.has_work:
         ends |= {output.request_id: output for output in engine.step()}
@@ -91,7 +92,7 @@ def test_more_sequences_than_slots_wait_for_one() -> None:
     session = ToySession(num_blocks=64, num_state_slots=2)
     engine = make_engine(session, batch=8)
     for index in range(5):
-        engine.add(engine.prepare([index + 1], SamplingParams(max_tokens=2, end_id=-1), str(index)))
+        engine.add(engine.prepare([index + 1], SamplingParams(max_tokens=2, end_id=-1), RunOptions(str(index))))
     while engine.has_work:
         engine.step()
     assert max(len(step.block_tables) for step in session.steps) == 2

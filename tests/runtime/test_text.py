@@ -22,6 +22,7 @@ from adaptive_k_moe.runtime.detokenizer import AnswerText, Detokenizer, StopStri
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.outputs import RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
+from adaptive_k_moe.runtime.sequence import RunOptions
 from adaptive_k_moe.runtime.tokenizer import Tokenizer
 
 from checkpoints import MIXTRAL_SMALL
@@ -183,7 +184,7 @@ def say(kind: str, text: str, prompt: str = "the", **params: Any) -> list[Reques
     engine = Engine(
         session, toy_policies(), limits, tokenizer=tokenizer, eos_token_ids=[tokenizer.eos_token_id], full_k=2
     )
-    engine.add(engine.prepare(prompt, SamplingParams(**{"max_tokens": 40, **params}), "a", streaming=True))
+    engine.add(engine.prepare(prompt, SamplingParams(**{"max_tokens": 40, **params}), RunOptions("a", streaming=True)))
     outputs: list[RequestOutput] = []
     while engine.has_work:
         outputs += engine.step()
@@ -259,11 +260,11 @@ def test_a_bad_word_without_tokens_is_refused() -> None:
     limits = EngineLimits(max_batch_size=4, max_num_tokens=32, max_seq_len=128)
     engine = Engine(ToySession(), toy_policies(), limits, tokenizer=tokenizer, eos_token_ids=[], full_k=2)
     with pytest.raises(RequestError, match="bad word 'zebra' has no tokens"):
-        engine.prepare([1], SamplingParams(bad="zebra"), "a")
+        engine.prepare([1], SamplingParams(bad="zebra"), RunOptions("a"))
     with pytest.raises(
         RequestError, match=r"cannot encode this text: .*'\\ud800' in position 0: surrogates not allowed"
     ):
-        engine.prepare("\ud800", SamplingParams(), "a")
+        engine.prepare("\ud800", SamplingParams(), RunOptions("a"))
     assert not run_all(engine)
 
 
@@ -302,7 +303,7 @@ def test_a_text_that_fails_ends_its_request_alone(monkeypatch: pytest.MonkeyPatc
     limits = EngineLimits(max_batch_size=4, max_num_tokens=32, max_seq_len=64)
     engine = Engine(ToySession(vocab_size=400), toy_policies(), limits, tokenizer=tokenizer, eos_token_ids=[], full_k=2)
     for name in ("a", "b"):
-        engine.add(engine.prepare([ord(name)], SamplingParams(max_tokens=4), name))
+        engine.add(engine.prepare([ord(name)], SamplingParams(max_tokens=4), RunOptions(name)))
     decode = tokenizer.decode
 
     def broken(token_ids: Any, **options: Any) -> str:

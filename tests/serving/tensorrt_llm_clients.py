@@ -68,15 +68,20 @@ def ask(
     return answers
 
 
-def send(client: Any, model: str, inputs: dict[str, Any], outputs: Sequence[str] | None = None, **options: Any) -> None:
-    """Put a request on the client's open stream."""
-    wire = []
+def wire(inputs: dict[str, Any]) -> list[Any]:
+    """Inputs as they are sent."""
+    sent = []
     for name, value in inputs.items():
         array = tensor(value)
-        wire.append(grpcclient.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
-        wire[-1].set_data_from_numpy(array)
+        sent.append(grpcclient.InferInput(name, array.shape, np_to_triton_dtype(array.dtype)))
+        sent[-1].set_data_from_numpy(array)
+    return sent
+
+
+def send(client: Any, model: str, inputs: dict[str, Any], outputs: Sequence[str] | None = None, **options: Any) -> None:
+    """Put a request on the client's open stream."""
     wanted = None if outputs is None else [grpcclient.InferRequestedOutput(name) for name in outputs]
-    client.async_stream_infer(model, wire, outputs=wanted, **options)
+    client.async_stream_infer(model, wire(inputs), outputs=wanted, **options)
 
 
 def text_request(prompt: str, max_tokens: int, *, stream: bool, **options: Any) -> dict[str, Any]:

@@ -24,8 +24,8 @@ from adaptive_k_moe.client import Client, CompletionStream
 from adaptive_k_moe.errors import ClientError, DependencyError, EngineError, ServerError
 from adaptive_k_moe.model_repository import TritonServer
 from adaptive_k_moe.model_repository.installation import find_tritonserver
-from adaptive_k_moe.model_repository.server_directory import server_directory
 from adaptive_k_moe.model_repository.socket_directory import socket_directory
+from adaptive_k_moe.model_repository.supervisor import server_directory
 
 from waiting import eventually
 
@@ -68,7 +68,7 @@ def _serve(*arguments: object) -> Iterator[subprocess.Popen[str]]:
         finally:
             if process.poll() is None:
                 process.terminate()
-                process.wait(30)
+                process.wait(60)
 
 
 def _drain(streams: list[CompletionStream]) -> None:
@@ -76,8 +76,19 @@ def _drain(streams: list[CompletionStream]) -> None:
         list(stream)
 
 
-def _child(process: subprocess.Popen[str]) -> int:
-    return int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[0])
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _supervisor(process: subprocess.Popen[str]) -> int:
+    assert eventually(lambda: _children(process.pid))
+    return _children(process.pid)[0]
+
+
+def _server(process: subprocess.Popen[str]) -> int:
+    supervisor = _supervisor(process)
+    assert eventually(lambda: _children(supervisor))
+    return _children(supervisor)[0]
 
 
 def test_the_folder_in_which_it_starts_does_not_matter(
@@ -148,7 +159,7 @@ def test_sigterm_leaves_nothing_behind(engine_dir: Path, tmp_path: Path) -> None
     with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
         line = process.stdout.readline()
         url = line.partition("grpc ")[2].partition(",")[0]
-        server = _child(process)
+        server = _server(process)
         directory = _directory(server)
         assert _living(server)
         assert len(_leftovers(server, directory)) >= 3
@@ -158,29 +169,30 @@ def test_sigterm_leaves_nothing_behind(engine_dir: Path, tmp_path: Path) -> None
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(ClientError):  # it may have come to its end
                 list(stream)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         assert process.stderr.read() == ""
-    assert eventually(lambda: not _living(server), 2)
+    assert eventually(lambda: not _living(server))
     assert not _leftovers(server, directory)
 
 
 def test_sigint_while_it_starts(engine_dir: Path, tmp_path: Path) -> None:
     with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
-        assert eventually(lambda: bool(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()))
-        server = _child(process)
+        server = _server(process)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-    assert eventually(lambda: not _living(server), 2)
+        assert process.wait(60) == 0
+    assert eventually(lambda: not _living(server))
 
 
-def test_a_serve_command_that_is_killed_takes_its_server_with_it(engine_dir: Path, tmp_path: Path) -> None:
+def test_a_serve_command_that_is_killed_leaves_nothing(engine_dir: Path, tmp_path: Path) -> None:
     with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
         process.stdout.readline()
-        server = _child(process)
+        server = _server(process)
+        directory = _directory(server)
         assert _living(server)
         process.kill()
-        process.wait(30)
-    assert eventually(lambda: not _living(server), 20)
+        process.wait(60)
+    assert eventually(lambda: not _living(server))
+    assert eventually(lambda: not _leftovers(server, directory))
 
 
 def test_what_killed_servers_leave_the_next_one_removes_and_nothing_of_the_living(
@@ -191,15 +203,17 @@ def test_what_killed_servers_leave_the_next_one_removes_and_nothing_of_the_livin
         TritonServer(engine_dir, log_file=tmp_path / "other.log", **ANY_PORTS) as living,
     ):
         killed.stdout.readline()
-        server = _child(killed)
+        server = _server(killed)
         directory = _directory(server)
         with server_directory():
             assert len(_leftovers(server, directory)) >= 3
-        killed.send_signal(signal.SIGSTOP)  # so that it cannot clean up after the server
+        supervisor = _supervisor(killed)
+        killed.send_signal(signal.SIGSTOP)  # so that neither of them can clean up after the server
+        os.kill(supervisor, signal.SIGKILL)
         os.killpg(server, signal.SIGKILL)
         killed.kill()
-        killed.wait(30)
-        assert eventually(lambda: not _living(server), 20)
+        killed.wait(60)
+        assert eventually(lambda: not _living(server))
         assert len(_leftovers(server, directory)) >= 3
         with server_directory() as new:
             assert not _leftovers(server, directory)
@@ -209,24 +223,81 @@ def test_what_killed_servers_leave_the_next_one_removes_and_nothing_of_the_livin
         assert Client(living.grpc_url).generate("Once", max_tokens=1).num_output_tokens == 1
 
 
-def test_what_bears_the_name_of_a_servers_folder_and_is_none_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "adaptive_k_server_link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "adaptive_k_server_file").write_text("mine")
-    (tmp_path / "adaptive_k_server_left").mkdir()
-    with server_directory() as directory:
-        assert directory.path.parent == tmp_path
-    names = sorted(path.name for path in tmp_path.iterdir())
+def test_what_bears_the_name_of_a_servers_folder_and_is_none_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # pytest's own is too long a path for sockets
+        monkeypatch.setattr(tempfile, "tempdir", temporary)
+        (Path(temporary) / "elsewhere").mkdir()
+        (Path(temporary) / "adaptive_k_server_link").symlink_to(Path(temporary) / "elsewhere")
+        (Path(temporary) / "adaptive_k_server_file").write_text("mine")
+        (Path(temporary) / "adaptive_k_server_left").mkdir()
+        with server_directory() as directory:
+            assert directory.path.parent == Path(temporary)
+        names = sorted(path.name for path in Path(temporary).iterdir())
     assert names == ["adaptive_k_server_file", "adaptive_k_server_link", "elsewhere"]
+
+
+@pytest.mark.parametrize("name", ["a folder", "long" * 10, "$HOME"])
+def test_a_folder_that_triton_cannot_use_is_not_used(
+    name: str, engine_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton hands paths to a shell as they are, and sockets lie in the folder."""
+    (tmp_path / name).mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / name))
+    with TritonServer(engine_dir, log_file=tmp_path / "log", **ANY_PORTS) as server:
+        assert _directory(server.pid).parent == Path("/tmp")
+        assert Client(server.grpc_url).generate("Once", max_tokens=1).num_output_tokens == 1
+
+
+def test_all_files_of_a_server_lie_in_its_folder(engine_dir: Path, tmp_path: Path) -> None:
+    """Triton would have one in /tmp, which nobody removes when it is killed."""
+    with TritonServer(engine_dir, log_file=tmp_path / "log", **ANY_PORTS) as server:
+        names = {path.name.partition("_env_")[0] for path in _directory(server.pid).iterdir()}
+    assert "python" in names
+
+
+def test_a_supervisor_that_is_killed_ends_the_server_and_the_command(engine_dir: Path, tmp_path: Path) -> None:
+    with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
+        process.stdout.readline()
+        server = _server(process)
+        directory = _directory(server)
+        os.kill(_supervisor(process), signal.SIGKILL)
+        assert process.wait(60) == 1
+        error = process.stderr.read()
+    assert error.startswith("adaptive-k: error: the supervisor of the Triton server has ended (status -9)")
+    assert error.count("\n") == 1
+    assert eventually(lambda: not _living(server))
+    assert not _leftovers(server, directory)
+
+
+def test_a_process_that_was_forked_does_not_keep_the_server(engine_dir: Path, tmp_path: Path) -> None:
+    """It holds whatever the starter had open."""
+    code = f"""
+import os, time
+from adaptive_k_moe.model_repository import TritonServer
+server = TritonServer({str(engine_dir)!r}, http_port=0, grpc_port=0, metrics_port=0, log_file={str(tmp_path / "log")!r})
+server.start()
+if os.fork() == 0:
+    time.sleep(60)
+print(server.pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-P", "-c", code], stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            server = int(process.stdout.readline())
+            directory = _directory(server)
+            process.kill()
+            assert eventually(lambda: not _living(server))
+            assert eventually(lambda: not _leftovers(server, directory))
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_server_that_dies_is_reported_to_both_sides(engine_dir: Path, tmp_path: Path) -> None:
     with _serve("--engine_dir", engine_dir, "--log_file", tmp_path / "log") as process:
         url = process.stdout.readline().partition("grpc ")[2].partition(",")[0]
-        server = _child(process)
+        server = _server(process)
         directory = _directory(server)
         with Client(url) as client:
             streams = [client.generate("import os", stream=True, max_tokens=400, end_id=-1) for _ in range(32)]
@@ -235,17 +306,17 @@ def test_a_server_that_dies_is_reported_to_both_sides(engine_dir: Path, tmp_path
             with pytest.raises(ClientError, match="cannot be reached, or broke off"):
                 _drain(streams)
             assert not client.is_ready()
-        assert process.wait(30) == 1
+        assert process.wait(60) == 1
         error = process.stderr.read()
         assert error == ("adaptive-k: error: the Triton server stopped on its own: signal 9 (Killed) ended it.\n")
-    assert eventually(lambda: not _living(server), 2)
+    assert eventually(lambda: not _living(server))
     assert not _leftovers(server, directory)
 
 
 def test_the_repository_as_it_ships_serves_and_reloads_in_any_triton(engine_dir: Path, tmp_path: Path) -> None:
     repository = Path(adaptive_k_moe.model_repository.__file__).parent
     installation = find_tritonserver()
-    options, environment = installation.prepare(tmp_path)
+    options, environment = installation.prepare(tmp_path / "triton")
     with socket.socket() as one, socket.socket() as other:
         one.bind(("127.0.0.1", 0))
         other.bind(("127.0.0.1", 0))
@@ -264,11 +335,16 @@ def test_the_repository_as_it_ships_serves_and_reloads_in_any_triton(engine_dir:
     environment["ADAPTIVE_K_ENGINE_DIR"] = str(engine_dir)
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
-            command, env={**os.environ, **environment}, stdout=log, stderr=log, start_new_session=True
+            command,
+            env={**os.environ, **environment},
+            cwd=tmp_path / "triton",
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     try:
         clients = [Client(f"127.0.0.1:{grpc}", model_name=model, timeout=30) for model in models]
-        assert eventually(lambda: all(client.is_ready() for client in clients), 60)
+        assert eventually(lambda: all(client.is_ready() for client in clients))
         before = [client.generate("import os", max_tokens=4, end_id=-1).text for client in clients]
         assert before[0] == before[1]
         # Triton's model control: the model is loaded anew, and the other one finds it.
@@ -282,7 +358,7 @@ def test_the_repository_as_it_ships_serves_and_reloads_in_any_triton(engine_dir:
     finally:
         process.terminate()
         try:
-            process.wait(45)
+            process.wait(60)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

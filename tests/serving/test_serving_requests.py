@@ -22,7 +22,8 @@ from adaptive_k_moe.model_repository.repository import write_model_repository
 from adaptive_k_moe.model_repository.requests import asks_to_stop, parse_request
 from adaptive_k_moe.model_repository.responses import ResponseBuilder
 from adaptive_k_moe.request_options import UNSUPPORTED_OPTIONS
-from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
+from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput, rows_of_passes
 
 REQUIRED_OF_TEXT = ["text_input", "max_tokens"]
 UNSUPPORTED = {name: option for option in UNSUPPORTED_OPTIONS for name in (*option.text, *option.tokens)}
@@ -53,8 +54,8 @@ def _output(tokens: int, *, text: str, text_diff: str, finish: Any = None, n_pro
         policy="full",
         prompt_k=np.full((n_prompt, 2), 2, np.int32),
         prompt_entropy=np.zeros((n_prompt, 2), np.float32),
+        expert_runs=ExpertRuns.of(2, rows_of_passes(np.full((n_prompt, 2), 2), completion.k)),
         metrics=RequestMetrics(arrival_time=1.0),
-        full_k=2,
     )
 
 
@@ -70,6 +71,14 @@ def test_the_shipped_configuration_is_what_the_tables_say(model: str) -> None:
     assert [tensor.name for tensor in config.input if not tensor.optional] == required
     for tensors_of_it in (config.input, config.output):
         assert len({tensor.name for tensor in tensors_of_it}) == len(tensors_of_it)
+
+
+def test_the_page_on_serving_has_the_tables_inputs(repository: Path) -> None:
+    page = (repository / "docs" / "serving.md").read_text()
+    assert contract.input_table() in page, "write contract.input_table() to docs/serving.md"
+    for model in contract.MODELS:
+        for tensor in contract.outputs_of(model):
+            assert f"`{tensor.name}`" in page
 
 
 def test_any_engine_path_survives_the_configuration(tmp_path: Path) -> None:
@@ -280,10 +289,9 @@ def test_a_stream_is_pieces_and_a_whole_answer_is_one() -> None:
     assert answer["text_output"].item() == b"helloabc"
     assert "adaptive_k_k" not in answer
     final = _output(4, text="abc", text_diff="", finish="length")
-    for builder, tensors_of_it in ((stream, last), (whole, answer)):
-        assert builder.avg_k == pytest.approx(final.avg_k)
-        assert builder.compute_saved_ratio == pytest.approx(final.compute_saved_ratio)
+    for tensors_of_it in (last, answer):
         assert tensors_of_it["adaptive_k_avg_k"].item() == pytest.approx(final.avg_k)
+        assert tensors_of_it["adaptive_k_compute_saved_ratio"].item() == pytest.approx(final.compute_saved_ratio)
 
 
 def test_an_answer_that_ends_before_its_first_token_is_still_an_answer() -> None:

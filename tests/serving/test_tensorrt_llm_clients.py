@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc as grpcclient
 from tensorrt_llm_clients import (
     PERF_METRICS,
     ask,
@@ -20,6 +21,7 @@ from tensorrt_llm_clients import (
     stop_request,
     text_request,
     token_request,
+    wire,
 )
 from triton_calls import metric
 from tritonclient.utils import InferenceServerException
@@ -219,6 +221,18 @@ def _expect_refusal(server: TritonServer, model: str, request: dict[str, Any], s
         ask(server.grpc_url, model, request)
     assert sentence in str(refused.value)
     assert "\n" not in str(refused.value) and "Traceback" not in str(refused.value)
+
+
+def test_calls_that_this_server_has_no_model_for_are_one_sentence(server: TritonServer) -> None:
+    """`inflight_batcher_llm_client.py` without `-S` and `-n`, and `e2e_grpc_speculative_decoding_client.py`."""
+    with grpcclient.InferenceServerClient(server.grpc_url) as client:
+        for model, sentence in (
+            ("tensorrt_llm", "ModelInfer RPC doesn't support models with decoupled transaction policy"),
+            ("preprocessing", "'preprocessing' is not found"),
+        ):
+            with pytest.raises(InferenceServerException) as refused:
+                client.infer(model, wire(token_request([5, 6, 7], TOKENS, stream=False)))
+            assert sentence in str(refused.value) and "\n" not in str(refused.value)
 
 
 # inflight_batcher_llm_client.py, option by option.

@@ -14,9 +14,10 @@ from fake_tensorrt import write_plan
 
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import lower_graph
-from adaptive_k_moe.engine_config import BuildConfig, Dtype, EngineConfig, file_entry, write_engine_config
+from adaptive_k_moe.engine_config import BuildConfig, EngineConfig, file_entry, write_engine_config
+from adaptive_k_moe.engine_format.tensorrt import Binding, make_bindings
+from adaptive_k_moe.model_config import Dtype
 from adaptive_k_moe.policy import PolicySet
-from adaptive_k_moe.tensorrt_bindings import Binding, make_bindings
 
 POLICIES: dict[str, Any] = {
     "policies": {

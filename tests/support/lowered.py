@@ -15,9 +15,10 @@ import transformers
 
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import lower_graph
-from adaptive_k_moe.engine_config import BuildConfig, Dtype, EngineConfig, PretrainedConfig
+from adaptive_k_moe.engine_config import BuildConfig, EngineConfig
+from adaptive_k_moe.engine_format.tensorrt import Binding, make_bindings
+from adaptive_k_moe.model_config import Dtype, PretrainedConfig
 from adaptive_k_moe.policy import PolicySet
-from adaptive_k_moe.tensorrt_bindings import Binding, make_bindings
 
 from checkpoints import Shape, make_checkpoint
 from nemotron_models import Nemotron, make_nemotron

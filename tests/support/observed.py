@@ -10,7 +10,14 @@ from typing import Any
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestContext, RequestMetrics, RequestOutput
+from adaptive_k_moe.runtime.expert_runs import ExpertRuns
+from adaptive_k_moe.runtime.outputs import (
+    CompletionOutput,
+    RequestContext,
+    RequestMetrics,
+    RequestOutput,
+    rows_of_passes,
+)
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -25,7 +32,7 @@ def read_page(page: str) -> Samples:
 
 
 def scrape(url: str) -> Samples:
-    with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{url}/metrics", timeout=60) as answer:
         return read_page(answer.read().decode())
 
 
@@ -66,7 +73,8 @@ def make_output(**changes: Any) -> RequestOutput:
             last_token_time=now - 0.25,
             finished_time=now,
         ),
-        "full_k": 4,
         "context": RequestContext(client_id="mine"),
     }
-    return RequestOutput(**{**fields, **changes})
+    fields |= changes
+    rows = rows_of_passes(fields["prompt_k"], *(each.k for each in fields["outputs"]))
+    return RequestOutput(**{"expert_runs": ExpertRuns.of(4, rows), **fields})

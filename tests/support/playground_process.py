@@ -32,7 +32,7 @@ def playground(url: str, metrics_url: str, *arguments: str) -> Iterator[str]:
             yield line.partition(" at ")[2].partition(" for ")[0]
         finally:
             process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         assert process.stderr.read() == ""
 
 

@@ -79,7 +79,7 @@ def text_of(responses: list[dict[str, np.ndarray]], batch_index: int = 0, sequen
 
 def metric(url: str, name: str, **labels: str) -> float:
     """Sum of a metric's series that have the labels; 0 if there is none."""
-    with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{url}/metrics", timeout=60) as answer:
         page = answer.read().decode()
     total = 0.0
     for series, value in re.findall(rf"^{name}\{{(.*?)\}} (\S+)$", page, re.MULTILINE):

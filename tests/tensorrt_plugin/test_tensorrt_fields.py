@@ -41,7 +41,7 @@ def test_the_creators_are_found_under_the_name_of_the_onnx_node(library: PluginL
 
 def test_the_announced_fields_are_the_onnx_attributes(library: PluginLibrary) -> None:
     from adaptive_k_moe.engine_builder.graph.moe_function import moe_attributes
-    from adaptive_k_moe.engine_config import MoeConfig
+    from adaptive_k_moe.model_config import MoeConfig
 
     config = MoeConfig.model_construct(
         activation="swiglu", scoring="softmax", norm_topk_prob=True, routed_scaling_factor=1.0, n_group=1, topk_group=1

@@ -22,7 +22,7 @@ from test_tensorrt_registry import all_of, eleven, encounter  # noqa: F401 (a fi
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_builder.graph.mamba_function import INPUTS, OUTPUTS, mamba_attributes
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_plugin, lower_graph
-from adaptive_k_moe.engine_config import MambaConfig
+from adaptive_k_moe.model_config import MambaConfig
 
 from nemotron_models import Nemotron, make_nemotron  # isort: skip
 from mamba_oracle import Array, Case, make_inputs, oracle

@@ -9,10 +9,10 @@ from fake_gpu import Gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptive_k_moe.engine_format.tensorrt import Binding, Limits
 from adaptive_k_moe.runtime.session.tensorrt.buffers import Cache, Mirror
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Cuda
 from adaptive_k_moe.runtime.session.tensorrt.slots import SlotMap
-from adaptive_k_moe.tensorrt_bindings import Binding, Limits
 
 HEADS, LENGTH, WIDTH = 2, 8, 4
 

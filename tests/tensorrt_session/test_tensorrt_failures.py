@@ -17,14 +17,15 @@ from fake_gpu import Error, Gpu
 from gpu_engines import make_engine, poison
 
 from adaptive_k_moe.engine_config import read_engine_config
+from adaptive_k_moe.engine_format.tensorrt import Binding, Limits, make_bindings
 from adaptive_k_moe.errors import DependencyError, DeviceError, DeviceMemoryError, EngineError
 from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.outputs import RequestOutput
+from adaptive_k_moe.runtime.sequence import RunOptions
 from adaptive_k_moe.runtime.session import create_session
 from adaptive_k_moe.runtime.session.tensorrt import session as session_module
 from adaptive_k_moe.runtime.session.tensorrt.engine import Context
-from adaptive_k_moe.tensorrt_bindings import Binding, Limits, make_bindings
 
 from checkpoints import Shape, make_checkpoint
 
@@ -160,7 +161,7 @@ class Steps:
         self.ends: dict[str, RequestOutput] = {}
 
     def add(self, name: str, prompt: list[int], max_tokens: int = 8) -> None:
-        self.engine.add(self.engine.prepare(prompt, SamplingParams(max_tokens=max_tokens, end_id=-1), name))
+        self.engine.add(self.engine.prepare(prompt, SamplingParams(max_tokens=max_tokens, end_id=-1), RunOptions(name)))
 
     def step(self) -> None:
         self.ends |= {output.request_id: output for output in self.engine.step() if output.finished}

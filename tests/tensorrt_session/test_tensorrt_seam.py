@@ -16,12 +16,12 @@ import pytest
 from fake_gpu import Cudart, Gpu
 from fake_tensorrt import Context, Engine, make_tensorrt
 
+from adaptive_k_moe.engine_format.tensorrt import DTYPES
 from adaptive_k_moe.errors import DeviceError, EngineError
 from adaptive_k_moe.runtime.session.tensorrt import cuda as cuda_module
 from adaptive_k_moe.runtime.session.tensorrt import engine as engine_module
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Cuda, import_cudart
 from adaptive_k_moe.runtime.session.tensorrt.engine import TrtEngine
-from adaptive_k_moe.tensorrt_bindings import DTYPES
 
 
 def attributes(module: Any, *objects: str) -> set[str]:

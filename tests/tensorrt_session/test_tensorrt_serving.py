@@ -75,7 +75,7 @@ def test_answers_are_those_of_the_cpu_engine(server: TritonServer, client: Clien
     for one, other in zip(found, expected, strict=True):
         assert one.text == other.outputs[0].text
         assert one.avg_k == pytest.approx(other.avg_k)
-    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=10) as answer:
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=60) as answer:
         lines = answer.read().decode().splitlines()
     blocks = [float(line.split()[-1]) for line in lines if line.startswith("adaptive_k_kv_blocks{")]
     assert blocks == [2.0]

@@ -22,6 +22,7 @@ from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits
 from adaptive_k_moe.runtime.outputs import RequestOutput
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
+from adaptive_k_moe.runtime.sequence import RunOptions
 from adaptive_k_moe.runtime.session import Session, StepInput, StepOutput, create_session
 from adaptive_k_moe.runtime.session.tensorrt import session as session_module
 
@@ -83,6 +84,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     with Gpu(seed=3).installed() as gpu:
         session = create_session(directory / "gpu", config)
         found = Model(gpu, config, session, reference, config.policy_tables(), texts, [])
+        session.set_policies(found.tables)
+        reference.set_policies(reference_config.policy_tables())
         for index, text in enumerate(texts):
             found.expected.append(reference.step(whole(text, found.policy_of(index), reference)))
         yield found
@@ -189,7 +192,7 @@ def run_engine(engine: Engine, asks: list[tuple[int, list[int], SamplingParams]]
     for now in range(2000):
         for index, (arrival, prompt, params) in enumerate(asks):
             if arrival == now:
-                engine.add(engine.prepare(prompt, params, str(index)))
+                engine.add(engine.prepare(prompt, params, RunOptions(str(index))))
             if cancels.get(index) == now and (output := engine.abort(str(index))) is not None:
                 ends[index] = output
         ends |= {int(output.request_id): output for output in engine.step()}
@@ -349,6 +352,7 @@ def test_a_chunk_that_asks_for_many_logits_takes_several_executions(
         monkeypatch.setattr(session_module, "_LOGITS_BYTES", rows * 101 * 4)
         with Gpu().installed():
             session = create_session(tmp_path / "gpu", config)
+            session.set_policies(config.policy_tables())
             results.append(session.step(step))
             session.close()
     for other in results[1:]:

@@ -60,6 +60,7 @@ export class Side {
     this.tokens = 0;
     this.seconds = 0;
     this.first = null;
+    this.last = null;
     this.whole = false;
     this.answer.replaceChildren();
     this.failure.hidden = true;
@@ -117,6 +118,7 @@ export class Side {
     this.held.entropy.push(...chunk.entropy);
     this.tokens += chunk.tokens;
     this.seconds = chunk.seconds;
+    this.last = chunk;
     this.first ??= { seconds: chunk.seconds, tokens: chunk.tokens };
     if (chunk.variant) this.title.textContent = `${this.name}: variant ${chunk.variant}`;
     chunk.k.forEach((row, token) => this.count(row, chunk.entropy[token]));
@@ -157,18 +159,6 @@ export class Side {
     return most > 1 && Number.isFinite(k) ? Math.min(1, Math.max(0, (k - 1) / (most - 1))) : 1;
   }
 
-  get experts() {
-    return this.sums.reduce((sum, layer) => sum + layer.k, 0);
-  }
-
-  get choices() {
-    return this.sums.reduce((sum, layer) => sum + layer.tokens, 0);
-  }
-
-  get averageK() {
-    return this.experts / this.choices;
-  }
-
   /** Tokens a second after the first one, whose time is the prompt's. */
   get speed() {
     return this.first ? (this.tokens - this.first.tokens) / (this.seconds - this.first.seconds) : NaN;
@@ -195,11 +185,10 @@ export class Side {
   }
 
   showFigures() {
-    const most = this.engine.num_experts_per_tok;
-    const full = this.choices * most;
-    write(this.figures["avg-k"], format(this.averageK), `of ${most}`);
-    const left = full ? `of ${full.toLocaleString("en")}, ${((100 * (full - this.experts)) / full).toFixed(1)} %` : "";
-    write(this.figures.saved, (full - this.experts).toLocaleString("en"), left);
+    // The server's figures, over prompt and answer.
+    const { avg_k: averageK, compute_saved_ratio: saved } = this.last;
+    write(this.figures["avg-k"], format(averageK), `of ${this.engine.num_experts_per_tok}`);
+    write(this.figures.saved, Number.isFinite(saved) ? `${(100 * saved).toFixed(1)} %` : "–", "of prompt and answer");
     const speed = Number.isFinite(this.speed) ? this.speed.toFixed(1) : "–";
     write(this.figures.speed, speed, "after the first one");
     if (this.shown === null) this.showAllTokens();

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_k_moe.engine_format.tensorrt import ITEM_SIZES, Binding, Shape
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Bytes, Cuda, aligned
 from adaptive_k_moe.runtime.session.tensorrt.slots import Exchange
-from adaptive_k_moe.tensorrt_bindings import ITEM_SIZES, Binding, Shape
 
 # What unused rows and columns of the policy tables hold; the columns of `k_values` repeat their row's last.
 _PADDING = {"policy_kind": 0, "thresholds": np.inf, "k_values": 1}

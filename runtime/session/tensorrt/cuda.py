@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_k_moe.engine_format.tensorrt import ALIGNMENT
 from adaptive_k_moe.errors import DependencyError, DeviceError, DeviceMemoryError
-from adaptive_k_moe.tensorrt_bindings import ALIGNMENT
 
 Bytes = npt.NDArray[np.uint8]
 

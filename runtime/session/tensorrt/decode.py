@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from adaptive_k_moe.engine_format.tensorrt import Shape
 from adaptive_k_moe.errors import DeviceError
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Cuda
 from adaptive_k_moe.runtime.session.tensorrt.engine import Context, TrtEngine
 from adaptive_k_moe.runtime.session.tensorrt.plan import DECODE
 from adaptive_k_moe.runtime.telemetry import logger
-from adaptive_k_moe.tensorrt_bindings import Shape
 
 
 @dataclass

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from adaptive_k_moe.engine_format.tensorrt import DTYPES, PROFILES, Binding, Shape
 from adaptive_k_moe.errors import DependencyError, DeviceError, DeviceMemoryError, EngineError
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Cuda
-from adaptive_k_moe.tensorrt_bindings import DTYPES, PROFILES, Binding, Shape
 from adaptive_k_moe.tensorrt_plugin import load_plugin
 
 

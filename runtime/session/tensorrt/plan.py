@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_k_moe.engine_format.tensorrt import PROFILES
 from adaptive_k_moe.runtime.session.base import Int64Array, StepInput
 from adaptive_k_moe.runtime.session.tensorrt.slots import SlotMap
-from adaptive_k_moe.tensorrt_bindings import PROFILES
 
 DECODE, PREFILL = PROFILES.index("decode"), PROFILES.index("prefill")
 

@@ -9,6 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from adaptive_k_moe.engine_config import EngineConfig
+from adaptive_k_moe.engine_format.tensorrt import (
+    ALIGNMENT,
+    ENGINE_NAME,
+    ITEM_SIZES,
+    Binding,
+    make_bindings,
+    slots_that_cannot_be_bound,
+)
 from adaptive_k_moe.errors import DeviceError, DeviceMemoryError, EngineError, PolicyError
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
@@ -25,14 +33,6 @@ from adaptive_k_moe.runtime.session.tensorrt.plan import (
     plan_step,
 )
 from adaptive_k_moe.runtime.session.tensorrt.slots import SlotMap
-from adaptive_k_moe.tensorrt_bindings import (
-    ALIGNMENT,
-    ENGINE_NAME,
-    ITEM_SIZES,
-    Binding,
-    make_bindings,
-    slots_that_cannot_be_bound,
-)
 
 # Bytes for the logits of prompts; a chunk that asks for more takes several executions.
 _LOGITS_BYTES = 64 << 20
@@ -81,7 +81,6 @@ class TensorRtSession:
             self._prefill = self._engine.create_context(PREFILL, self._stream)
             self._decode = DecodeRunner(self._engine, self._cuda, self._stream)
             self._allocate(table)
-            self.set_policies(config.policy_tables())
         except DeviceMemoryError as error:
             self.close()
             slot = sum(binding.slot_bytes for binding in table if binding.in_place_of is not None)

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
-from adaptive_k_moe.engine_config import BuildConfig, PretrainedConfig
+from adaptive_k_moe.engine_config import BuildConfig
+from adaptive_k_moe.model_config import PretrainedConfig
 from adaptive_k_moe.policy import MAX_CHOICES, MAX_POLICIES
 
 ENGINE_NAME = "rank0.engine"

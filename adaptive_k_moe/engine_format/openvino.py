@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the engine's explicit past keys and values, and states, to OpenVINO's paged attention and packed tokens.
+"""OpenVINO's engine file, and the pass that loads it: from explicit past keys and values to paged attention.
 
-Done each time an engine is loaded (it takes milliseconds), because OpenVINO cannot read its own paged
+The pass is done each time an engine is loaded (it takes milliseconds), because OpenVINO cannot read its own paged
 attention back from a file. The builder runs the same pass to check that a model's attention matches.
 """
 
@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_k_moe.engine_config import PretrainedConfig
 from adaptive_k_moe.errors import EngineError
+from adaptive_k_moe.model_config import PretrainedConfig
+
+ENGINE_XML = "rank0.xml"
+"""The engine's file in its directory; its weights lie beside it."""
 
 
 def use_paged_attention(graph: Any, model: PretrainedConfig) -> None:
