@@ -10,7 +10,9 @@ A policy file is JSON::
                                "layers": {"0": {"thresholds": [0.4], "k": [1, 2]}}},
                   "mass":     {"kind": "top_p", "p": 0.9, "k_min": 1, "layers": {"3": {"p": 0.8}}},
                   "relative": {"kind": "ratio", "ratio": 0.2},
-                  "weighed":  {"kind": "contribution", "p": 0.9}},
+                  "weighed":  {"kind": "contribution", "p": 0.9},
+                  "batched":  {"kind": "phases", "prefill": {"kind": "fixed", "k": 2},
+                               "decode": {"kind": "shared", "price": 0.05, "k_min": 1}}},
      "expert_norms": [[0.8, 1.2, 1.1, 0.9], ...]}
 
 Layers are numbered over the model's MoE layers from 0. `full`, the trained top-k, always exists. `contribution`
@@ -23,6 +25,7 @@ import json
 import math
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -48,9 +51,10 @@ MAX_CHOICES = MAX_K + 1
 """Most choices of a policy: the columns that every target's tables have room for."""
 
 # The operator's policy kinds (input `policy_kind`).
-KIND_ENTROPY, KIND_TOP_P, KIND_RATIO, KIND_CONTRIBUTION = (
-    KINDS[name].number for name in ("entropy", "top_p", "ratio", "contribution")
+KIND_ENTROPY, KIND_TOP_P, KIND_RATIO, KIND_CONTRIBUTION, KIND_SHARED_PRICE = (
+    KINDS[name].number for name in ("entropy", "top_p", "ratio", "contribution", "shared")
 )
+KIND_SHARED_EXPERTS = KIND_SHARED_PRICE + 1  # `shared` with a number of experts in the place of a price
 
 _K = Annotated[int, Field(ge=1)]
 _Layer = Annotated[int, Field(ge=0)]
@@ -211,7 +215,7 @@ class RatioPolicy(FileModel):
         return RatioChoices(ratio=self.ratio, k_min=self.k_min, k_max=self.k_max)
 
 
-def _check_common_rule(policy: _SharePolicy | RatioPolicy, name: str) -> None:
+def _check_common_rule(policy: _SharePolicy | RatioPolicy | SharedPolicy, name: str) -> None:
     """Refuse a policy with neither a rule for all layers nor layers, or with limits that no rule goes with."""
     if policy.parameter is not None:
         return
@@ -221,9 +225,105 @@ def _check_common_rule(policy: _SharePolicy | RatioPolicy, name: str) -> None:
         raise ValueError(f"k_min and k_max need {name} beside them: say them in layers, or give {name}")
 
 
-Policy = Annotated[
-    EntropyPolicy | FixedPolicy | TopPPolicy | RatioPolicy | ContributionPolicy, Field(discriminator="kind")
+class SharedChoices(FileModel):
+    """What the tokens of a step read together: experts that are worth `price` to them, or `experts` of them at most.
+
+    Each token keeps its own first `k_min` experts, and runs its best among those that are read, up to `k_max`; without
+    k_max up to the trained top-k.
+    """
+
+    price: Annotated[float, Field(gt=0)] | None = None
+    experts: Annotated[int, Field(ge=0)] | None = None
+    k_min: Annotated[int, Field(ge=0)] = 1
+    k_max: _K | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> SharedChoices:
+        if (self.price is None) == (self.experts is None):
+            raise ValueError("give price or experts, and not both")
+        return self
+
+    @property
+    def parameter(self) -> float:
+        """What the operator finds first among the row's thresholds."""
+        return float(self.experts or 0) if self.price is None else self.price
+
+
+class SharedPolicy(FileModel):
+    """Tokens agree with all others of the step on the experts to read: a rule for decode, where reading is the cost.
+
+    What a token runs depends on the step's other tokens. `price` in one place and `experts` in another do not go
+    together: a row of the operator has one kind in all layers.
+    """
+
+    kind: Literal["shared"]
+    price: Annotated[float, Field(gt=0)] | None = None
+    experts: Annotated[int, Field(ge=0)] | None = None
+    k_min: Annotated[int, Field(ge=0)] = 1
+    k_max: _K | None = None
+    layers: dict[_Layer, SharedChoices] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> SharedPolicy:
+        if self.price is not None or self.experts is not None:
+            SharedChoices(price=self.price, experts=self.experts)
+        _check_common_rule(self, "price or experts")
+        rules = [rule for rule in (self, *self.layers.values()) if rule.parameter is not None]
+        if len({rule.price is None for rule in rules}) > 1:
+            raise ValueError("price and experts do not go together in one policy: give the one or the other everywhere")
+        return self
+
+    @property
+    def parameter(self) -> float | None:
+        """Of the rule for all layers; None where there is none."""
+        return self.price if self.experts is None else float(self.experts)
+
+    @property
+    def by_price(self) -> bool:
+        """Whether experts are read for their price and not by their number."""
+        return all(rule.experts is None for rule in (self, *self.layers.values()))
+
+    def choices(self, layer: int, full_k: int) -> SharedChoices:
+        """The rule of one MoE layer; a layer that the policy does not name runs `full_k`."""
+        if layer in self.layers:
+            return self.layers[layer]
+        if self.parameter is None:
+            free = {"price": 1.0} if self.by_price else {"experts": 0}
+            return SharedChoices(k_min=full_k, k_max=full_k, **free)  # type: ignore[arg-type]
+        return SharedChoices(price=self.price, experts=self.experts, k_min=self.k_min, k_max=self.k_max)
+
+
+Rule = Annotated[
+    EntropyPolicy | FixedPolicy | TopPPolicy | RatioPolicy | ContributionPolicy | SharedPolicy,
+    Field(discriminator="kind"),
 ]
+"""What a row of the operator's tables says."""
+
+
+class PhasesPolicy(FileModel):
+    """One rule for the tokens of prompts and one for those that are generated; a token follows its phase."""
+
+    kind: Literal["phases"]
+    prefill: Rule
+    decode: Rule
+
+    @property
+    def layers(self) -> dict[int, Any]:
+        """The layers that either rule names."""
+        return {**self.prefill.layers, **self.decode.layers}
+
+
+Policy = Annotated[Rule | PhasesPolicy, Field(discriminator="kind")]
+
+
+def rules_of(policy: Any) -> list[Any]:
+    """The rules of a policy: its own, or that of prefill and that of decode."""
+    return [policy.prefill, policy.decode] if isinstance(policy, PhasesPolicy) else [policy]
+
+
+def _operator_kind(rule: Any) -> int:
+    """The operator's `policy_kind` of a rule's row."""
+    return KIND_SHARED_EXPERTS if isinstance(rule, SharedPolicy) and not rule.by_price else KINDS[rule.kind].number
 
 
 class PolicySet(FileModel):
@@ -284,9 +384,11 @@ class PolicySet(FileModel):
                     f"layers are 0 to {num_moe_layers - 1}."
                 )
             fitted[name] = _capped(name, policy, cap=cap, limit=limit, full_k=num_experts_per_tok)
-        if len(fitted) > MAX_POLICIES:
+        num_rules = sum(len(rules_of(policy)) for policy in fitted.values())
+        if num_rules > MAX_POLICIES:
             raise PolicyError(
-                f"{len(fitted)} policies, {FULL!r} among them, are too many: an engine holds at most {MAX_POLICIES}."
+                f"{num_rules} policies, {FULL!r} among them, are too many: an engine holds at most {MAX_POLICIES} "
+                "(one of the kind `phases` counts as two)."
             )
         return self.model_copy(update={"policies": fitted})
 
@@ -294,7 +396,7 @@ class PolicySet(FileModel):
         """Refuse norms of another model, and policies that need norms where there are none."""
         if self.expert_norms is None:
             for name, policy in self.policies.items():
-                if KINDS[policy.kind].uses_norms:
+                if any(KINDS[rule.kind].uses_norms for rule in rules_of(policy)):
                     raise PolicyError(
                         f"policy {name!r} weighs experts by the norm of their output, but there are no expert_norms: "
                         "`adaptive-k calibrate` measures them and writes them into its policy file."
@@ -310,7 +412,12 @@ class PolicySet(FileModel):
         """The most experts that each policy may run for a token, of a set that already fits the model."""
         layers = range(num_moe_layers)
         return {
-            name: max(k for layer in layers for k in _row(policy.choices(layer, num_experts_per_tok))[1])
+            name: max(
+                k
+                for rule in rules_of(policy)
+                for layer in layers
+                for k in _row(rule.choices(layer, num_experts_per_tok))[1]
+            )
             for name, policy in self.policies.items()
         }
 
@@ -326,8 +433,9 @@ class PolicySet(FileModel):
         """The file's content, ready for `json.dump`."""
         content = self.model_dump(mode="json", exclude_none=True)
         for policy in content["policies"].values():
-            if not policy.get("layers", True):
-                del policy["layers"]
+            for rule in (policy, policy.get("prefill", {}), policy.get("decode", {})):
+                if not rule.get("layers", True):
+                    del rule["layers"]
         if not self.allow_above_top_k:
             del content["allow_above_top_k"]
         return content
@@ -335,11 +443,14 @@ class PolicySet(FileModel):
 
 @dataclass(frozen=True, eq=False)
 class PolicyTables:
-    """Policies as the engine's inputs. P rows (policies), L MoE layers, C choices (at least 2).
+    """Policies as the engine's inputs. P rows (rules), L MoE layers, C choices (at least 2).
 
     Attributes:
-        names: P policy names; a token's `policy_index` is the position in this list.
+        names: policy names; a request's `policy_index` is the position in this list, and so is the row that its
+            prompt's tokens follow.
         default: index of the default policy.
+        decode_row: of each policy the row that its generated tokens follow: another than its index where it has a rule
+            for each phase. These rows come after those of all names.
         policy_kind: [P] int32.
         thresholds: [L, P, C - 1] float32, in nats; a row with fewer choices is padded with +inf.
         k_values: [L, P, C] int32; a row with fewer choices is padded with its last k.
@@ -349,13 +460,21 @@ class PolicyTables:
 
     names: list[str]
     default: int
+    decode_row: list[int]
     policy_kind: npt.NDArray[np.int32]
     thresholds: npt.NDArray[np.float32]
     k_values: npt.NDArray[np.int32]
     expert_norms: npt.NDArray[np.float32]
 
+    @cached_property
+    def policy_of_row(self) -> npt.NDArray[np.int32]:
+        """[P] the index of the policy that each row is a rule of."""
+        owner = np.arange(len(self.policy_kind), dtype=np.int32)
+        owner[self.decode_row] = np.arange(len(self.names), dtype=np.int32)
+        return owner
+
     def index(self, name: str | None) -> int:
-        """The row of a policy; None is the default.
+        """The index of a policy, which is its prompt's row; None is the default.
 
         Raises:
             PolicyError: there is no policy of that name.
@@ -375,12 +494,17 @@ def compile_policies(
 ) -> PolicyTables:
     """The tables of a set that already fits the model (see `PolicySet.for_model`)."""
     per_nat = math.log(2) if policies.unit == "bits" else 1.0
-    kinds: list[int] = []
-    rows: list[list[tuple[list[float], list[int]]]] = []  # [P][L] of (thresholds, k values)
-    for policy in policies.policies.values():
-        kinds.append(KINDS[policy.kind].number)
-        by_layer = (policy.choices(layer, num_experts_per_tok) for layer in range(num_moe_layers))
-        rows.append([_row(choices, per_nat) for choices in by_layer])
+    by_policy = [rules_of(policy) for policy in policies.policies.values()]
+    rules = [first for first, *_ in by_policy]
+    decode_row = list(range(len(rules)))
+    for index, (_, *decode) in enumerate(by_policy):
+        if decode:
+            decode_row[index] = len(rules)
+            rules += decode
+    # [P][L] of (thresholds, k values)
+    rows = [
+        [_row(rule.choices(layer, num_experts_per_tok), per_nat) for layer in range(num_moe_layers)] for rule in rules
+    ]
     num_choices = max([2, *(len(ks) for row in rows for _, ks in row)])
     thresholds = np.full((num_moe_layers, len(rows), num_choices - 1), np.inf, np.float32)
     k_values = np.empty((num_moe_layers, len(rows), num_choices), np.int32)
@@ -392,14 +516,15 @@ def compile_policies(
     return PolicyTables(
         names=names,
         default=names.index(policies.default),
-        policy_kind=np.array(kinds, np.int32),
+        decode_row=decode_row,
+        policy_kind=np.array([_operator_kind(rule) for rule in rules], np.int32),
         thresholds=thresholds,
         k_values=k_values,
         expert_norms=_norms(policies, num_moe_layers, num_experts),
     )
 
 
-def _row(choices: EntropyChoices | ShareChoices | RatioChoices, per_nat: float = 1.0) -> tuple[list[float], list[int]]:
+def _row(choices: Any, per_nat: float = 1.0) -> tuple[list[float], list[int]]:
     """The thresholds and the k values of one policy in one layer, of a policy that fits the model."""
     if isinstance(choices, EntropyChoices):
         return [limit * per_nat for limit in choices.thresholds], choices.k
@@ -471,6 +596,11 @@ def _capped(name: str, policy: Any, *, cap: int, limit: int, full_k: int) -> Any
         return rule.model_copy(update={"k_min": k_min, "k_max": k_max})
 
     match policy:
+        case PhasesPolicy():
+            prefill, decode = (
+                _capped(name, rule, cap=cap, limit=limit, full_k=full_k) for rule in (policy.prefill, policy.decode)
+            )
+            return policy.model_copy(update={"prefill": prefill, "decode": decode})
         case EntropyPolicy():
             most = max(len(k or []) for k in (policy.k, *(choices.k for choices in policy.layers.values())))
             if most > MAX_CHOICES:

@@ -20,6 +20,7 @@ class PolicyKind(NamedTuple):
         parameter: name of its one number; None where its rule is a list of k.
         keeps_all: value of that number at which no expert is dropped: 1 of a share to reach, 0 of a ratio to have.
         uses_norms: it weighs experts by the norms of their outputs.
+        sees_step: what a token runs depends on the other tokens of the step.
     """
 
     number: int
@@ -28,6 +29,7 @@ class PolicyKind(NamedTuple):
     parameter: str | None = None
     keeps_all: float = 1.0
     uses_norms: bool = False
+    sees_step: bool = False
 
 
 KINDS = {
@@ -36,6 +38,7 @@ KINDS = {
     "top_p": PolicyKind(1, "top-p", ("#2ca02c", "#98df8a"), "p"),
     "ratio": PolicyKind(2, "ratio", ("#d62728", "#ff9896"), "ratio", keeps_all=0.0),
     "contribution": PolicyKind(3, "contribution", ("#9467bd", "#c5b0d5"), "p", uses_norms=True),
+    "shared": PolicyKind(4, "shared", ("#17becf", "#9edae5"), sees_step=True),
 }
 """The kinds by name; a fixed k is an entropy row with one choice."""
 

@@ -8,8 +8,12 @@ from adaptive_k_moe.policy_kinds import KINDS, ONE_NUMBER
 Kind = str
 """A kind with one rule for all layers, one with a rule for each (`PER_LAYER`), or `random`, the control."""
 
-PER_LAYER: dict[Kind, Kind] = {kind: f"{kind}_per_layer" for kind in ("static", *KINDS) if kind != "fixed"}
-"""The kinds with one rule for all layers, and those with one for each; `static` is a fixed k."""
+PER_LAYER: dict[Kind, Kind] = {
+    name: f"{name}_per_layer"
+    for name in ("static", *(name for name, kind in KINDS.items() if name != "fixed" and not kind.sees_step))
+}
+"""The kinds with one rule for all layers, and those with one for each; `static` is a fixed k. Texts are read window by
+window, so kinds that see the whole step are not among them."""
 
 STATIC_KINDS: tuple[Kind, ...] = ("static", PER_LAYER["static"])
 ADAPTIVE_KINDS: tuple[Kind, ...] = tuple(

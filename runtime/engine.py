@@ -283,7 +283,7 @@ class Engine:
                     token_intervals=token_intervals,
                     k=result.k,
                     entropy=result.entropy,
-                    policy_index=step.policy_index,
+                    policy_index=self.policies.policy_of_row[step.policy_index],
                     policies=self.policies.names,
                 )
             )
@@ -365,7 +365,9 @@ class Engine:
             end = start + num_tokens
             input_ids += sequence.token_ids[start:end]
             position_ids += range(start, end)
-            policy_index += [sequence.request.policy_index] * num_tokens
+            in_prompt = min(max(sequence.num_prompt_tokens - start, 0), num_tokens)
+            policy = sequence.request.policy_index
+            policy_index += [policy] * in_prompt + [self.policies.decode_row[policy]] * (num_tokens - in_prompt)
             past_lens.append(start)
             begins.append(begin + num_tokens)
             block_tables.append(sequence.block_table[: self._blocks.blocks_for(end)])

@@ -17,10 +17,12 @@ from adaptive_k_moe.calibration.families import DROPPED_AT
 from adaptive_k_moe.errors import PolicyError
 from adaptive_k_moe.plugin import description
 from adaptive_k_moe.policy import (
+    KIND_SHARED_EXPERTS,
+    KIND_SHARED_PRICE,
     MAX_K,
-    Policy,
     PolicySet,
     PolicyTables,
+    Rule,
     compile_policies,
     parse_policy_set,
     read_policy_file,
@@ -248,7 +250,7 @@ def test_json_round_trip(thresholds: list[float], data: st.DataObject) -> None:
 
 
 def test_every_kind_of_a_policy_file_is_in_the_table_of_kinds() -> None:
-    union, _ = get_args(Policy)
+    union, _ = get_args(Rule)
     assert {get_args(kind.model_fields["kind"].annotation)[0] for kind in get_args(union)} == set(KINDS)
     assert set(ONE_NUMBER) == set(DROPPED_AT)
     for name in ONE_NUMBER:
@@ -257,8 +259,62 @@ def test_every_kind_of_a_policy_file_is_in_the_table_of_kinds() -> None:
         assert tables(content).policy_kind[1] == KINDS[name].number
 
 
+def test_shared_rows_have_a_price_or_a_number_of_experts() -> None:
+    found = tables(
+        policies(
+            price={"kind": "shared", "price": 0.05, "k_min": 0, "layers": {"1": {"price": 0.2, "k_max": 1}}},
+            number={"kind": "shared", "experts": 3},
+            late={"kind": "shared", "layers": {"2": {"experts": 2}}},
+        )
+    )
+    price, number, late = (found.index(name) for name in ("price", "number", "late"))
+    assert found.policy_kind[[price, number, late]].tolist() == [4, 5, 5]
+    np.testing.assert_array_equal(found.thresholds[:, price, 0], np.array([0.05, 0.2, 0.05], np.float32))
+    assert found.k_values[:, price].tolist() == [[0, 2], [1, 1], [0, 2]]
+    assert found.thresholds[0, number, 0] == 3 and found.k_values[0, number].tolist() == [1, 2]
+    assert found.k_values[:, late].tolist() == [[2, 2], [2, 2], [1, 2]]  # layers without a rule run full
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ({"kind": "shared"}, "give price or experts, or layers"),
+        ({"kind": "shared", "price": 0.1, "experts": 2}, "give price or experts, and not both"),
+        ({"kind": "shared", "price": 0}, "greater than 0"),
+        ({"kind": "shared", "price": 0.1, "layers": {"0": {"experts": 1}}}, "do not go together in one policy"),
+        ({"kind": "shared", "k_min": 0, "layers": {"0": {"experts": 1}}}, "k_min and k_max need price or experts"),
+        ({"kind": "phases", "prefill": {"kind": "fixed", "k": 1}}, "decode"),
+        ({"kind": "phases", "prefill": {"kind": "fixed", "k": 1}, "decode": {"kind": "phases"}}, "decode"),
+    ],
+)
+def test_unusable_shared_and_phases_are_refused(policy: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message):
+        tables(policies(a=policy))
+
+
+def test_a_rule_for_each_phase_has_a_row_for_each() -> None:
+    mixed = {"kind": "phases", "prefill": {"kind": "fixed", "k": 1}, "decode": {"kind": "shared", "price": 0.1}}
+    found = tables(policies(mixed=mixed, top1={"kind": "fixed", "k": 1}))
+    assert found.names == ["full", "mixed", "top1"]
+    assert found.decode_row == [0, 3, 2]
+    assert found.policy_of_row.tolist() == [0, 1, 2, 1]
+    assert found.policy_kind.tolist() == [0, 0, 0, 4]
+    assert found.k_values[0, 1].tolist() == [1, 1] and found.k_values[0, 3].tolist() == [1, 2]
+
+
+def test_phases_are_written_and_read_as_they_were() -> None:
+    content = policies(
+        a={"kind": "phases", "prefill": {"kind": "ratio", "ratio": 0.2}, "decode": {"kind": "shared", "experts": 2}}
+    )
+    fitted = parse_policy_set(content, "policies").for_model(num_experts=8, num_experts_per_tok=2, num_moe_layers=3)
+    again = parse_policy_set(json.loads(json.dumps(fitted.to_json())), "again")
+    assert again.policies["a"] == fitted.policies["a"]
+    with pytest.raises(PolicyError, match="names layer 7"):
+        tables(policies(a={**content["policies"]["a"], "prefill": {"kind": "ratio", "layers": {"7": {"ratio": 0.1}}}}))
+
+
 def test_limits_and_kinds_are_those_of_the_operators_description() -> None:
     assert MAX_K == description.MAX_K
-    assert {kind.number for kind in KINDS.values()} == set(description.POLICY_KINDS.values())
-    for name, number in description.POLICY_KINDS.items():
-        assert KINDS[name].number == number
+    numbers = dict(description.POLICY_KINDS)
+    assert (numbers.pop("shared_price"), numbers.pop("shared_experts")) == (KIND_SHARED_PRICE, KIND_SHARED_EXPERTS)
+    assert numbers == {name: kind.number for name, kind in KINDS.items() if name not in ("fixed", "shared")}

@@ -29,8 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--p", type=float, help="top_p: probability mass; contribution: share of the best experts' contribution"
     )
     set_.add_argument("--ratio", type=float, help="ratio: share of the best expert's score")
-    set_.add_argument("--k_min", type=int, help=f"{', '.join(ONE_NUMBER)}: fewest experts")
-    set_.add_argument("--k_max", type=int, help=f"{', '.join(ONE_NUMBER)}: most experts")
+    set_.add_argument("--price", type=float, help="shared: what an expert must be worth to the step to be read")
+    set_.add_argument("--experts", type=int, help="shared: most experts that the step reads for it, beyond k_min")
+    bounded = ", ".join((*ONE_NUMBER, "shared"))
+    set_.add_argument("--k_min", type=int, help=f"{bounded}: fewest experts")
+    set_.add_argument("--k_max", type=int, help=f"{bounded}: most experts")
     set_.add_argument("--default", action="store_true", help="make it the default policy")
 
 
@@ -72,7 +75,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _definition(args: argparse.Namespace) -> dict[str, Any]:
     """The policy's JSON from the flags that were given; a flag of another kind is the schema's to refuse."""
-    given = {name: getattr(args, name) for name in ("thresholds", "k", "p", "ratio", "k_min", "k_max")}
+    names = ("thresholds", "k", "p", "ratio", "price", "experts", "k_min", "k_max")
+    given = {name: getattr(args, name) for name in names}
     definition = {"kind": args.kind, **{name: value for name, value in given.items() if value is not None}}
     if args.kind == "fixed" and isinstance(args.k, list) and len(args.k) == 1:
         definition["k"] = args.k[0]

@@ -176,19 +176,52 @@ def make_moe_function(
     by_contribution = b.op("Add", short, b.const(1, "int64"))
     by_kind = b.op("Equal", kind, b.const(POLICY_KINDS["contribution"], "int32"))
     k = b.op("Where", by_kind, within(by_contribution), k)
+    # Rows that share: alone their tokens run k_max experts, and so they do where the softmax is undefined.
+    by_price = b.op("Equal", kind, b.const(POLICY_KINDS["shared_price"], "int32"))
+    by_number = b.op("Equal", kind, b.const(POLICY_KINDS["shared_experts"], "int32"))
+    k = b.op("Where", b.op("Or", by_price, by_number), k_max, k)
     k = runnable(k)  # [T, 1]
-    b.op("Reshape", b.op("Cast", k, to=onnx.TensorProto.INT32), flat, name="k")
-
-    # The model's own weight rule over the first k of the order.
-    chosen = b.op("Less", position, k)  # [T, E], in the order of choice
-    weights = b.op("Where", chosen, ordered, zero)
-    if moe.norm_topk_prob:
-        kept = b.op("Add", b.op("ReduceSum", weights, last, keepdims=1), b.const(1e-20))
-        weights = b.op("Div", weights, kept)
-    weights = b.op("Mul", weights, b.const(moe.routed_scaling_factor))
     empty = b.op("Mul", b.op("Cast", order, to=f32), zero)  # zeros [T, E]
-    weights = b.op("ScatterElements", empty, order, weights, axis=1)
-    chosen = b.op("ScatterElements", empty, order, b.op("Cast", chosen, to=f32), axis=1)
+
+    def weigh(chosen: str) -> str:
+        """The model's own weight rule over the chosen, all [T, E] in the order of choice."""
+        weights = b.op("Where", chosen, ordered, zero)
+        if moe.norm_topk_prob:
+            kept = b.op("Add", b.op("ReduceSum", weights, last, keepdims=1), b.const(1e-20))
+            weights = b.op("Div", weights, kept)
+        return b.op("Mul", weights, b.const(moe.routed_scaling_factor))
+
+    def by_expert(value: str) -> str:
+        return b.op("ScatterElements", empty, order, b.op("Cast", value, to=f32), axis=1)
+
+    alone = b.op("Less", position, k)
+    # What the step reads: what those who do not share run, and the first k_min of those who do; what is worth its
+    # price to them all; and of each row with a number of experts those that are worth the most to its tokens.
+    shares = b.op("And", b.op("Or", by_price, by_number), b.op("Not", broken))  # [T, 1]
+    kept = b.op("And", alone, b.op("Or", b.op("Not", shares), b.op("Less", position, k_min)))
+    worth = by_expert(weigh(alone))
+    worth = b.op("Where", shares, b.op("Mul", worth, worth), zero)
+    paid = b.op("ReduceSum", b.op("Where", by_price, b.op("Div", worth, parameter), zero), begin, keepdims=0)
+    paid = b.op("Or", b.op("GreaterOrEqual", paid, one),
+                b.op("Greater", b.op("ReduceSum", by_expert(kept), begin, keepdims=0), zero))  # fmt: skip
+    policies = b.op("Unsqueeze", b.op("Range", b.const(0, "int64"), b.op("Squeeze", b.op("Shape", "policy_kind")),
+                                      b.const(1, "int64")), begin)  # fmt: skip
+    follows = b.op("And", by_number, b.op("Equal", b.op("Unsqueeze", row, last), policies))  # [T, P]
+    sums = b.op("MatMul", b.op("Transpose", b.op("Cast", follows, to=f32), perm=[1, 0]), worth)  # [P, E]
+    sums, ranking = b.pair("TopK", b.op("Where", paid, b.const(-1.0), sums), num_experts, axis=-1)
+    additions = b.op("Floor", b.op("Slice", "thresholds", begin, end, axis1))  # [P, 1]
+    added = b.op("And", b.op("Greater", sums, zero), b.op("Less", b.op("Cast", position, to=f32), additions))
+    added = b.op("ScatterElements", b.op("Mul", sums, zero), ranking, b.op("Cast", added, to=f32), axis=1)
+    read = b.op("Or", paid, b.op("Greater", b.op("ReduceSum", added, begin, keepdims=0), zero))  # [E]
+    # They choose again: the best k_max among those that are read, of the groups that the token selects from.
+    there = b.op("And", b.op("Gather", read, order, axis=0), b.op("Less", position, b.const(selectable, "int64")))
+    count = b.op("CumSum", b.op("Cast", there, to=onnx.TensorProto.INT64), b.const(1, "int64"))
+    shared = b.op("And", there, b.op("LessOrEqual", count, k))
+    chosen = b.op("Or", b.op("And", shares, shared), b.op("And", b.op("Not", shares), alone))  # [T, E], ordered
+    k = b.op("ReduceSum", b.op("Cast", chosen, to=onnx.TensorProto.INT32), last, keepdims=1)
+    b.op("Reshape", k, flat, name="k")
+    weights = by_expert(weigh(chosen))
+    chosen = by_expert(chosen)
 
     # All experts on all tokens: [E, T, H].
     tokens = b.op("Unsqueeze", "hidden_states", b.const([0], "int64"))

@@ -58,11 +58,14 @@ class StepOutput:
         logits: [N, V] float32 logits of the rows asked for.
         k: [T, L] experts that ran for each token in each MoE layer.
         entropy: [T, L] entropy of the router's softmax, in nats.
+        reads: [L] experts whose weights the step read in each MoE layer: those that some token ran. None where the
+            session does not know.
     """
 
     logits: FloatArray
     k: Int32Array
     entropy: FloatArray
+    reads: Int32Array | None = None
 
 
 class Session(Protocol):

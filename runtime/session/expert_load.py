@@ -51,10 +51,17 @@ class ExpertLoad:
         # The operator adds modulo 2^32; what was read is added up here.
         self._counters = np.zeros((len(operators), num_experts), np.uint32)
         self._seen = self._counters.copy()
+        self._before = self._counters.copy()
         self._lock = threading.Lock()
         self._totals = np.zeros(self._counters.shape, np.int64)
         signed = self._counters.view(np.int32)
         self.tensors = {name: openvino.Tensor(signed[layer], shared_memory=True) for layer, name in enumerate(names)}
+
+    def reads_of_step(self) -> npt.NDArray[np.int32]:
+        """[L] experts that ran for some token since the last call; for the thread that runs the steps."""
+        reads = np.count_nonzero(self._counters != self._before, axis=1).astype(np.int32)
+        self._before[:] = self._counters
+        return reads
 
     def read(self) -> npt.NDArray[np.int64]:
         """[L, E] tokens so far. To be called before an expert has run for 2^32 tokens since the last time."""

@@ -106,7 +106,7 @@ class OpenVinoSession:
             self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=array.ndim > 0))
         self._request.infer()
         logits, k, entropy = (self._request.get_tensor(name).data.copy() for name in ("logits", "k", "entropy"))
-        return StepOutput(logits.reshape(-1, self.vocab_size), k, entropy)
+        return StepOutput(logits.reshape(-1, self.vocab_size), k, entropy, self._expert_load.reads_of_step())
 
     def set_policies(self, tables: PolicyTables) -> None:
         """See `Session.set_policies`."""

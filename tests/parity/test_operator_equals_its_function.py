@@ -24,6 +24,8 @@ from adaptive_k_moe.engine_builder.graph.moe_function import (
 from adaptive_k_moe.model_config import MoeConfig
 from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS, MAX_K, MOE
 
+import oracle
+
 HIDDEN, INTERMEDIATE = 7, 3
 
 
@@ -173,6 +175,10 @@ def near_a_limit(rule: Rule, feed: dict[str, np.ndarray]) -> bool:
         share = np.cumsum(contributions, 1) / contributions.sum(1, keepdims=True)
         limits = feed["thresholds"][np.clip(feed["policy_index"], 0, len(feed["policy_kind"]) - 1)]
         first = limits[:, :1]
+        close: list[float] = []
+        oracle.route_step(*(feed[name] for name in MOE.input_names()[1:6]), close=close, **routing(rule, feed))
+        if min(close, default=1.0) < 1e-5:
+            return True
         distances = (entropy[:, None] - limits, mass - first, ratio - first, share - first)
         return any(bool((np.abs(distance) < 1e-4).any()) for distance in distances)
 
@@ -191,18 +197,20 @@ def layers(draw: st.DrawFn, rule: Rule) -> dict[str, np.ndarray]:
     else:
         pool = np.array(draw(st.lists(value, min_size=1, max_size=6)), np.float32)
         logits = np.random.default_rng(draw(st.integers(0, 99))).choice(pool, (tokens, rule.num_experts))
-    kinds = np.array(draw(st.lists(st.integers(0, 3), min_size=policies, max_size=policies)), np.int32)
+    kinds = np.array(draw(st.lists(st.integers(0, 5), min_size=policies, max_size=policies)), np.int32)
     limit = st.integers(13, 987).map(lambda thousandths: thousandths / 1000)
     limits = np.array(
         [sorted(draw(st.lists(limit, min_size=choices - 1, max_size=choices - 1))) for _ in range(policies)], np.float32
     )
     # Entropies reach log E; stretch the limits of the rows that decide by it.
     limits[kinds == 0] *= max(np.log(rule.num_experts), 1.0)
+    limits[kinds == oracle.SHARED_EXPERTS] *= 7
     ks = np.sort(
         np.array(
             [draw(st.lists(st.integers(1, 40), min_size=choices, max_size=choices)) for _ in range(policies)], np.int32
         )
     )
+    ks[kinds >= oracle.SHARED_PRICE, 0] -= 1  # may be 0
     index = draw(st.lists(st.integers(-1, policies), min_size=tokens, max_size=tokens))
     return arguments(rule, logits, kinds, limits, ks, index)
 
@@ -224,10 +232,10 @@ def test_random_layers(rule: Rule, data: st.DataObject) -> None:
 def test_many_tokens_with_mixed_rows(rule: Rule) -> None:
     rng = np.random.default_rng(5)
     logits = rng.standard_normal((300, rule.num_experts), np.float32) * 3
-    kinds = np.array([0, 1, 2, 3], np.int32)
-    limits = np.array([[0.5, 1.2], [0.7, np.inf], [0.3, np.inf], [0.8, np.inf]], np.float32)
-    ks = np.array([[1, 2, 4], [1, 3, 3], [1, 3, 3], [1, 2, 6]], np.int32)
-    feed = arguments(rule, logits, kinds, limits, ks, rng.integers(0, 4, 300))
+    kinds = np.arange(6, dtype=np.int32)
+    limits = np.array([[0.5, 1.2], *([p, np.inf] for p in (0.7, 0.3, 0.8, 20, 2))], np.float32)
+    ks = np.array([[1, 2, 4], [1, 3, 3], [1, 3, 3], [1, 2, 6], [0, 1, 4], [1, 1, 4]], np.int32)
+    feed = arguments(rule, logits, kinds, limits, ks, rng.integers(0, 6, 300))
     expected_output, expected_k, _ = by_function(rule, feed)
     output, k, _ = by_plugin(rule, feed)
     agree = k == expected_k  # a token at a limit may fall to either side by rounding

@@ -73,7 +73,8 @@ def test_names_are_those_of_the_weights_and_kinds_are_the_policies() -> None:
     assert GATED_ACTIVATIONS == ("swiglu", "geglu")
     assert [(form.name, form.bits) for form in WEIGHT_FORMATS.values() if form.quantised] == [("int8", 8), ("int4", 4)]
     named = {name: getattr(policy, f"KIND_{name.upper()}") for name in POLICY_KINDS}
-    assert named == POLICY_KINDS == {"entropy": 0, "top_p": 1, "ratio": 2, "contribution": 3}
+    numbers = {"entropy": 0, "top_p": 1, "ratio": 2, "contribution": 3, "shared_price": 4, "shared_experts": 5}
+    assert named == POLICY_KINDS == numbers
 
 
 def test_an_index_counts_the_inputs_that_are_there() -> None:

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-ENTROPY, TOP_P, RATIO, CONTRIBUTION = 0, 1, 2, 3
+ENTROPY, TOP_P, RATIO, CONTRIBUTION, SHARED_PRICE, SHARED_EXPERTS = 0, 1, 2, 3, 4, 5
 GATED = ("swiglu", "geglu")
 Array = npt.NDArray[Any]
 
@@ -70,6 +71,7 @@ def route_token(
     n_group: int = 1,
     topk_group: int = 1,
     max_k: int = 0,
+    read: set[int] | None = None,
 ) -> TokenRouting:
     num_experts = len(logits)
     # Scores exist in float32, so that what rounds to a tie is one.
@@ -88,9 +90,11 @@ def route_token(
             group_scores.append(np.float32(sum(np.float32(keys[i]) for i in taken)))
         kept = ranked(np.array(group_scores), list(range(n_group)))[:topk_group]
         selectable = [i for g in kept for i in range(g * size, (g + 1) * size)]
-    order = ranked(keys, selectable)
+    order = ranked(keys, [e for e in selectable if read is None or e in read])
 
-    largest = max(1, min(max_k or 32, len(order)))
+    largest = min(max_k or 32, len(order))
+    if read is None:
+        largest = max(1, largest)
     h = entropy(logits)
     if kind == TOP_P and not math.isnan(h):
         share = scores.astype(np.float64) / scores.astype(np.float64).sum()
@@ -109,18 +113,69 @@ def route_token(
         mass = np.cumsum(scores[best] * norms[best], dtype=np.float64)
         k = min(int((~(mass >= p * mass[-1])).sum()) + 1, len(best))
         k = min(max(k, int(k_values[0])), int(k_values[-1]))
-    elif kind in (TOP_P, RATIO, CONTRIBUTION):
+    elif kind in (TOP_P, RATIO, CONTRIBUTION, SHARED_PRICE, SHARED_EXPERTS):
         k = int(k_values[-1])
     else:
         below = [i for i, limit in enumerate(thresholds) if np.float32(h) < limit]
         k = int(k_values[below[0] if below else -1])
-    k = max(1, min(k, largest))
+    k = min(max(k, 1), largest)
 
     experts = order[:k]
     weights = scores[experts].astype(np.float64)
     if norm_topk_prob:
         weights = weights / (weights.sum() + 1e-20)
     return TokenRouting(k, h, experts, list(weights * routed_scaling_factor))
+
+
+def route_step(
+    router_logits: Array,
+    policy_index: Array,
+    policy_kind: Array,
+    thresholds: Array,
+    k_values: Array,
+    *,
+    close: list[float] | None = None,
+    **routing: Any,
+) -> list[TokenRouting]:
+    """All tokens of a step; those of sharing rows choose again among the experts that the step reads.
+
+    `close` is given how far, relatively, what decides is from a tie: rounding decides where that is next to nothing.
+    """
+    rows = np.clip(policy_index, 0, len(policy_kind) - 1)
+
+    def route(t: int, read: set[int] | None = None) -> TokenRouting:
+        row = rows[t]
+        return route_token(
+            router_logits[t], int(policy_kind[row]), thresholds[row], k_values[row], read=read, **routing
+        )
+
+    alone = [route(t) for t in range(len(router_logits))]
+    sharing = [
+        policy_kind[row] in (SHARED_PRICE, SHARED_EXPERTS) and not math.isnan(token.entropy)
+        for row, token in zip(rows, alone, strict=True)
+    ]
+    paid: set[int] = set()
+    worth: dict[int, float] = {}
+    by_row: dict[int, dict[int, float]] = {}
+    for token, row, shares in zip(alone, rows, sharing, strict=True):
+        paid |= set(token.experts[: int(k_values[row][0])] if shares else token.experts)
+        for expert, weight in zip(token.experts, token.weights, strict=True) if shares else ():
+            square = float(np.float32(weight)) ** 2
+            if policy_kind[row] == SHARED_PRICE:
+                worth[expert] = worth.get(expert, 0.0) + square / float(thresholds[row][0])
+            else:
+                of_row = by_row.setdefault(int(row), {})
+                of_row[expert] = of_row.get(expert, 0.0) + square
+    paid |= {expert for expert, value in worth.items() if value >= 1}
+    read = set(paid)
+    for row, values in by_row.items():
+        best = sorted((e for e in values if e not in paid and values[e] > 0), key=lambda e: (-values[e], e))
+        read |= set(best[: int(thresholds[row][0])])
+        if close is not None:
+            close += [1 - values[b] / values[a] for a, b in pairwise(best)]
+    if close is not None:
+        close += [abs(value - 1) for value in worth.values()]
+    return [route(t, read) if shares else token for t, (token, shares) in enumerate(zip(alone, sharing, strict=True))]
 
 
 def activate(name: str, x: Array) -> Array:
@@ -169,9 +224,8 @@ def moe(
     entropies = np.zeros(tokens, np.float64)
     if margin is not None:
         margin[:] = 0
-    for t in range(tokens):
-        row = min(max(int(policy_index[t]), 0), len(policy_kind) - 1)
-        token = route_token(router_logits[t], int(policy_kind[row]), thresholds[row], k_values[row], **routing)
+    step = route_step(router_logits, policy_index, policy_kind, thresholds, k_values, **routing)
+    for t, token in enumerate(step):
         ks[t], entropies[t] = token.k, token.entropy
         for expert, weight in zip(token.experts, token.weights, strict=True):
             w_up, w_down = gate_up[expert].astype(np.float64), down[expert].astype(np.float64)

@@ -12,6 +12,7 @@
 #include "cpu/moe/plan.h"
 #include "cpu/moe/scratch.h"
 #include "operator/moe/routing.h"
+#include "operator/moe/sharing.h"
 
 namespace adaptive_k::cpu {
 namespace {
@@ -129,6 +130,10 @@ class Layer {
         padded_intermediate_(round_up(intermediate_, kernels_.lanes)) {}
 
   void run(const float* hidden_states, float* output) {
+    if (plan_.num_rows() == 0) {  // tokens that share, for which nothing is read
+      std::fill_n(output, plan_.num_tokens * hidden_, 0.0f);
+      return;
+    }
     const int64_t expert_bytes = up_.rows * up_.row_bytes() + down_.rows * down_.row_bytes();
     serial_ =
         expert_bytes * (plan_.num_experts_used + plan_.num_rows() / kRowsPerRead) < kSerialBytes;
@@ -263,34 +268,102 @@ class Layer {
 
 }  // namespace
 
+namespace {
+
+// The policy tables of a call, in the types of the rules.
+struct Policies {
+  const int32_t* index;
+  const int32_t* kind;
+  const float* thresholds;
+  const int32_t* k_values;
+  int32_t count, choices;
+
+  explicit Policies(const MoeArguments& args)
+      : index(args.inputs.integers(MoeInput::kPolicyIndex)),
+        kind(args.inputs.integers(MoeInput::kPolicyKind)),
+        thresholds(args.inputs.floats(MoeInput::kThresholds)),
+        k_values(args.inputs.integers(MoeInput::kKValues)),
+        count(static_cast<int32_t>(args.sizes.policies)),
+        choices(static_cast<int32_t>(args.sizes.choices)) {}
+
+  PolicyRow row(int32_t policy) const {
+    return policy_row(policy, kind, thresholds, k_values, count, choices);
+  }
+};
+
+// Routes one token, among the experts that `read` marks if there is such a list.
+void route_one(const MoeParams& params, const MoeArguments& args, const Policies& policies,
+               int64_t token, const uint8_t* read, int32_t* k, float* entropy, int32_t* experts,
+               float* weights) {
+  static thread_local RoutingBuffers* buffers = nullptr;
+  if (buffers == nullptr) buffers = new RoutingBuffers;
+  const auto num_experts = static_cast<int32_t>(args.sizes.experts);
+  const int32_t capacity = largest_k(params, num_experts);
+  int32_t* chosen = experts + token * capacity;
+  float* weight = weights + token * capacity;
+  k[token] = route_token(
+      params, args.inputs.floats(MoeInput::kRouterLogits) + token * num_experts, num_experts,
+      args.inputs.floats(MoeInput::kCorrectionBias), args.inputs.floats(MoeInput::kExpertNorms),
+      policies.row(policies.index[token]), buffers->get(num_experts, params.n_group), capacity,
+      chosen, weight, entropy + token, read);
+  std::fill(chosen + k[token], chosen + capacity, -1);
+  std::fill(weight + k[token], weight + capacity, 0.0f);
+}
+
+// Has the tokens that share choose again among what the step reads (see sharing.h).
+void share(const MoeParams& params, const MoeArguments& args, const Policies& policies, bool serial,
+           int64_t grain, int32_t* k, float* entropy, int32_t* experts, float* weights) {
+  const int64_t tokens = args.sizes.tokens;
+  const auto shares = [&](int64_t t) {
+    return takes_part(policies.row(policies.index[t]), entropy[t]);
+  };
+  int64_t first = 0;
+  while (first < tokens && !shares(first)) ++first;
+  if (first == tokens) return;
+
+  const auto num_experts = static_cast<int32_t>(args.sizes.experts);
+  const SharingStep step = {tokens,
+                            largest_k(params, num_experts),
+                            policies.count,
+                            policies.choices,
+                            policies.index,
+                            policies.kind,
+                            policies.thresholds,
+                            policies.k_values,
+                            k,
+                            entropy,
+                            experts,
+                            weights};
+  std::vector<uint8_t> paid(num_experts), read;
+  const int64_t expert_grain = std::max<int64_t>(1, 4096 / tokens);
+  parallel_for(num_experts, expert_grain, serial,
+               [&](int64_t e) { paid[e] = is_paid_for(step, static_cast<int32_t>(e)); });
+  read = paid;
+  std::vector<double> worth(num_experts);
+  for (int32_t p = 0; p < policies.count; ++p) {
+    if (policies.kind[p] != static_cast<int32_t>(PolicyKind::kSharedExperts)) continue;
+    parallel_for(num_experts, expert_grain, serial,
+                 [&](int64_t e) { worth[e] = worth_to_row(step, p, static_cast<int32_t>(e)); });
+    const int32_t additions = additions_of_row(policies.row(p));
+    for (int32_t e = 0; e < num_experts; ++e)
+      read[e] |= is_added(worth.data(), paid.data(), num_experts, e, additions);
+  }
+  parallel_for(tokens, grain, serial, [&](int64_t t) {
+    if (shares(t)) route_one(params, args, policies, t, read.data(), k, entropy, experts, weights);
+  });
+}
+
+}  // namespace
+
 void route(const MoeParams& params, const MoeArguments& args, int32_t* k, float* entropy,
            int32_t* experts, float* weights) {
-  const float* const logits = args.inputs.floats(MoeInput::kRouterLogits);
-  const int32_t* const policy_index = args.inputs.integers(MoeInput::kPolicyIndex);
-  const int32_t* const policy_kind = args.inputs.integers(MoeInput::kPolicyKind);
-  const float* const thresholds = args.inputs.floats(MoeInput::kThresholds);
-  const int32_t* const k_values = args.inputs.integers(MoeInput::kKValues);
-  const float* const correction_bias = args.inputs.floats(MoeInput::kCorrectionBias);
-  const float* const expert_norms = args.inputs.floats(MoeInput::kExpertNorms);
-  const auto num_experts = static_cast<int32_t>(args.sizes.experts);
-  const auto choices = static_cast<int32_t>(args.sizes.choices);
-  const int32_t capacity = largest_k(params, num_experts);
-  const bool serial = args.sizes.tokens * num_experts < 2048;
-  const int64_t grain = std::max<int64_t>(1, 1024 / num_experts);
+  const Policies policies(args);
+  const bool serial = args.sizes.tokens * args.sizes.experts < 2048;
+  const int64_t grain = std::max<int64_t>(1, 1024 / args.sizes.experts);
   parallel_for(args.sizes.tokens, grain, serial, [&](int64_t t) {
-    static thread_local RoutingBuffers* buffers = nullptr;
-    if (buffers == nullptr) buffers = new RoutingBuffers;
-    const int64_t p = std::clamp<int64_t>(policy_index[t], 0, args.sizes.policies - 1);
-    const PolicyRow row = {policy_kind[p], thresholds + p * (choices - 1), k_values + p * choices,
-                           choices};
-    int32_t* chosen = experts + t * capacity;
-    float* weight = weights + t * capacity;
-    k[t] = route_token(params, logits + t * num_experts, num_experts, correction_bias, expert_norms,
-                       row, buffers->get(num_experts, params.n_group), capacity, chosen, weight,
-                       entropy + t);
-    std::fill(chosen + k[t], chosen + capacity, -1);
-    std::fill(weight + k[t], weight + capacity, 0.0f);
+    route_one(params, args, policies, t, nullptr, k, entropy, experts, weights);
   });
+  share(params, args, policies, serial, grain, k, entropy, experts, weights);
 }
 
 void moe(const MoeParams& params, const MoeArguments& args, float* output, int32_t* k,

@@ -26,7 +26,20 @@ enum class Activation : int32_t {
 enum class Scoring : int32_t { kSoftmax, kSigmoid };
 
 // What a policy row decides k by.
-enum class PolicyKind : int32_t { kEntropy = 0, kTopP = 1, kRatio = 2, kContribution = 3 };
+enum class PolicyKind : int32_t {
+  kEntropy = 0,
+  kTopP = 1,
+  kRatio = 2,
+  kContribution = 3,
+  kSharedPrice = 4,    // sharing.h; the parameter is the price of reading an expert
+  kSharedExperts = 5,  // sharing.h; the parameter is how many experts the row adds to a step
+};
+
+// Whether a row's tokens choose among what the whole step reads.
+ADAPTIVE_K_HD bool is_sharing(int32_t kind) {
+  return kind == static_cast<int32_t>(PolicyKind::kSharedPrice) ||
+         kind == static_cast<int32_t>(PolicyKind::kSharedExperts);
+}
 
 // The most experts that a policy may name and that a GPU runs for a token; also the largest k where
 // max_k is left at 0 (and the model has that many experts).
@@ -78,10 +91,12 @@ constexpr Word kPolicyKindWords[] = {
     {"top_p", static_cast<int32_t>(PolicyKind::kTopP)},
     {"ratio", static_cast<int32_t>(PolicyKind::kRatio)},
     {"contribution", static_cast<int32_t>(PolicyKind::kContribution)},
+    {"shared_price", static_cast<int32_t>(PolicyKind::kSharedPrice)},
+    {"shared_experts", static_cast<int32_t>(PolicyKind::kSharedExperts)},
 };
 constexpr WordList words_of(Activation) { return {kActivationWords, 7}; }
 constexpr WordList words_of(Scoring) { return {kScoringWords, 2}; }
-constexpr WordList words_of(PolicyKind) { return {kPolicyKindWords, 4}; }
+constexpr WordList words_of(PolicyKind) { return {kPolicyKindWords, 6}; }
 
 // Returns nullptr when the numeric attributes fit a model of num_experts experts (0: not known
 // yet), else the sentence that says what is wrong.

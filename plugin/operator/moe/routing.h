@@ -20,8 +20,20 @@ struct PolicyRow {
   int32_t num_choices;
 };
 
-// The softmax over all raw logits, in the form from which every probability
-// follows.
+ADAPTIVE_K_HD int32_t clamp_policy(int32_t index, int32_t num_policies) {
+  return index < 0 ? 0 : index < num_policies ? index : num_policies - 1;
+}
+
+// The row that a token follows. thresholds [policies, choices - 1], k_values [policies, choices].
+ADAPTIVE_K_HD PolicyRow policy_row(int32_t index, const int32_t* policy_kind,
+                                   const float* thresholds, const int32_t* k_values,
+                                   int32_t num_policies, int32_t num_choices) {
+  const int64_t p = clamp_policy(index, num_policies);
+  return {policy_kind[p], thresholds + p * (num_choices - 1), k_values + p * num_choices,
+          num_choices};
+}
+
+// The softmax over all raw logits, in the form from which every probability follows.
 struct SoftmaxSummary {
   double max;      // the largest logit
   double sum;      // sum of exp(logit - max)
@@ -103,8 +115,8 @@ ADAPTIVE_K_HD float parameter_of(const PolicyRow& row, float without) {
 ADAPTIVE_K_HD int32_t k_min_of(const PolicyRow& row) { return row.k_values[0]; }
 ADAPTIVE_K_HD int32_t k_max_of(const PolicyRow& row) { return row.k_values[row.num_choices - 1]; }
 
-// Entropy rows: the first choice whose limit lies above the entropy, else the
-// last. A NaN entropy is below no limit, so it takes the last.
+// Entropy rows: the first choice whose limit lies above the entropy, else the last. A NaN entropy
+// is below no limit, so it takes the last.
 ADAPTIVE_K_HD int32_t k_by_entropy(const PolicyRow& row, float entropy) {
   int32_t i = 0;
   while (i < row.num_choices - 1 && !(entropy < row.thresholds[i])) ++i;
@@ -172,6 +184,8 @@ ADAPTIVE_K_HD int32_t k_to_rank(const PolicyRow& row, float entropy, const ByRat
       return defined ? by_ratio() : k_max_of(row);
     case PolicyKind::kTopP:
     case PolicyKind::kContribution:
+    case PolicyKind::kSharedPrice:
+    case PolicyKind::kSharedExperts:
       return k_max_of(row);
     default:
       return k_by_entropy(row, entropy);
@@ -212,14 +226,15 @@ struct RoutingScratch {
   int32_t* best_groups;  // [topk_group], read when n_group > 1
 };
 
-// Routes one token. `correction_bias` and `expert_norms` may be null. `experts`
-// and `weights` have room for `capacity` = largest_k(params, num_experts)
-// entries, of which the first k, best first, are written. Returns k.
+// Routes one token. `correction_bias` and `expert_norms` may be null. `experts` and `weights` have
+// room for `capacity` = largest_k(params, num_experts) entries, of which the first k, best first,
+// are written. Returns k. With `read` [num_experts], only experts that are marked in it can be
+// selected (see sharing.h): then k may be 0.
 ADAPTIVE_K_HD int32_t route_token(const MoeParams& params, const float* logits, int32_t num_experts,
                                   const float* correction_bias, const float* expert_norms,
                                   const PolicyRow& row, const RoutingScratch& scratch,
                                   int32_t capacity, int32_t* experts, float* weights,
-                                  float* entropy) {
+                                  float* entropy, const uint8_t* read = nullptr) {
   const SoftmaxSummary softmax = summarize_softmax(logits, num_experts);
   *entropy = static_cast<float>(softmax.entropy);
 
@@ -253,12 +268,13 @@ ADAPTIVE_K_HD int32_t route_token(const MoeParams& params, const float* logits, 
     for (int32_t i = 0; i < kept; ++i) {
       const int32_t first = scratch.best_groups[i] * group_size;
       for (int32_t e = first; e < first + group_size; ++e)
-        selected = insert_ranked(keys, e, experts, selected, k);
+        if (read == nullptr || read[e]) selected = insert_ranked(keys, e, experts, selected, k);
     }
   } else {
     for (int32_t e = 0; e < num_experts; ++e)
-      selected = insert_ranked(keys, e, experts, selected, k);
+      if (read == nullptr || read[e]) selected = insert_ranked(keys, e, experts, selected, k);
   }
+  if (read != nullptr) k = selected;
 
   for (int32_t i = 0; i < selected; ++i) weights[i] = scratch.scores[experts[i]];
   k = k_of_ranked(row, *entropy, expert_norms, experts, weights, k, total);
