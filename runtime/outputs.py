@@ -189,6 +189,11 @@ class RequestOutput:
         return self.expert_runs.compute_saved_ratio
 
     @property
+    def followed_by_load(self) -> Mapping[str, int] | None:
+        """`followed` of a request whose policy is of the kind `by_load`; None of any other."""
+        return self.followed if self.followed.keys() - {self.policy} else None
+
+    @property
     def avg_reads(self) -> float | None:
         """Mean experts that its steps read in a MoE layer, for all that ran in them; None where that is not known."""
         return None if self.expert_reads is None or not self.expert_reads.steps else self.expert_reads.avg_reads
