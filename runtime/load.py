@@ -87,4 +87,5 @@ class LoadFollower:
 def _share_of_limits(step: LoadStep, load: Load) -> float:
     """The load as a share of the step's limits, of that which it is nearest to: 1 begins the step."""
     limits = {name: getattr(step, name) for name in LOAD_LIMITS}
-    return max(getattr(load, name) / limit for name, limit in limits.items() if limit is not None)
+    shares: list[float] = [getattr(load, name) / limit for name, limit in limits.items() if limit is not None]
+    return max(shares)
