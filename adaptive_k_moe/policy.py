@@ -12,7 +12,9 @@ A policy file is JSON::
                   "relative": {"kind": "ratio", "ratio": 0.2},
                   "weighed":  {"kind": "contribution", "p": 0.9},
                   "batched":  {"kind": "phases", "prefill": {"kind": "fixed", "k": 2},
-                               "decode": {"kind": "shared", "price": 0.05, "k_min": 1}}},
+                               "decode": {"kind": "shared", "price": 0.05, "k_min": 1}},
+                  "auto":     {"kind": "by_load", "steps": [{"policy": "full"}, {"policy": "balanced", "queue": 4},
+                                                            {"policy": "batched", "queue": 16}]}},
      "expert_norms": [[0.8, 1.2, 1.1, 0.9], ...]}
 
 Layers are numbered over the model's MoE layers from 0. `full`, the trained top-k, always exists. `contribution`
@@ -21,10 +23,12 @@ policies need `expert_norms`, the mean norm of each expert's output in each laye
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -313,11 +317,77 @@ class PhasesPolicy(FileModel):
         return {**self.prefill.layers, **self.decode.layers}
 
 
-Policy = Annotated[Rule | PhasesPolicy, Field(discriminator="kind")]
+class LoadStep(FileModel):
+    """A policy, and the load at which requests begin to follow it: any of the limits that it states.
+
+    Attributes:
+        policy: its name; neither the policy itself nor another of the kind `by_load`.
+        queue: sequences that wait for a place in the batch.
+        time_between_tokens: mean seconds between two tokens of a sequence, over the last second.
+    """
+
+    policy: str
+    queue: Annotated[int, Field(ge=1)] | None = None
+    time_between_tokens: Annotated[float, Field(gt=0)] | None = None
 
 
-def rules_of(policy: Any) -> list[Any]:
-    """The rules of a policy: its own, or that of prefill and that of decode."""
+LOAD_LIMITS = ("queue", "time_between_tokens")
+"""The limits of a `LoadStep`."""
+
+
+class ByLoadPolicy(FileModel):
+    """Requests follow one of several policies, which the runtime chooses for each step of the engine by its load.
+
+    Attributes:
+        steps: from the one without load to the one under the heaviest.
+        floor: the policy beyond which it never goes; None is the last step's.
+        leave_share: a step is left when the load has been below this share of each of its limits...
+        leave_seconds: ... for so long.
+    """
+
+    kind: Literal["by_load"]
+    steps: Annotated[list[LoadStep], Field(min_length=1)]
+    floor: str | None = None
+    leave_share: _Share = 0.5
+    leave_seconds: Annotated[float, Field(ge=0)] = 2.0
+    layers: ClassVar[dict[int, Any]] = {}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ByLoadPolicy:
+        first, *others = self.steps
+        names = [step.policy for step in self.steps]
+        if first.queue is not None or first.time_between_tokens is not None:
+            raise ValueError(f"the first step, {first.policy!r}, is the one without load and has no limit")
+        for step in others:
+            if step.queue is None and step.time_between_tokens is None:
+                raise ValueError(f"the step {step.policy!r} needs a queue or a time_between_tokens at which it begins")
+        for name in LOAD_LIMITS:
+            limits = [limit for step in others if (limit := getattr(step, name)) is not None]
+            if any(low >= high for low, high in itertools.pairwise(limits)):
+                raise ValueError(f"{name} must rise from step to step, and {limits} does not")
+        if len(set(names)) < len(names):
+            raise ValueError(f"a policy can be one step only, and {names} names one twice")
+        if self.floor is not None and self.floor not in names:
+            raise ValueError(f"the floor {self.floor!r} is not among the steps {names}")
+        return self
+
+    @property
+    def reachable(self) -> list[LoadStep]:
+        """The steps up to the floor."""
+        names = [step.policy for step in self.steps]
+        return self.steps if self.floor is None else self.steps[: names.index(self.floor) + 1]
+
+
+Policy = Annotated[Rule | PhasesPolicy | ByLoadPolicy, Field(discriminator="kind")]
+
+
+def rules_of(policy: Any, policies: Mapping[str, Any]) -> list[Any]:
+    """The rules of a policy of a set that fits a model: its own, or that of prefill and that of decode.
+
+    One by load has those of its first step, for whoever runs it where nothing waits.
+    """
+    if isinstance(policy, ByLoadPolicy):
+        policy = policies[policy.steps[0].policy]
     return [policy.prefill, policy.decode] if isinstance(policy, PhasesPolicy) else [policy]
 
 
@@ -355,6 +425,16 @@ class PolicySet(FileModel):
             raise ValueError(f"the default {self.default!r} is not among the policies {sorted(self.policies)}")
         return self
 
+    @model_validator(mode="after")
+    def _steps_exist(self) -> PolicySet:
+        for name, policy in self.policies.items():
+            for step in policy.steps if isinstance(policy, ByLoadPolicy) else ():
+                if step.policy != FULL and step.policy not in self.policies:
+                    raise ValueError(f"{name!r} has a step {step.policy!r}, and there is no policy of that name")
+                if isinstance(self.policies.get(step.policy), ByLoadPolicy):
+                    raise ValueError(f"{name!r} has a step {step.policy!r}, which depends on the load itself")
+        return self
+
     def for_model(self, *, num_experts: int, num_experts_per_tok: int, num_moe_layers: int) -> PolicySet:
         """This set made to fit a model: `full` present, every k within the trained top-k, layers checked.
 
@@ -384,11 +464,11 @@ class PolicySet(FileModel):
                     f"layers are 0 to {num_moe_layers - 1}."
                 )
             fitted[name] = _capped(name, policy, cap=cap, limit=limit, full_k=num_experts_per_tok)
-        num_rules = sum(len(rules_of(policy)) for policy in fitted.values())
+        num_rules = sum(len(rules_of(policy, fitted)) for policy in fitted.values())
         if num_rules > MAX_POLICIES:
             raise PolicyError(
                 f"{num_rules} policies, {FULL!r} among them, are too many: an engine holds at most {MAX_POLICIES} "
-                "(one of the kind `phases` counts as two)."
+                "(one of the kind `phases` counts as two, one of the kind `by_load` as its first step)."
             )
         return self.model_copy(update={"policies": fitted})
 
@@ -396,7 +476,9 @@ class PolicySet(FileModel):
         """Refuse norms of another model, and policies that need norms where there are none."""
         if self.expert_norms is None:
             for name, policy in self.policies.items():
-                if any(KINDS[rule.kind].uses_norms for rule in rules_of(policy)):
+                if not isinstance(policy, ByLoadPolicy) and any(
+                    KINDS[rule.kind].uses_norms for rule in rules_of(policy, self.policies)
+                ):
                     raise PolicyError(
                         f"policy {name!r} weighs experts by the norm of their output, but there are no expert_norms: "
                         "`adaptive-k calibrate` measures them and writes them into its policy file."
@@ -414,7 +496,7 @@ class PolicySet(FileModel):
         return {
             name: max(
                 k
-                for rule in rules_of(policy)
+                for rule in rules_of(policy, self.policies)
                 for layer in layers
                 for k in _row(rule.choices(layer, num_experts_per_tok))[1]
             )
@@ -456,6 +538,8 @@ class PolicyTables:
         k_values: [L, P, C] int32; a row with fewer choices is padded with its last k.
         expert_norms: [L, E] float32, what each expert's score is multiplied by in rows of the kind `contribution`;
             each layer's mean is 1, and all are 1 where nobody has measured them.
+        by_load: the policies whose requests follow others by the engine's load. Their own rows are copies of their
+            first step's.
     """
 
     names: list[str]
@@ -465,6 +549,7 @@ class PolicyTables:
     thresholds: npt.NDArray[np.float32]
     k_values: npt.NDArray[np.int32]
     expert_norms: npt.NDArray[np.float32]
+    by_load: Mapping[str, ByLoadPolicy] = field(default_factory=dict)
 
     @cached_property
     def policy_of_row(self) -> npt.NDArray[np.int32]:
@@ -494,7 +579,7 @@ def compile_policies(
 ) -> PolicyTables:
     """The tables of a set that already fits the model (see `PolicySet.for_model`)."""
     per_nat = math.log(2) if policies.unit == "bits" else 1.0
-    by_policy = [rules_of(policy) for policy in policies.policies.values()]
+    by_policy = [rules_of(policy, policies.policies) for policy in policies.policies.values()]
     rules = [first for first, *_ in by_policy]
     decode_row = list(range(len(rules)))
     for index, (_, *decode) in enumerate(by_policy):
@@ -521,6 +606,7 @@ def compile_policies(
         thresholds=thresholds,
         k_values=k_values,
         expert_norms=_norms(policies, num_moe_layers, num_experts),
+        by_load={name: policy for name, policy in policies.policies.items() if isinstance(policy, ByLoadPolicy)},
     )
 
 
@@ -596,6 +682,8 @@ def _capped(name: str, policy: Any, *, cap: int, limit: int, full_k: int) -> Any
         return rule.model_copy(update={"k_min": k_min, "k_max": k_max})
 
     match policy:
+        case ByLoadPolicy():
+            return policy
         case PhasesPolicy():
             prefill, decode = (
                 _capped(name, rule, cap=cap, limit=limit, full_k=full_k) for rule in (policy.prefill, policy.decode)

@@ -81,6 +81,9 @@ def decode_chunk(response: Any) -> Chunk | None:
         return None
     k, entropy = tensors.get("adaptive_k_k"), tensors.get("adaptive_k_entropy")
     log_probs, variant = tensors.get("output_log_probs"), tensors.get("adaptive_k_variant")
+    reads, share, followed = (
+        tensors.get(f"adaptive_k_{name}") for name in ("avg_reads", "reads_per_token", "followed")
+    )
     return Chunk(
         text=tensors["text_output"].ravel()[0].decode(),
         num_output_tokens=int(tensors["num_output_tokens"].item()),
@@ -91,6 +94,9 @@ def decode_chunk(response: Any) -> Chunk | None:
         num_input_tokens=int(tensors["num_input_tokens"].item()),
         log_probs=None if log_probs is None else log_probs[0, 0],
         variant=None if variant is None else variant.item().decode(),
+        avg_reads=None if reads is None else float(reads.item()),
+        reads_per_token=None if share is None else float(share.item()),
+        followed=None if followed is None else json.loads(followed.item()),
     )
 
 
@@ -125,6 +131,9 @@ def join(chunks: Sequence[Chunk]) -> Completion:
         num_input_tokens=chunks[-1].num_input_tokens,
         log_probs=_concatenate([chunk.log_probs for chunk in chunks]),
         variant=chunks[-1].variant,
+        avg_reads=chunks[-1].avg_reads,
+        reads_per_token=chunks[-1].reads_per_token,
+        followed=chunks[-1].followed,
     )
 
 

@@ -25,6 +25,11 @@ class Chunk:
         num_input_tokens: tokens of the prompt.
         log_probs: [n] log-probabilities of the tokens; None if they were not asked for.
         variant: the variant of the server's A/B test that the request belongs to; None if it is in none.
+        avg_reads: mean experts that the request's steps read in a MoE layer so far, for all that ran in them; None
+            where the server's engine does not count.
+        reads_per_token: experts read for a token of it in a MoE layer, each step's shared out evenly among the step's
+            tokens; None likewise.
+        followed: tokens computed so far under each policy, where the request's own is of the kind `by_load`; else None.
     """
 
     text: str
@@ -36,6 +41,9 @@ class Chunk:
     num_input_tokens: int
     log_probs: npt.NDArray[np.float32] | None
     variant: str | None = None
+    avg_reads: float | None = None
+    reads_per_token: float | None = None
+    followed: dict[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,10 +58,13 @@ _OUTPUTS = (
     Tensor("generation_logits", "FP32", (-1, -1, -1)),
     *(Tensor(name, "INT32") for name in ("batch_index", "sequence_index", "num_input_tokens", "num_output_tokens")),
     *PERF_METRICS,
-    *(Tensor(name, "FP32") for name in ("adaptive_k_avg_k", "adaptive_k_compute_saved_ratio")),
+    *(
+        Tensor(f"adaptive_k_{what}", "FP32")
+        for what in ("avg_k", "compute_saved_ratio", "avg_reads", "reads_per_token")
+    ),
     Tensor("adaptive_k_k", "INT32", (-1, -1)),
     Tensor("adaptive_k_entropy", "FP32", (-1, -1)),
-    *(Tensor(name, "STRING") for name in ("adaptive_k_variant", "adaptive_k_engine")),
+    *(Tensor(name, "STRING") for name in ("adaptive_k_followed", "adaptive_k_variant", "adaptive_k_engine")),
 )
 
 

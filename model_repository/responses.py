@@ -54,6 +54,11 @@ class ResponseBuilder:
             "adaptive_k_avg_k": _scalar(output.avg_k, np.float32),
             "adaptive_k_compute_saved_ratio": _scalar(output.compute_saved_ratio, np.float32),
         }
+        if output.avg_reads is not None and output.reads_per_token is not None:
+            tensors["adaptive_k_avg_reads"] = _scalar(output.avg_reads, np.float32)
+            tensors["adaptive_k_reads_per_token"] = _scalar(output.reads_per_token, np.float32)
+        if output.followed_by_load is not None:
+            tensors["adaptive_k_followed"] = _string(json.dumps(output.followed_by_load))
         if output.variant is not None:
             tensors["adaptive_k_variant"] = _string(output.variant)
         if request.return_adaptive_k:

@@ -51,6 +51,7 @@ _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 
 _BATCH_SIZES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0)
 _NATS = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 5.5, 6.0)
 _EXPERTS = tuple(float(k) for k in range(1, 33))
+_READS = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0, 96.0, 128.0, 192.0, 256.0, 384.0, 512.0)
 
 LATENCY = Metric(
     "adaptive_k_latency_seconds",
@@ -98,6 +99,14 @@ EXPERTS_PER_TOKEN = Metric(
     _EXPERTS,
     bulk=True,
 )
+EXPERT_READS = Metric(
+    "adaptive_k_expert_reads",
+    "histogram",
+    "Experts whose weights a step of the engine read in a MoE layer, where the session counts them.",
+    ("layer",),
+    _READS,
+    bulk=True,
+)
 ROUTER_ENTROPY = Metric(
     "adaptive_k_router_entropy_nats",
     "histogram",
@@ -122,6 +131,12 @@ COMPUTE_SAVED = Metric(
     "adaptive_k_compute_saved_ratio",
     "gauge",
     "Share of expert runs left out against the trained top-k since the engine was opened: a count, not a time.",
+    ("policy",),
+)
+LOAD_STEP = Metric(
+    "adaptive_k_load_step",
+    "gauge",
+    "The step that requests of a policy of the kind by_load take now, from 0, the one without load.",
     ("policy",),
 )
 REQUESTS = Metric(
@@ -166,10 +181,12 @@ METRICS: dict[str, Metric] = {
         STEP_TIME,
         BATCH_SIZE,
         EXPERTS_PER_TOKEN,
+        EXPERT_READS,
         ROUTER_ENTROPY,
         EXPERT_TOKENS,
         AVG_K,
         COMPUTE_SAVED,
+        LOAD_STEP,
         REQUESTS,
         ERRORS,
         RECORDS_DROPPED,

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +22,15 @@ class InferenceTrace:
     Attributes:
         request_id: the caller's id for it, else the runtime's.
         batch_index: which one it is of several prompts that came together.
-        policy: name of the policy that it followed; of a refused request, the one it named.
+        policy: name of its policy; of a refused request, the one it named.
+        followed: tokens computed under each policy, of a request whose own is of the kind `by_load`.
         variant: its arm of an A/B test.
         num_input_tokens: tokens of the prompt; None if it was refused.
         num_output_tokens: tokens generated, of all its sequences.
         avg_k: mean experts over all tokens and layers; None before any.
         compute_saved_ratio: share of expert runs left out against the trained top-k.
+        avg_reads: mean experts that its steps read in a MoE layer; None where that is not known.
+        reads_per_token: experts read for a token of it, each step's shared out evenly among the step's tokens.
         k_histogram: k to the number of tokens and layers that ran so many experts.
         finish_reason: "stop", "length", "cancelled", "error" or "refused".
         error, error_kind: why it failed or was refused.
@@ -43,11 +47,14 @@ class InferenceTrace:
     request_id: str
     batch_index: int = 0
     policy: str | None = None
+    followed: Mapping[str, int] | None = None
     variant: str | None = None
     num_input_tokens: int | None = None
     num_output_tokens: int = 0
     avg_k: float | None = None
     compute_saved_ratio: float | None = None
+    avg_reads: float | None = None
+    reads_per_token: float | None = None
     k_histogram: dict[int, int]
     finish_reason: str
     error: str | None = None
@@ -79,11 +86,14 @@ class InferenceTrace:
             request_id=event.context.client_id or event.request_id,
             batch_index=event.context.batch_index,
             policy=event.policy,
+            followed=event.followed_by_load,
             variant=event.variant,
             num_input_tokens=len(event.prompt_token_ids),
             num_output_tokens=sum(len(completion.k) for completion in event.outputs),
             avg_k=event.avg_k if ran else None,
             compute_saved_ratio=event.compute_saved_ratio if ran else None,
+            avg_reads=event.avg_reads,
+            reads_per_token=event.reads_per_token,
             k_histogram={k: int(count) for k, count in enumerate(counts.tolist()) if count},
             finish_reason=outcome_of(event),
             error=event.error,

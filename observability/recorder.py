@@ -103,6 +103,9 @@ class Recorder(Observer):
         self._entropy = Histograms(
             [limit for limit in definitions.ROUTER_ENTROPY.buckets if limit < largest_entropy], num_layers
         )
+        self._reads = Histograms(
+            [limit for limit in definitions.EXPERT_READS.buckets if limit <= num_experts], num_layers
+        )
         # One row for each policy and layer.
         self._experts = Histograms([limit for limit in definitions.EXPERTS_PER_TOKEN.buckets if limit <= max_k], 0)
         self.records_dropped: Callable[[], int] = lambda: 0
@@ -224,6 +227,9 @@ class Recorder(Observer):
         layers = np.arange(self._num_layers)
         entropy = np.concatenate([step.entropy for step in steps])
         self._entropy.observe_many(entropy.ravel(), np.broadcast_to(layers, entropy.shape).ravel())
+        if known := [step.reads for step in steps if step.reads is not None]:
+            reads = np.stack(known)
+            self._reads.observe_many(reads.ravel().astype(np.float64), np.broadcast_to(layers, reads.shape).ravel())
         rows = np.concatenate(
             [
                 self._policy_rows(names)[np.concatenate([step.policy_index for step in same])]
@@ -253,6 +259,8 @@ class Recorder(Observer):
             yield Sample(metric, (), histograms.value())
         for layer in range(self._num_layers):
             yield Sample(definitions.ROUTER_ENTROPY, (str(layer),), self._entropy.value(layer))
+            if (reads := self._reads.value(layer)).count:
+                yield Sample(definitions.EXPERT_READS, (str(layer),), reads)
 
     def _policy_samples(self) -> Iterator[Sample]:
         for policy, row in self._policies.items():
@@ -304,4 +312,5 @@ def _engine_samples(stats: EngineStats) -> list[Sample]:
         Sample(definitions.PREEMPTIONS, (), stats.preemptions_total),
         Sample(definitions.CANCELLATIONS, (), stats.cancellations_total),
         Sample(definitions.STEPS, (), stats.steps_total),
+        *(Sample(definitions.LOAD_STEP, (policy,), step) for policy, step in stats.load_steps.items()),
     ]

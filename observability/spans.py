@@ -103,9 +103,12 @@ class RequestSpans:
             "gen_ai.usage.output_tokens": trace.num_output_tokens,
             "error.type": trace.error_kind,
             "adaptive_k.policy": trace.policy,
+            "adaptive_k.followed": None if trace.followed is None else tuple(trace.followed),
             "adaptive_k.variant": trace.variant,
             "adaptive_k.avg_k": trace.avg_k,
             "adaptive_k.compute_saved_ratio": trace.compute_saved_ratio,
+            "adaptive_k.avg_reads": trace.avg_reads,
+            "adaptive_k.reads_per_token": trace.reads_per_token,
             "adaptive_k.num_preemptions": trace.num_preemptions,
         }
         return {name: value for name, value in attributes.items() if value is not None}

@@ -17,6 +17,8 @@ from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.block_manager import BlockManager
 from adaptive_k_moe.runtime.chat_template import Message
 from adaptive_k_moe.runtime.detokenizer import AnswerText
+from adaptive_k_moe.runtime.expert_runs import ExpertReads
+from adaptive_k_moe.runtime.load import Load, LoadFollower, TokenTimes
 from adaptive_k_moe.runtime.outputs import ErrorKind, FinishReason, RequestMetrics, RequestOutput
 from adaptive_k_moe.runtime.sampler import FloatArray, SamplingState, sample
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
@@ -97,6 +99,8 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._ended: list[RequestOutput] = []  # between steps, for the next one to tell
         self._counters = Counters()
+        self._token_times = TokenTimes()
+        self._followers = {name: LoadFollower(policy) for name, policy in policies.by_load.items()}
         session.set_policies(policies)
 
     # Requests come
@@ -246,6 +250,8 @@ class Engine:
         chunks = self._scheduler.schedule()
         if not chunks:
             return []
+        if self._followers:
+            self._take_load(Load(len(self._scheduler.waiting), self._token_times.mean(started)), started)
         step, wanted = self._step_input(chunks)
         for sequence, _ in chunks:
             if sequence.request.metrics.first_scheduled_time is None:
@@ -265,6 +271,7 @@ class Engine:
         outputs, token_intervals = self._choose(ready, rows)
         if chunks[0].sequence.request.background:
             return outputs
+        self._token_times.add(time.monotonic(), token_intervals)
 
         num_tokens = len(step.input_ids)
         counters = self._counters
@@ -285,6 +292,7 @@ class Engine:
                     entropy=result.entropy,
                     policy_index=self.policies.policy_of_row[step.policy_index],
                     policies=self.policies.names,
+                    reads=result.reads,
                 )
             )
         return outputs
@@ -311,6 +319,11 @@ class Engine:
             )
         self._session.set_policies(tables)
         self.policies = tables
+        present = self._followers
+        self._followers = {
+            name: present[name] if name in present and present[name].policy == policy else LoadFollower(policy)
+            for name, policy in tables.by_load.items()
+        }
         for request in requests:
             if request.policy in tables.names:
                 request.policy_index = tables.index(request.policy)
@@ -338,6 +351,7 @@ class Engine:
             steps_total=counters.steps_total,
             last_batch_size=counters.last_batch_size,
             last_num_tokens=counters.last_num_tokens,
+            load_steps={name: follower.step(time.monotonic()) for name, follower in self._followers.items()},
         )
 
     def expert_load(self) -> Int64Array | None:
@@ -360,6 +374,7 @@ class Engine:
         block_tables: list[list[int]] = []
         logits_indices: list[int] = []
         wanted: list[_Wanted] = []
+        by_load = self._policies_by_load()
         for sequence, num_tokens in chunks:
             start, begin = sequence.num_computed, begins[-1]
             end = start + num_tokens
@@ -367,6 +382,8 @@ class Engine:
             position_ids += range(start, end)
             in_prompt = min(max(sequence.num_prompt_tokens - start, 0), num_tokens)
             policy = sequence.request.policy_index
+            if not sequence.request.background:
+                policy = by_load.get(policy, policy)
             policy_index += [policy] * in_prompt + [self.policies.decode_row[policy]] * (num_tokens - in_prompt)
             past_lens.append(start)
             begins.append(begin + num_tokens)
@@ -393,6 +410,18 @@ class Engine:
         )
         return step, wanted
 
+    def _take_load(self, load: Load, now: float) -> None:
+        for follower in self._followers.values():
+            follower.update(load, now)
+
+    def _policies_by_load(self) -> dict[int, int]:
+        """The policy that requests of each policy of the kind `by_load` follow now, by index.
+
+        The background is not asked for a load, and runs such a policy's own rows.
+        """
+        index, now = self.policies.index, time.monotonic()
+        return {index(name): index(follower.policy_at(now)) for name, follower in self._followers.items()}
+
     def _state_slots(self, chunks: list[ScheduledChunk]) -> Int32Array | None:
         if not self._session.num_state_slots:
             return None
@@ -405,6 +434,17 @@ class Engine:
         ready: list[Sequence] = []
         rows: list[int] = []
         begins = step.subsequence_begins.tolist()
+        followed = self.policies.policy_of_row[step.policy_index[begins[:-1]]].tolist()
+        tokens: dict[Request, int] = {}
+        for (sequence, num_tokens), policy in zip(chunks, followed, strict=True):
+            request, name = sequence.request, self.policies.names[policy]
+            request.followed[name] = request.followed.get(name, 0) + num_tokens
+            tokens[request] = tokens.get(request, 0) + num_tokens
+        if result.reads is not None:
+            experts = float(result.reads.mean())
+            for request, num_tokens in tokens.items():
+                request.expert_reads = request.expert_reads or ExpertReads()
+                request.expert_reads.add(experts, num_tokens, len(step.input_ids))
         for (sequence, num_tokens), begin, (context, last) in zip(chunks, begins, wanted, strict=False):
             sequence.record(result.k[begin : begin + num_tokens], result.entropy[begin : begin + num_tokens])
             if context.stop > context.start:
@@ -491,6 +531,8 @@ class Engine:
 
     def _finished(self, request: Request) -> RequestOutput:
         del self._requests[request.request_id]
+        if not self._requests:  # no step will tell that there is no load
+            self._take_load(Load(), time.monotonic())
         self._counters.finished_total += not request.background
         return self._last_output(request)
 

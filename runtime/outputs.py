@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from adaptive_k_moe.arguments import check_fields
 from adaptive_k_moe.errors import RequestError
-from adaptive_k_moe.runtime.expert_runs import ExpertRuns
+from adaptive_k_moe.runtime.expert_runs import ExpertReads, ExpertRuns
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -135,7 +135,9 @@ class RequestOutput:
         prompt_token_ids: the prompt's tokens.
         outputs: `n` sequences.
         finished: whether all of them have ended.
-        policy: name of the policy that its tokens followed.
+        policy: name of its policy.
+        followed: tokens computed so far under each policy: `policy` alone, unless that is one of the kind `by_load`.
+            Tokens computed again after a preemption count again.
         prompt_k: [len(prompt_token_ids), L] experts that ran for each prompt token; rows are there
             once the prompt has been processed.
         prompt_entropy: [len(prompt_token_ids), L] the router's entropies for them, in nats.
@@ -143,6 +145,8 @@ class RequestOutput:
         prompt_logprobs: for each prompt token after the first, token id to log-probability of it and of the
             likeliest tokens in its place, if asked for.
         expert_runs: experts run for all tokens computed, prompt and answers, against the trained top-k.
+        expert_reads: experts read by the steps that it was part of; None where the session does not know. Tokens
+            computed again after a preemption count again: they are read for again.
         metrics: when things happened.
         error: the sentence, where `finish_reason` is "error".
         error_kind: what failed, where `finish_reason` is "error".
@@ -166,6 +170,8 @@ class RequestOutput:
     context: RequestContext = NO_CONTEXT
     enrollment: Enrollment | None = None
     prompt_logprobs: list[dict[int, float]] | None = None
+    followed: Mapping[str, int] = field(default_factory=dict)
+    expert_reads: ExpertReads | None = None
 
     @property
     def variant(self) -> str | None:
@@ -181,6 +187,21 @@ class RequestOutput:
     def compute_saved_ratio(self) -> float:
         """Share of expert runs that the policy left out against the trained top-k; a count, not a time."""
         return self.expert_runs.compute_saved_ratio
+
+    @property
+    def followed_by_load(self) -> Mapping[str, int] | None:
+        """`followed` of a request whose policy is of the kind `by_load`; None of any other."""
+        return self.followed if self.followed.keys() - {self.policy} else None
+
+    @property
+    def avg_reads(self) -> float | None:
+        """Mean experts that its steps read in a MoE layer, for all that ran in them; None where that is not known."""
+        return None if self.expert_reads is None or not self.expert_reads.steps else self.expert_reads.avg_reads
+
+    @property
+    def reads_per_token(self) -> float | None:
+        """Experts read for a token of it in a MoE layer, each step's shared out evenly among the step's tokens."""
+        return None if self.expert_reads is None or not self.expert_reads.steps else self.expert_reads.reads_per_token
 
 
 def rows_of_passes(prompt: npt.NDArray[Any], *answers: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.runtime.detokenizer import AnswerText
-from adaptive_k_moe.runtime.expert_runs import ExpertRuns
+from adaptive_k_moe.runtime.expert_runs import ExpertReads, ExpertRuns
 from adaptive_k_moe.runtime.outputs import (
     NO_CONTEXT,
     CompletionOutput,
@@ -124,6 +124,7 @@ class Request:
         full_k: the trained top-k.
         error, error_kind: why it ended in an error.
         delayed: whether it has waited for a step of the background.
+        followed, expert_reads: as in `RequestOutput`.
     """
 
     options: RunOptions
@@ -140,6 +141,8 @@ class Request:
     error: str | None = None
     error_kind: ErrorKind | None = None
     delayed: bool = False
+    followed: dict[str, int] = field(default_factory=dict)
+    expert_reads: ExpertReads | None = None
 
     @property
     def request_id(self) -> str:
@@ -176,6 +179,8 @@ class Request:
             error_kind=self.error_kind,
             context=self.options.context,
             enrollment=self.options.enrollment,
+            followed=dict(self.followed),
+            expert_reads=None if self.expert_reads is None else replace(self.expert_reads),
             prompt_logprobs=None if first.prompt_logprobs is None else list(first.prompt_logprobs.entries),
         )
 

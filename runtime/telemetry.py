@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -34,8 +34,10 @@ class StepRecord(NamedTuple):
         token_intervals: seconds since the token before, for each sequence that got one and had one.
         k: [T, L] experts that ran for each token; a token computed again after a preemption is there again.
         entropy: [T, L] the routers' entropies, in nats.
-        policy_index: [T] the policy that each token followed, into `policies`.
+        policy_index: [T] the policy that each token followed, into `policies`; never one of the kind `by_load`, whose
+            requests follow another.
         policies: names of the engine's policies in this step.
+        reads: [L] experts whose weights the step read; None where the session does not know.
     """
 
     num_sequences: int
@@ -50,6 +52,7 @@ class StepRecord(NamedTuple):
     entropy: npt.NDArray[np.float32]
     policy_index: npt.NDArray[np.int32]
     policies: Sequence[str]
+    reads: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ class EngineStats:
         steps_total: steps run.
         last_batch_size: sequences in the latest step; 0 before the first.
         last_num_tokens: tokens in the latest step.
+        load_steps: of each policy of the kind `by_load` the step that its requests take now, from 0.
     """
 
     num_running: int
@@ -114,6 +118,7 @@ class EngineStats:
     steps_total: int
     last_batch_size: int
     last_num_tokens: int
+    load_steps: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -318,3 +318,56 @@ def test_limits_and_kinds_are_those_of_the_operators_description() -> None:
     numbers = dict(description.POLICY_KINDS)
     assert (numbers.pop("shared_price"), numbers.pop("shared_experts")) == (KIND_SHARED_PRICE, KIND_SHARED_EXPERTS)
     assert numbers == {name: kind.number for name, kind in KINDS.items() if name not in ("fixed", "shared")}
+
+
+LOAD_STEPS: list[dict[str, Any]] = [{"policy": "full"}, {"policy": "a", "queue": 4}, {"policy": "b", "queue": 16}]
+
+
+def _by_load(**changes: Any) -> dict[str, Any]:
+    return {"kind": "by_load", "steps": LOAD_STEPS, **changes}
+
+
+def _with_steps(**named: Any) -> dict[str, Any]:
+    return policies(a={"kind": "fixed", "k": 1}, b={"kind": "ratio", "ratio": 0.3}, **named)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (_by_load(steps=[]), "at least 1 item"),
+        (_by_load(steps=[{"policy": "full", "queue": 1}]), "the first step, 'full', is the one without load"),
+        (_by_load(steps=[*LOAD_STEPS[:1], {"policy": "a"}]), "the step 'a' needs a queue or a time_between_tokens"),
+        (_by_load(steps=[*LOAD_STEPS[:2], {"policy": "b", "queue": 4}]), "queue must rise from step to step"),
+        (_by_load(steps=[*LOAD_STEPS, {"policy": "a", "queue": 17}]), "names one twice"),
+        (_by_load(floor="c"), "the floor 'c' is not among the steps"),
+        (_by_load(steps=[*LOAD_STEPS, {"policy": "c", "queue": 17}]), "'x' has a step 'c', and there is no policy"),
+        (_by_load(steps=[*LOAD_STEPS, {"policy": "x", "queue": 17}]), "'x' has a step 'x', which depends on the load"),
+        (_by_load(leave_share=0), "greater than 0"),
+        (_by_load(leave_seconds=-1), "greater than or equal to 0"),
+    ],
+)
+def test_unusable_policies_by_load_are_refused_in_a_sentence(policy: dict[str, Any], message: str) -> None:
+    with pytest.raises(PolicyError, match=message) as raised:
+        tables(_with_steps(x=policy))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_policy_by_load_has_the_rows_of_its_first_step() -> None:
+    phases = {"kind": "phases", "prefill": {"kind": "fixed", "k": 1}, "decode": {"kind": "shared", "price": 0.1}}
+    found = tables(_with_steps(p=phases, auto={"kind": "by_load", "steps": [{"policy": "p"}], "floor": "p"}))
+    auto, p = found.index("auto"), found.index("p")
+    for mine, its in ((auto, p), (found.decode_row[auto], found.decode_row[p])):
+        assert mine != its
+        assert found.policy_kind[mine] == found.policy_kind[its]
+        assert (found.k_values[:, mine] == found.k_values[:, its]).all()
+        assert (found.thresholds[:, mine] == found.thresholds[:, its]).all()
+    assert list(found.by_load) == ["auto"]
+
+
+def test_policies_by_load_are_written_and_read_as_they_were() -> None:
+    fitted = parse_policy_set(_with_steps(auto=_by_load(floor="a")), "policies").for_model(
+        num_experts=8, num_experts_per_tok=2, num_moe_layers=3
+    )
+    again = parse_policy_set(json.loads(json.dumps(fitted.to_json())), "again")
+    assert again.policies["auto"] == fitted.policies["auto"]
+    assert [step.policy for step in again.policies["auto"].reachable] == ["full", "a"]

@@ -73,10 +73,17 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{tokens} tokens in {seconds:.2f} s, average k {last.avg_k:.2f}, "
             f"{100 * last.compute_saved_ratio:.1f} % of the expert runs left out"
+            + (f", {last.reads_per_token:.2f} experts read a token" if last.reads_per_token is not None else "")
+            + (f", followed {_in_words(last.followed)}" if last.followed is not None else "")
             + (f", variant {last.variant}" if last.variant is not None else ""),
             file=sys.stderr,
         )
     return 0
+
+
+def _in_words(followed: dict[str, int]) -> str:
+    """Policies with the tokens computed under each."""
+    return ", ".join(f"{policy} ({tokens} tokens)" for policy, tokens in followed.items())
 
 
 def _print_piece(text: str, k: Any) -> None:

@@ -51,7 +51,9 @@ class Scorer:
             if self._waiting >= MAX_WAITING:
                 return False
             self._waiting += 1
-        answers = _Answers(output.request_id, first, tokens, [FULL, output.policy], self._ended)
+        # Of a request that followed several policies by the load, the one that computed most of it.
+        own = max(output.followed, key=lambda policy: output.followed[policy], default=output.policy)
+        answers = _Answers(output.request_id, first, tokens, [FULL, own], self._ended)
         for policy in answers.policies:
             self._submit(answers, policy)
         return True

@@ -71,6 +71,9 @@ def _piece(chunk: Chunk) -> dict[str, Any]:
         "entropy": [] if chunk.entropy is None else [[_number(nats) for nats in row] for row in chunk.entropy.tolist()],
         "avg_k": _number(chunk.avg_k),
         "compute_saved_ratio": _number(chunk.compute_saved_ratio),
+        "avg_reads": None if chunk.avg_reads is None else _number(chunk.avg_reads),
+        "reads_per_token": None if chunk.reads_per_token is None else _number(chunk.reads_per_token),
+        "followed": chunk.followed,
         "variant": chunk.variant,
     }
 

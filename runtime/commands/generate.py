@@ -77,8 +77,12 @@ def _figures(output: RequestOutput) -> str:
     first = metrics.first_token_time - metrics.arrival_time
     decode = metrics.last_token_time - metrics.first_token_time
     speed = f"{(count - 1) / decode:.1f} tokens/s" if count > 1 and decode > 0 else "one token"
+    policy = output.policy
+    if output.followed_by_load is not None:
+        policy += ": " + ", ".join(f"{name} {tokens}" for name, tokens in output.followed_by_load.items())
+    reads = "" if output.reads_per_token is None else f", {output.reads_per_token:.3f} experts read a token"
     return (
-        f"[{output.policy}] avg_k {output.avg_k:.3f} of {output.expert_runs.full_k}, expert runs saved "
-        f"{output.compute_saved_ratio:.1%} (a count); {len(output.prompt_token_ids)} prompt tokens, "
+        f"[{policy}] avg_k {output.avg_k:.3f} of {output.expert_runs.full_k}, expert runs saved "
+        f"{output.compute_saved_ratio:.1%} (a count){reads}; {len(output.prompt_token_ids)} prompt tokens, "
         f"first token after {first:.3f} s, {count} tokens in {first + decode:.3f} s, decode {speed}"
     )

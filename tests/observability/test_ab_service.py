@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -103,6 +105,35 @@ def test_scores_are_what_the_logits_say(llm: LLM, run: Callable[..., Running], t
             assert scored(output)[0] == scored(output)[2] and scored(output)[3] == 1.0
     assert {output.variant for output in outputs} == {"control", "less"}
     connection.close()
+
+
+def test_an_answer_by_load_is_scored_under_the_policy_that_computed_most(
+    engine_dir: Path, run: Callable[..., Running], tmp_path: Path
+) -> None:
+    engine = tmp_path / "engine"
+    shutil.copytree(engine_dir, engine)
+    config = json.loads((engine / "config.json").read_text())
+    # From the second token on, any time since the token before is too long.
+    steps = [{"policy": "full"}, {"policy": "top1", "time_between_tokens": 1e-9}]
+    config["adaptive_k"]["policies"]["auto"] = {"kind": "by_load", "steps": steps, "leave_seconds": 0}
+    (engine / "config.json").write_text(json.dumps(config))
+    path = tmp_path / "ab.db"
+    ABTest.start(path, "e", ["control=top1", "less=auto"], score_share=1.0, guardrails=()).close()
+    with LLM(engine, num_threads=1) as llm:
+        running = Running(llm, path)
+        try:
+            outputs = [running.ask(f"unit {index}", max_tokens=40) for index in range(6)]
+            by_load = next(output for output in outputs if output.policy == "auto")
+            assert by_load.followed_by_load is not None and set(by_load.followed) == {"full", "top1"}
+            assert by_load.followed["top1"] > by_load.followed["full"]
+            with Store(path, create=False) as store:
+                assert eventually(lambda: sum(sums["own_loss"].count for sums in store.read().sums.values()) == 6)
+            with contextlib.closing(sqlite3.connect(path)) as connection:
+                sql = "SELECT agreement FROM requests WHERE request_id = ?"
+                [agreement] = connection.execute(sql, (by_load.request_id,)).fetchone()
+            assert agreement < 1.0  # not under full, which agrees with itself
+        finally:
+            running.service.close()
 
 
 def test_an_answer_as_long_as_the_engine_takes_is_scored(run: Callable[..., Running], tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from adaptive_k_moe.observability.inference_trace import InferenceTrace
 from adaptive_k_moe.observability.logs import InferenceLogger, SampleFilter, as_fields, file_handler
 from adaptive_k_moe.observability.request_records import RequestRecords
 from adaptive_k_moe.observability.trace_context import read_trace_context
-from adaptive_k_moe.runtime.expert_runs import ExpertRuns
+from adaptive_k_moe.runtime.expert_runs import ExpertReads, ExpertRuns
 from adaptive_k_moe.runtime.outputs import Enrollment, RequestContext
 from adaptive_k_moe.runtime.telemetry import Refusal
 
@@ -62,6 +62,17 @@ def test_a_line_says_what_happened(logger: InferenceLogger, tmp_path: Path) -> N
         "k_histogram": {"1": 6, "4": 2},
         "finish_reason": "stop",
     }
+
+
+def test_a_line_says_what_was_read_and_which_policies_were_followed() -> None:
+    reads = ExpertReads()
+    reads.add(6.0, 3, 4)
+    reads.add(2.0, 1, 2)
+    fields = as_fields(InferenceTrace.of(make_output(expert_reads=reads, followed={"full": 3, "fast": 1})))
+    assert (fields["avg_reads"], fields["reads_per_token"]) == (4.0, (6 * 3 / 4 + 2 * 1 / 2) / 4)
+    assert (fields["policy"], fields["followed"]) == ("balanced", {"full": 3, "fast": 1})
+    alone = as_fields(InferenceTrace.of(make_output(followed={"balanced": 4})))
+    assert not {"followed", "avg_reads", "reads_per_token"} & set(alone)
 
 
 def test_prompts_and_answers_only_on_request() -> None:

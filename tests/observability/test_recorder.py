@@ -100,6 +100,19 @@ def test_steps_are_counted_by_layer_and_policy(seed: int, num_layers: int, num_s
         assert samples(ours, definitions.COMPUTE_SAVED)[policy,] == pytest.approx(1 - mean / 4)
 
 
+def test_reads_are_counted_by_layer_where_they_are_known() -> None:
+    ours = recorder(2)
+    steps = [step([[1, 2]], [[0.1, 0.2]], [0], ["full"])._replace(reads=reads) for reads in ([1, 8], None, [3, 7])]
+    for each in steps:
+        ours.on_step(each if each.reads is None else each._replace(reads=np.asarray(each.reads, np.int32)))
+    found = samples(ours, definitions.EXPERT_READS)
+    assert {labels: (value.count, value.sum) for labels, value in found.items()} == {("0",): (2, 4), ("1",): (2, 15)}
+    assert found["0",].limits == (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)  # a layer has 8 experts
+    unknown = recorder(2)
+    unknown.on_step(steps[1])
+    assert samples(unknown, definitions.EXPERT_READS) == {}
+
+
 def test_a_nan_entropy_counts_beyond_the_last_limit() -> None:
     ours = recorder(1)
     ours.on_step(step([[4], [1]], [[np.nan], [0.3]], [0, 0], ["full"]))

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,6 +233,10 @@ def test_an_entropy_that_is_no_number_is_null() -> None:
     chunk = Chunk("a", 1, 1.5, 0.25, k, np.array([[np.nan, 0.5]], np.float32), 3, None, variant="fewer")
     assert _piece(chunk)["entropy"] == [[None, 0.5]]
     assert _piece(chunk)["variant"] == "fewer"
+    assert (_piece(chunk)["reads_per_token"], _piece(chunk)["followed"]) == (None, None)
+    chunk = replace(chunk, avg_reads=3.5, reads_per_token=1.25, followed={"full": 3, "fast": 4})
+    told = _piece(chunk)
+    assert (told["avg_reads"], told["reads_per_token"], told["followed"]) == (3.5, 1.25, {"full": 3, "fast": 4})
 
 
 def test_no_server_is_one_sentence_each(tmp_path: Path) -> None:

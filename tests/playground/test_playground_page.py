@@ -69,6 +69,10 @@ def test_tokens_are_coloured_by_their_average_k(browser: Browser, server: Triton
     assert len({piece["colour"] for piece in pieces}) == len(set(average.tolist()))
     assert f"{answer.avg_k:.2f}" != f"{average.mean():.2f}"  # the server counts the prompt, too
     assert browser.text(".avg-k").split("\n")[0] == f"{answer.avg_k:.2f}"
+    assert browser.text(".reads").split("\n") == [
+        f"{answer.reads_per_token:.2f}", f"{answer.avg_reads:.2f} a step and layer"
+    ]  # fmt: skip
+    assert not browser.evaluate("document.querySelector('.followed').checkVisibility()")
     assert browser.text(".saved").split("\n")[0] == f"{100 * answer.compute_saved_ratio:.1f} %"
     assert float(browser.text(".speed").split()[0]) > 0
 
@@ -354,6 +358,23 @@ def test_pieces_that_come_at_once_are_laid_out_once(browser: Browser) -> None:
         )
         < 2
     )
+
+
+def test_what_the_server_does_not_say_is_not_shown_and_what_a_request_followed_is(browser: Browser) -> None:
+    _side(browser, ["full"])
+    piece = (
+        "{text: ' word', tokens: 1, seconds: 1, k: [[1, 2]], entropy: [[0.5, 0.6]], avg_k: 1.5,"
+        " compute_saved_ratio: 0.25, variant: null"
+    )
+    browser.evaluate(f"window.side.add({piece}, avg_reads: null, reads_per_token: null, followed: null}})")
+    browser.until("document.querySelector('.avg-k').innerText.startsWith('1.50')")
+    assert not browser.evaluate("document.querySelector('.reads').checkVisibility()")
+    assert not browser.evaluate("document.querySelector('.followed').checkVisibility()")
+    browser.evaluate(
+        f"window.side.add({piece}, avg_reads: 4, reads_per_token: 1.25, followed: {{full: 3, '<b>': 4}}}})"
+    )
+    browser.until("document.querySelector('.reads').innerText.startsWith('1.25')")
+    assert browser.text(".followed") == "By the load it followed full (3 tokens), <b> (4 tokens)."
 
 
 def test_any_name_of_a_policy_can_be_chosen_and_read(browser: Browser) -> None:

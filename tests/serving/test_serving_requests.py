@@ -22,7 +22,7 @@ from adaptive_k_moe.model_repository.repository import write_model_repository
 from adaptive_k_moe.model_repository.requests import asks_to_stop, parse_request
 from adaptive_k_moe.model_repository.responses import ResponseBuilder
 from adaptive_k_moe.request_options import UNSUPPORTED_OPTIONS
-from adaptive_k_moe.runtime.expert_runs import ExpertRuns
+from adaptive_k_moe.runtime.expert_runs import ExpertReads, ExpertRuns
 from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestMetrics, RequestOutput, rows_of_passes
 
 REQUIRED_OF_TEXT = ["text_input", "max_tokens"]
@@ -292,6 +292,23 @@ def test_a_stream_is_pieces_and_a_whole_answer_is_one() -> None:
     for tensors_of_it in (last, answer):
         assert tensors_of_it["adaptive_k_avg_k"].item() == pytest.approx(final.avg_k)
         assert tensors_of_it["adaptive_k_compute_saved_ratio"].item() == pytest.approx(final.compute_saved_ratio)
+
+
+def test_reads_and_followed_policies_are_told_where_they_are_known() -> None:
+    output = _output(4, text="abc", text_diff="", finish="length")
+    output.followed = {output.policy: 4}
+    (answer,) = ResponseBuilder(_parsed()).build(output)
+    assert not {"adaptive_k_avg_reads", "adaptive_k_reads_per_token", "adaptive_k_followed"} & set(answer)
+    output.expert_reads = ExpertReads()
+    output.expert_reads.add(6.0, 1, 4)
+    output.followed = {"full": 1, "fast": 3}
+    (answer,) = ResponseBuilder(_parsed()).build(output)
+    assert answer["adaptive_k_avg_reads"].item() == 6.0
+    assert answer["adaptive_k_reads_per_token"].item() == 1.5
+    assert json.loads(answer["adaptive_k_followed"].item()) == {"full": 1, "fast": 3}
+    assert {name for name in answer if name.startswith("adaptive_k")} <= {
+        tensor.name for tensor in contract.outputs_of(contract.ENSEMBLE)
+    }
 
 
 def test_an_answer_that_ends_before_its_first_token_is_still_an_answer() -> None:

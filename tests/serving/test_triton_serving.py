@@ -400,6 +400,52 @@ def test_a_running_server_takes_over_changed_policies(
         client.generate("import os", max_tokens=3, adaptive_k_policy="fresh")
 
 
+def test_a_policy_by_load_is_followed_and_told(
+    server: TritonServer, client: Client, served_engine_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def policy(*words: str) -> str:
+        capsys.readouterr()
+        assert cli.main(["policy", words[0], "--engine_dir", str(served_engine_dir), *words[1:]]) == 0
+        return capsys.readouterr().out
+
+    before = policy("show")
+    content = json.loads(before)
+    # Any time between two tokens is too long, and a queue of one, too.
+    steps = [{"policy": "full"}, {"policy": "top1", "queue": 1, "time_between_tokens": 1e-9}]
+    content["policies"]["auto"] = {"kind": "by_load", "steps": steps, "leave_seconds": 0.5}
+    content["default"] = "auto"
+    (tmp_path / "by_load.json").write_text(json.dumps(content))
+    policy("set", "--file", str(tmp_path / "by_load.json"))
+    try:
+        assert json.loads(policy("show"))["policies"]["auto"]["steps"] == steps
+        assert client.describe_engine().default_policy == "auto"
+        pieces = list(client.generate("import os", stream=True, max_tokens=6, end_id=-1))
+        read = pieces[0].num_input_tokens
+        # The prompt, and the first token's own pass: there is no time between tokens before the second one.
+        assert [piece.followed for piece in pieces] == [
+            {"full": read}, {"full": read + 1}, *({"full": read + 1, "top1": tokens} for tokens in range(1, 5)),
+        ]  # fmt: skip
+        assert [piece.k.max() for piece in pieces] == [2, 2, 1, 1, 1, 1]
+        assert metric(server.metrics_url, "adaptive_k_load_step", policy="auto") >= 0
+        assert eventually(lambda: metric(server.metrics_url, "adaptive_k_load_step", policy="auto") == 0)
+        # Alone in its steps a request reads what it runs; from the second pass on, 1 or 2 experts for its token.
+        whole = client.generate("import os", max_tokens=6, end_id=-1, adaptive_k_policy="top1")
+        assert whole.followed is None and whole.avg_reads is not None and whole.reads_per_token is not None
+        assert whole.reads_per_token <= whole.avg_k == 1.0
+        # One step of the prompt, that reads P experts for its tokens, and five that read one for one token.
+        prompt_reads = 6 * whole.avg_reads - 5
+        assert 1 <= prompt_reads <= read
+        assert whole.reads_per_token == pytest.approx((prompt_reads + 5) / (read + 5), rel=1e-5)
+        with Client(server.grpc_url, timeout=60) as many:
+            streams = [many.generate(prompt, stream=True, max_tokens=40, end_id=-1) for prompt in PROMPTS * 3]
+            last = [list(stream)[-1] for stream in streams]
+        assert all(chunk.followed is not None and chunk.followed["top1"] > 30 for chunk in last)
+        assert all(chunk.reads_per_token < chunk.avg_k for chunk in last)  # in company
+    finally:
+        (tmp_path / "before.json").write_text(before)
+        policy("set", "--file", str(tmp_path / "before.json"))
+
+
 def test_metrics_by_model_and_policy(server: TritonServer, client: Client) -> None:
     def read(name: str, **labels: str) -> float:
         return metric(server.metrics_url, name, model="ensemble", **labels)

@@ -56,7 +56,10 @@ def toy_config(
 
 
 class ToySession:
-    """See the module. `fail_on` makes a step that holds this token raise."""
+    """See the module. `fail_on` makes a step that holds this token raise.
+
+    Every token's first k experts are the same ones, so a step reads as many as its greatest k.
+    """
 
     def __init__(
         self, *, vocab_size: int = 50, num_blocks: int = 32, block_size: int = 4, num_state_slots: int = 0
@@ -70,6 +73,7 @@ class ToySession:
         self.nan_on: int | None = None
         self.delay = 0.0
         self.closed = 0
+        self.knows_reads = True
         self.steps: list[StepInput] = []
         self._cache = np.full((num_blocks, block_size), 777, np.int64)
         self._states = np.full(num_state_slots, 777, np.int64)
@@ -121,7 +125,7 @@ class ToySession:
         logits = (np.sin(rows[:, None] * self._frequencies) * 4).astype(np.float32)
         if self.nan_on is not None:
             logits[step.input_ids[step.logits_indices] == self.nan_on, 3] = np.nan
-        return StepOutput(logits, k, entropy)
+        return StepOutput(logits, k, entropy, k.max(axis=0) if self.knows_reads else None)
 
     def _route(self, step: StepInput) -> tuple[Any, Any]:
         assert self._tables is not None

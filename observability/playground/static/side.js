@@ -26,9 +26,10 @@ export class Side {
     this.answer.setAttribute("aria-label", `${name}: tokens, coloured by their average k`);
     this.failure = find(".failure");
     this.against = find(".against");
+    this.followed = find(".followed");
     this.token = find(".token");
     this.figures = Object.fromEntries(
-      ["avg-k", "saved", "speed", "first"].map((figure) => [figure, find(`.${figure}`)]),
+      ["avg-k", "saved", "reads", "speed", "first"].map((figure) => [figure, find(`.${figure}`)]),
     );
     this.legend = { from: find(".legend .from"), to: find(".legend .to") };
     this.engine = null;
@@ -66,6 +67,7 @@ export class Side {
     this.failure.hidden = true;
     this.against.textContent = "";
     for (const figure of Object.values(this.figures)) figure.textContent = "–";
+    this.figures.reads.parentElement.hidden = this.followed.hidden = true;
     this.tellAboutTokens();
   }
 
@@ -189,6 +191,12 @@ export class Side {
     const { avg_k: averageK, compute_saved_ratio: saved } = this.last;
     write(this.figures["avg-k"], format(averageK), `of ${this.engine.num_experts_per_tok}`);
     write(this.figures.saved, Number.isFinite(saved) ? `${(100 * saved).toFixed(1)} %` : "–", "of prompt and answer");
+    const { avg_reads: reads, reads_per_token: share, followed } = this.last;
+    this.figures.reads.parentElement.hidden = !Number.isFinite(share); // not every engine counts
+    write(this.figures.reads, format(share), `${format(reads)} a step and layer`);
+    this.followed.hidden = !followed;
+    const policies = Object.entries(followed ?? {}).map(([name, tokens]) => `${spoken(name)} (${tokens} tokens)`);
+    this.followed.textContent = `By the load it followed ${policies.join(", ")}.`;
     const speed = Number.isFinite(this.speed) ? this.speed.toFixed(1) : "–";
     write(this.figures.speed, speed, "after the first one");
     if (this.shown === null) this.showAllTokens();

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An open-loop load: requests that arrive whether or not others were answered, under `full` and under a policy by load.
+
+    python benchmarks/load.py --checkpoint_dir examples/models/olmoe-small
+    python benchmarks/load.py --random                             # a model whose experts dominate; its text is noise
+    python benchmarks/load.py --engine_dir engine --policy auto    # an engine and a policy by load of its own
+    python benchmarks/load.py --quick                              # does it run? its figures say nothing
+
+Arrivals are a Poisson process, the same one for both policies of a rate. Rates are given, or shares of what the engine
+answers a second under `full` with a full batch, measured first (a closed loop). The two policies take turns. Requests
+that are not done when a window ends are aborted, and one that has no token by then counts with the time that it has
+waited, so a figure with ">=" is a lower bound.
+
+"grows": the queue has no end at this rate, as far as a window tells. In the window's second half it rises by at least
+5 % of the arrivals (the slope of a line through it), and at the end at least a full batch waits.
+
+What a policy costs in quality is not measured here: `adaptive-k eval --output FILE` measures each policy, and `--eval
+FILE` prints its figures beside these. Of a policy that shares, they hold for the batches that it was measured with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from adaptive_k_moe.engine_builder import build
+from adaptive_k_moe.engine_config import read_engine_config, write_engine_config
+from adaptive_k_moe.policy import FULL, ByLoadPolicy, PolicySet
+from adaptive_k_moe.runtime import LLM, SamplingParams
+from adaptive_k_moe.runtime.handle import GenerationHandle
+from adaptive_k_moe.runtime.telemetry import Observer, StepRecord
+
+from _results import cpu_name, write_results
+
+OLMOE = Path(__file__).resolve().parents[1] / "examples" / "models" / "olmoe-small"
+PROMPT_TOKENS = (16, 64)
+SECONDS_BETWEEN_SAMPLES = 0.1
+GROWS = 0.05
+
+
+def policies_for(top_k: int) -> dict[str, Any]:
+    """What an engine that is built here gets: prompts at full k, and two prices for decode."""
+
+    def sharing(price: float) -> dict[str, Any]:
+        decode = {"kind": "shared", "price": price, "k_min": 1}
+        return {"kind": "phases", "prefill": {"kind": "fixed", "k": top_k}, "decode": decode}
+
+    steps = [{"policy": FULL}, {"policy": "shared", "queue": 1}, {"policy": "shared_more", "queue": 8}]
+    return {
+        "policies": {
+            "shared": sharing(0.05),
+            "shared_more": sharing(0.2),
+            "by_load": {"kind": "by_load", "steps": steps, "leave_seconds": 1.0},
+        }
+    }
+
+
+@dataclass
+class Figures:
+    """What a window brought. Times to first token are from the moment at which a request was to arrive.
+
+    Attributes:
+        rate: requests a second that were to arrive.
+        policy: of all of them.
+        arrived, answered: requests.
+        tokens_per_second: generated tokens.
+        first_token_median, first_token_p95: seconds.
+        median_is_bound, p95_is_bound: whether requests without a token make it a lower bound.
+        queue_mean, queue_end: sequences that waited.
+        queue_slope: sequences a second by which the queue rose in the second half.
+        grows: see the module.
+        batch: mean sequences of a step.
+        avg_k: mean experts run a token and layer.
+        reads: mean experts read a step and layer; None where the session does not count.
+        followed: share of the tokens under each policy.
+    """
+
+    rate: float
+    policy: str
+    arrived: int = 0
+    answered: int = 0
+    tokens_per_second: float = 0.0
+    first_token_median: float = 0.0
+    first_token_p95: float = 0.0
+    median_is_bound: bool = False
+    p95_is_bound: bool = False
+    queue_mean: float = 0.0
+    queue_end: int = 0
+    queue_slope: float = 0.0
+    grows: bool = False
+    batch: float = 0.0
+    avg_k: float = 0.0
+    reads: float | None = None
+    followed: dict[str, float] = field(default_factory=dict)
+
+
+class StepSums(Observer):
+    """Sums over the steps while `counting`."""
+
+    def __init__(self) -> None:
+        self.counting = False
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew."""
+        self.steps = self.sequences = self.generated = self.choices = self.runs = 0
+        self.reads: list[float] = []
+        self.followed: Counter[str] = Counter()
+
+    def on_step(self, record: StepRecord) -> None:
+        """Add a step."""
+        if not self.counting:
+            return
+        self.steps += 1
+        self.sequences += record.num_sequences
+        self.generated += record.num_generated_tokens
+        self.choices += record.k.size
+        self.runs += int(record.k.sum())
+        if record.reads is not None:
+            self.reads.append(float(record.reads.mean()))
+        for index, tokens in enumerate(np.bincount(record.policy_index).tolist()):
+            if tokens:
+                self.followed[record.policies[index]] += tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--checkpoint_dir", type=Path, default=OLMOE, help="default: the bundled olmoe-small")
+    source.add_argument(
+        "--random", action="store_true", help="a random model of 400 M parameters in 64 experts a layer"
+    )
+    source.add_argument("--engine_dir", type=Path, help="an engine with a policy by load")
+    parser.add_argument("--policy", default="by_load", help="the policy to compare with `full`; default: %(default)s")
+    parser.add_argument("--rates", type=float, nargs="+", help="requests a second")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.9, 1.1, 1.4], help="of full's capacity")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of a window")
+    parser.add_argument("--max_tokens", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--max_batch_size", type=int, default=16)
+    parser.add_argument("--dtype", default="bfloat16", help="of an engine that is built here")
+    parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="what `adaptive-k eval --output FILE` wrote")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="windows of two seconds")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/load.json"))
+    args = parser.parse_args()
+    if args.quick:
+        args.seconds = 2.0
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = args.engine_dir or build_engine(args, Path(scratch))
+        run(args, directory)
+
+
+def build_engine(args: argparse.Namespace, scratch: Path) -> Path:
+    """An engine with the policies of `policies_for`."""
+    checkpoint = random_checkpoint(scratch / "random") if args.random else args.checkpoint_dir
+    sizes = {"max_batch_size": args.max_batch_size, "max_seq_len": PROMPT_TOKENS[1] + args.max_tokens + 1}
+    config = build(checkpoint, scratch / "engine", dtype=args.dtype, **sizes)
+    policies = PolicySet.model_validate(policies_for(config.pretrained_config.num_experts_per_tok))
+    config = config.model_copy(update={"adaptive_k": config.pretrained_config.fit_policies(policies)})
+    write_engine_config(scratch / "engine", config)
+    return scratch / "engine"
+
+
+def random_checkpoint(directory: Path) -> Path:
+    """Layers of OLMoE's kind, 64 experts of which 8 run. Random routers send tokens everywhere."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.OlmoeConfig(
+        vocab_size=4096,
+        hidden_size=1024,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        num_experts=64,
+        num_experts_per_tok=8,
+        max_position_embeddings=1024,
+        eos_token_id=1,
+    )
+    transformers.OlmoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+def run(args: argparse.Namespace, directory: Path) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 150)
+    config = read_engine_config(directory, verify_files=False)
+    policy = config.adaptive_k.policies.get(args.policy)
+    if not isinstance(policy, ByLoadPolicy):
+        sys.exit(f"{directory} has no policy {args.policy!r} of the kind by_load: name one with --policy.")
+    with LLM(directory, skip_tokenizer_init=True, num_threads=args.num_threads) as llm:
+        capacity = closed_loop_rate(llm, args)
+        console.print(
+            f"{args.num_threads} threads of {cpu_name()}; full answers {capacity:.2f} requests a second, of "
+            f"{args.max_tokens} tokens each, with a full batch of {llm.stats().max_batch_size}; by load: "
+            + ", ".join(describe_step(step) for step in policy.reachable)
+        )
+        sums = StepSums()
+        llm.add_observer(sums)
+        rows = []
+        for number, rate in enumerate(args.rates or [share * capacity for share in args.shares]):
+            policies = [FULL, args.policy]
+            if number % 2:
+                policies.reverse()
+            rows += [window(llm, sums, args, rate, name) for name in policies]
+    print_table(console, rows, capacity)
+    damage = damage_of(args.eval, [step.policy for step in policy.reachable]) if args.eval else None
+    print_damage(console, policy, damage, args.random)
+    content = {"threads": args.num_threads, "model": model_name(args, directory), "full_requests_per_second": capacity}
+    content |= {"policy": policy.model_dump(exclude_none=True), "damage": damage, "quick": args.quick}
+    write_results(args.output, {**content, "seconds": args.seconds, "rows": [asdict(row) for row in rows]})
+
+
+def describe_step(step: Any) -> str:
+    """A step and where it begins."""
+    limits = [f"queue {step.queue}"] if step.queue is not None else []
+    limits += [f"{step.time_between_tokens} s between tokens"] if step.time_between_tokens is not None else []
+    return f"{step.policy} from {' or '.join(limits)}" if limits else step.policy
+
+
+def model_name(args: argparse.Namespace, directory: Path) -> str:
+    """What ran, without this machine's paths."""
+    if args.random:
+        return "random OLMoE, 4 layers of 64 experts, hidden size 1024"
+    return str((directory if args.engine_dir else args.checkpoint_dir).resolve().name)
+
+
+def random_prompt(llm: LLM, rng: np.random.Generator) -> list[int]:
+    longest = min(PROMPT_TOKENS[1], llm.config.build_config.longest_prompt)
+    length = int(rng.integers(min(PROMPT_TOKENS[0], longest), longest + 1))
+    return [int(token) for token in rng.integers(3, llm.config.pretrained_config.vocab_size, length)]
+
+
+def closed_loop_rate(llm: LLM, args: argparse.Namespace) -> float:
+    """Requests a second under `full` while there is always one to come; the first batch warms up."""
+    rng = np.random.default_rng(args.seed)
+    batch = llm.stats().max_batch_size
+    params = SamplingParams(max_tokens=args.max_tokens, end_id=-1, adaptive_k_policy=FULL)
+    llm.generate([random_prompt(llm, rng) for _ in range(batch)], params)
+    count = (2 if args.quick else 6) * batch
+    outputs = llm.generate([random_prompt(llm, rng) for _ in range(count)], params)
+    # Until as many are left as run at a time, for then the batch empties.
+    ends = sorted(output.metrics.finished_time or 0.0 for output in outputs)
+    begin = min(output.metrics.first_scheduled_time or 0.0 for output in outputs)
+    return (count - batch + 1) / (ends[count - batch] - begin)
+
+
+def window(llm: LLM, sums: StepSums, args: argparse.Namespace, rate: float, policy: str) -> Figures:
+    """Let requests arrive for some time, and see how they fare."""
+    rng = np.random.default_rng([args.seed, round(1000 * rate)])
+    arrivals: list[float] = []
+    at = float(rng.exponential(1 / rate))
+    while at < args.seconds:
+        arrivals.append(at)
+        at += float(rng.exponential(1 / rate))
+    prompts = [random_prompt(llm, rng) for _ in arrivals]
+    params = SamplingParams(max_tokens=args.max_tokens, end_id=-1, adaptive_k_policy=policy)
+    handles: list[GenerationHandle] = []
+    samples: list[tuple[float, int]] = []
+    sums.clear()
+    sums.counting = True
+    start = time.monotonic()
+    moments = [(at, number) for number, at in enumerate(arrivals)]
+    moments += [(float(at), -1) for at in np.arange(SECONDS_BETWEEN_SAMPLES, args.seconds, SECONDS_BETWEEN_SAMPLES)]
+    for at, number in sorted(moments):
+        time.sleep(max(0.0, start + at - time.monotonic()))
+        if number < 0:
+            samples.append((at, llm.stats().num_waiting))
+        else:
+            handles.append(llm.generate_async(prompts[number], params))
+    time.sleep(max(0.0, start + args.seconds - time.monotonic()))
+    queue_end = llm.stats().num_waiting
+    sums.counting = False
+    end = time.monotonic()
+    for handle in handles:
+        handle.abort()
+    outputs = [handle.result() for handle in handles]
+    found = Figures(rate, policy, arrived=len(arrivals), queue_end=queue_end)
+    found.answered = sum(output.outputs[0].finish_reason == "length" for output in outputs)
+    found.tokens_per_second = sums.generated / (end - start)
+    waits = [
+        (end, True) if one.first_token_time is None or one.first_token_time > end else (one.first_token_time, False)
+        for one in (output.metrics for output in outputs)
+    ]
+    firsts = [(moment - start - at, bound) for (moment, bound), at in zip(waits, arrivals, strict=True)]
+    found.first_token_median, found.median_is_bound = quantile(firsts, 0.5)
+    found.first_token_p95, found.p95_is_bound = quantile(firsts, 0.95)
+    found.queue_mean = float(np.mean([waiting for _, waiting in samples]))
+    found.queue_slope = slope([each for each in samples if each[0] >= args.seconds / 2])
+    found.grows = found.queue_slope >= GROWS * rate and queue_end >= llm.stats().max_batch_size
+    found.batch = sums.sequences / max(sums.steps, 1)
+    found.avg_k = sums.runs / max(sums.choices, 1)
+    found.reads = float(np.mean(sums.reads)) if sums.reads else None
+    total = max(sum(sums.followed.values()), 1)
+    found.followed = {name: tokens / total for name, tokens in sums.followed.most_common()}
+    return found
+
+
+def quantile(values: list[tuple[float, bool]], share: float) -> tuple[float, bool]:
+    """The quantile of values of which some are lower bounds, and whether these make it one."""
+    if not values:
+        return float("nan"), False
+    ordered = sorted(value for value, _ in values)
+    found = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    return found, any(bound and value <= found for value, bound in values)
+
+
+def slope(samples: list[tuple[float, int]]) -> float:
+    """By how much the queue rises a second: the line of least squares."""
+    times, queue = np.array(samples, float).T
+    return float(np.polyfit(times, queue, 1)[0])
+
+
+def print_table(console: Console, rows: list[Figures], capacity: float) -> None:
+    table = Table(
+        "requests/s", "policy", "tokens/s", "answered", "first token, s\n50 %, 95 %", "queue\nmean, end", "batch",
+        "mean k", "reads\na step", "tokens by policy",
+    )  # fmt: skip
+    for row in rows:
+        median, p95 = (
+            f"{'>=' * bound}{seconds:.3f}"
+            for seconds, bound in (
+                (row.first_token_median, row.median_is_bound),
+                (row.first_token_p95, row.p95_is_bound),
+            )
+        )
+        table.add_row(
+            f"{row.rate:.2f} ({row.rate / capacity:.0%})",
+            row.policy,
+            f"{row.tokens_per_second:.0f}",
+            f"{row.answered} of {row.arrived}",
+            f"{median}, {p95}",
+            f"{row.queue_mean:.1f}, {row.queue_end}{', grows' * row.grows}",
+            f"{row.batch:.1f}",
+            f"{row.avg_k:.2f}",
+            "" if row.reads is None else f"{row.reads:.1f}",
+            ", ".join(f"{name} {share:.0%}" for name, share in row.followed.items()),
+        )
+    console.print(table)
+
+
+def damage_of(path: Path, policies: list[str]) -> dict[str, Any]:
+    """What `adaptive-k eval` found for the policies."""
+    measured = {each["policy"]: each for each in json.loads(path.read_text())["policies"]}
+    return {
+        name: {figure: measured[name][figure] for figure in ("kl_to_full_nats", "perplexity_change")}
+        for name in policies
+        if name in measured
+    }
+
+
+def print_damage(console: Console, policy: ByLoadPolicy, damage: dict[str, Any] | None, random: bool) -> None:
+    if random:
+        console.print("The model is random: these are times, and its text has no quality to lose.")
+    elif damage is None:
+        console.print("Quality: not measured here; adaptive-k eval --output FILE measures it, --eval FILE prints it.")
+    else:
+        for step in policy.reachable:
+            if step.policy in damage:
+                kl, change = (damage[step.policy][name]["value"] for name in ("kl_to_full_nats", "perplexity_change"))
+                console.print(f"{step.policy}: KL to full {kl:.5f} nats, perplexity {change:+.2%} (adaptive-k eval)")
+            elif step.policy != FULL:
+                console.print(f"{step.policy}: its quality is not in the file of --eval.")
+
+
+if __name__ == "__main__":
+    main()
