@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -322,9 +322,8 @@ def test_new_policies_take_the_place_of_the_old(model: Model) -> None:
 def test_policies_that_do_not_fit_are_refused_and_the_old_stay(model: Model) -> None:
     tables = model.tables
     wide = np.zeros((tables.thresholds.shape[0], 3, 40), np.float32)
-    names = {"names": tables.names, "default": 0, "policy_kind": tables.policy_kind, "k_values": tables.k_values}
     with pytest.raises(PolicyError, match=r"policies' thresholds is \[\d, 3, 40\], and this engine takes at most"):
-        model.session.set_policies(PolicyTables(**names, thresholds=wide, expert_norms=tables.expert_norms))
+        model.session.set_policies(replace(tables, thresholds=wide))
     found = model.session.step(whole(model.texts[3], model.policy_of(3), model.session))
     np.testing.assert_array_equal(found.k, model.expected[3].k)
 
