@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ def write_text(path: str | Path, text: str) -> None:
         OSError: it cannot be written; what was there stays as it was.
     """
     place = Path(path).resolve()
+    if place.is_symlink():  # a link that leads to itself, which Python 3.13 leaves as it is
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
     if place.exists() and not place.is_file():
         Path(path).write_text(text, encoding="utf-8")
         return

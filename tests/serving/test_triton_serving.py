@@ -86,14 +86,16 @@ def test_a_client_that_leaves_frees_its_blocks(server: TritonServer, model: str)
     )
     with Client(server.grpc_url, model_name=model) as leaving:
         streams = [leaving.generate(prompt, stream=True, **LONG) for prompt in PROMPTS]
-        next(streams[-1])
+        for stream in streams:
+            next(stream)
+        del stream
         streams.pop().close()
         streams.clear()  # letting go is enough
         total = ended + len(PROMPTS)
         assert eventually(lambda: metric(server.metrics_url, "adaptive_k_requests_total") == total)
         assert eventually(lambda: _blocks_used(server) == 0)
-        # Some may have come to their end before: the machine may be busy.
-        assert metric(server.metrics_url, "adaptive_k_cancellations_total") > cancelled + 1
+        # Some may have come to their end before they were let go: the machine may be busy.
+        assert metric(server.metrics_url, "adaptive_k_cancellations_total") > cancelled
 
 
 @pytest.mark.parametrize("model", MODELS)
