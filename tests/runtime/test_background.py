@@ -194,6 +194,7 @@ def _without(tables: PolicyTables, name: str) -> PolicyTables:
     return replace(
         kept,
         names=tuple(kept.names[i] for i in rows),
+        decode_row=list(range(len(rows))),
         policy_kind=kept.policy_kind[rows],
         thresholds=kept.thresholds[:, rows],
         k_values=kept.k_values[:, rows],
