@@ -272,7 +272,8 @@ class SharedPolicy(FileModel):
         if self.price is not None or self.experts is not None:
             SharedChoices(price=self.price, experts=self.experts)
         _check_common_rule(self, "price or experts")
-        rules = [rule for rule in (self, *self.layers.values()) if rule.parameter is not None]
+        every: list[SharedPolicy | SharedChoices] = [self, *self.layers.values()]
+        rules = [rule for rule in every if rule.parameter is not None]
         if len({rule.price is None for rule in rules}) > 1:
             raise ValueError("price and experts do not go together in one policy: give the one or the other everywhere")
         return self
@@ -285,7 +286,8 @@ class SharedPolicy(FileModel):
     @property
     def by_price(self) -> bool:
         """Whether experts are read for their price and not by their number."""
-        return all(rule.experts is None for rule in (self, *self.layers.values()))
+        rules: list[SharedPolicy | SharedChoices] = [self, *self.layers.values()]
+        return all(rule.experts is None for rule in rules)
 
     def choices(self, layer: int, full_k: int) -> SharedChoices:
         """The rule of one MoE layer; a layer that the policy does not name runs `full_k`."""

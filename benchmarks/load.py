@@ -4,12 +4,16 @@
     python benchmarks/load.py --checkpoint_dir examples/models/olmoe-small
     python benchmarks/load.py --random                             # a model whose experts dominate; its text is noise
     python benchmarks/load.py --engine_dir engine --policy auto    # an engine and a policy by load of its own
+    python benchmarks/load.py --serve                              # over gRPC, to a real server
     python benchmarks/load.py --quick                              # does it run? its figures say nothing
 
 Arrivals are a Poisson process, the same one for both policies of a rate. Rates are given, or shares of what the engine
 answers a second under `full` with a full batch, measured first (a closed loop). The two policies take turns. Requests
 that are not done when a window ends are aborted, and one that has no token by then counts with the time that it has
 waited, so a figure with ">=" is a lower bound.
+
+With --serve the clients' clocks tell the times and tokens/s, the queue is of requests that have no token yet, and the
+server's metrics tell the rest, with a second of what comes after the window.
 
 "grows": the queue has no end at this rate, as far as a window tells. In the window's second half it rises by at least
 5 % of the arrivals (the slope of a line through it), and at the end at least a full batch waits.
@@ -21,12 +25,15 @@ FILE` prints its figures beside these. Of a policy that shares, they hold for th
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +43,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adaptive_k_moe.engine_builder import build
-from adaptive_k_moe.engine_config import read_engine_config, write_engine_config
+from adaptive_k_moe.engine_config import EngineConfig, read_engine_config, write_engine_config
 from adaptive_k_moe.policy import FULL, ByLoadPolicy, PolicySet
 from adaptive_k_moe.runtime import LLM, SamplingParams
 from adaptive_k_moe.runtime.handle import GenerationHandle
@@ -48,6 +55,7 @@ OLMOE = Path(__file__).resolve().parents[1] / "examples" / "models" / "olmoe-sma
 PROMPT_TOKENS = (16, 64)
 SECONDS_BETWEEN_SAMPLES = 0.1
 GROWS = 0.05
+EXPORT_SECONDS = 2.5  # by then a server's metrics have what came before
 
 
 def policies_for(top_k: int) -> dict[str, Any]:
@@ -151,6 +159,9 @@ def main() -> None:
     parser.add_argument("--max_batch_size", type=int, default=16)
     parser.add_argument("--dtype", default="bfloat16", help="of an engine that is built here")
     parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--serve", action="store_true", help="start a Triton server and ask it, and not an LLM in-process"
+    )
     parser.add_argument("--eval", type=Path, metavar="FILE", help="what `adaptive-k eval --output FILE` wrote")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="windows of two seconds")
@@ -209,19 +220,25 @@ def run(args: argparse.Namespace, directory: Path) -> None:
             f"{args.max_tokens} tokens each, with a full batch of {llm.stats().max_batch_size}; by load: "
             + ", ".join(describe_step(step) for step in policy.reachable)
         )
-        sums = StepSums()
-        llm.add_observer(sums)
-        rows = []
+        turns: list[tuple[float, str]] = []
         for number, rate in enumerate(args.rates or [share * capacity for share in args.shares]):
-            policies = [FULL, args.policy]
-            if number % 2:
-                policies.reverse()
-            rows += [window(llm, sums, args, rate, name) for name in policies]
+            turns += [(rate, name) for name in ((args.policy, FULL) if number % 2 else (FULL, args.policy))]
+        if not args.serve:
+            sums = StepSums()
+            llm.add_observer(sums)
+            rows = [window(llm, sums, args, Arrivals.at(rate, llm.config, args), name) for rate, name in turns]
+    if args.serve:
+        rows = asyncio.run(served_windows(directory, config, args, turns))
     print_table(console, rows, capacity)
     damage = damage_of(args.eval, [step.policy for step in policy.reachable]) if args.eval else None
     print_damage(console, policy, damage, args.random)
     content = {"threads": args.num_threads, "model": model_name(args, directory), "full_requests_per_second": capacity}
-    content |= {"policy": policy.model_dump(exclude_none=True), "damage": damage, "quick": args.quick}
+    content |= {
+        "served": args.serve,
+        "policy": policy.model_dump(exclude_none=True),
+        "damage": damage,
+        "quick": args.quick,
+    }
     write_results(args.output, {**content, "seconds": args.seconds, "rows": [asdict(row) for row in rows]})
 
 
@@ -239,10 +256,36 @@ def model_name(args: argparse.Namespace, directory: Path) -> str:
     return str((directory if args.engine_dir else args.checkpoint_dir).resolve().name)
 
 
-def random_prompt(llm: LLM, rng: np.random.Generator) -> list[int]:
-    longest = min(PROMPT_TOKENS[1], llm.config.build_config.longest_prompt)
+def random_prompt(config: EngineConfig, rng: np.random.Generator) -> list[int]:
+    longest = min(PROMPT_TOKENS[1], config.build_config.longest_prompt)
     length = int(rng.integers(min(PROMPT_TOKENS[0], longest), longest + 1))
-    return [int(token) for token in rng.integers(3, llm.config.pretrained_config.vocab_size, length)]
+    return [int(token) for token in rng.integers(3, config.pretrained_config.vocab_size, length)]
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Requests that are to arrive in a window, the same ones whatever the policy.
+
+    Attributes:
+        rate: requests a second.
+        times: seconds from the window's start.
+        prompts: token ids.
+    """
+
+    rate: float
+    times: list[float]
+    prompts: list[list[int]]
+
+    @classmethod
+    def at(cls, rate: float, config: EngineConfig, args: argparse.Namespace) -> Arrivals:
+        """A Poisson process of a rate."""
+        rng = np.random.default_rng([args.seed, round(1000 * rate)])
+        times = []
+        time_ = float(rng.exponential(1 / rate))
+        while time_ < args.seconds:
+            times.append(time_)
+            time_ += float(rng.exponential(1 / rate))
+        return cls(rate, times, [random_prompt(config, rng) for _ in times])
 
 
 def closed_loop_rate(llm: LLM, args: argparse.Namespace) -> float:
@@ -250,64 +293,180 @@ def closed_loop_rate(llm: LLM, args: argparse.Namespace) -> float:
     rng = np.random.default_rng(args.seed)
     batch = llm.stats().max_batch_size
     params = SamplingParams(max_tokens=args.max_tokens, end_id=-1, adaptive_k_policy=FULL)
-    llm.generate([random_prompt(llm, rng) for _ in range(batch)], params)
+    llm.generate([random_prompt(llm.config, rng) for _ in range(batch)], params)
     count = (2 if args.quick else 6) * batch
-    outputs = llm.generate([random_prompt(llm, rng) for _ in range(count)], params)
+    outputs = llm.generate([random_prompt(llm.config, rng) for _ in range(count)], params)
     # Until as many are left as run at a time, for then the batch empties.
     ends = sorted(output.metrics.finished_time or 0.0 for output in outputs)
     begin = min(output.metrics.first_scheduled_time or 0.0 for output in outputs)
     return (count - batch + 1) / (ends[count - batch] - begin)
 
 
-def window(llm: LLM, sums: StepSums, args: argparse.Namespace, rate: float, policy: str) -> Figures:
+def window(llm: LLM, sums: StepSums, args: argparse.Namespace, arrivals: Arrivals, policy: str) -> Figures:
     """Let requests arrive for some time, and see how they fare."""
-    rng = np.random.default_rng([args.seed, round(1000 * rate)])
-    arrivals: list[float] = []
-    at = float(rng.exponential(1 / rate))
-    while at < args.seconds:
-        arrivals.append(at)
-        at += float(rng.exponential(1 / rate))
-    prompts = [random_prompt(llm, rng) for _ in arrivals]
     params = SamplingParams(max_tokens=args.max_tokens, end_id=-1, adaptive_k_policy=policy)
     handles: list[GenerationHandle] = []
-    samples: list[tuple[float, int]] = []
+    samples: list[tuple[float, float]] = []
     sums.clear()
     sums.counting = True
     start = time.monotonic()
-    moments = [(at, number) for number, at in enumerate(arrivals)]
+    moments = [(at, number) for number, at in enumerate(arrivals.times)]
     moments += [(float(at), -1) for at in np.arange(SECONDS_BETWEEN_SAMPLES, args.seconds, SECONDS_BETWEEN_SAMPLES)]
     for at, number in sorted(moments):
         time.sleep(max(0.0, start + at - time.monotonic()))
         if number < 0:
             samples.append((at, llm.stats().num_waiting))
         else:
-            handles.append(llm.generate_async(prompts[number], params))
+            handles.append(llm.generate_async(arrivals.prompts[number], params))
     time.sleep(max(0.0, start + args.seconds - time.monotonic()))
-    queue_end = llm.stats().num_waiting
+    samples.append((args.seconds, llm.stats().num_waiting))
     sums.counting = False
     end = time.monotonic()
     for handle in handles:
         handle.abort()
     outputs = [handle.result() for handle in handles]
-    found = Figures(rate, policy, arrived=len(arrivals), queue_end=queue_end)
+    found = Figures(arrivals.rate, policy)
     found.answered = sum(output.outputs[0].finish_reason == "length" for output in outputs)
     found.tokens_per_second = sums.generated / (end - start)
-    waits = [
-        (end, True) if one.first_token_time is None or one.first_token_time > end else (one.first_token_time, False)
-        for one in (output.metrics for output in outputs)
-    ]
-    firsts = [(moment - start - at, bound) for (moment, bound), at in zip(waits, arrivals, strict=True)]
-    found.first_token_median, found.median_is_bound = quantile(firsts, 0.5)
-    found.first_token_p95, found.p95_is_bound = quantile(firsts, 0.95)
-    found.queue_mean = float(np.mean([waiting for _, waiting in samples]))
-    found.queue_slope = slope([each for each in samples if each[0] >= args.seconds / 2])
-    found.grows = found.queue_slope >= GROWS * rate and queue_end >= llm.stats().max_batch_size
+    firsts = [output.metrics.first_token_time for output in outputs]
+    fill_in_times(found, arrivals, start, end, firsts)
+    fill_in_queue(found, samples, llm.stats().max_batch_size)
     found.batch = sums.sequences / max(sums.steps, 1)
     found.avg_k = sums.runs / max(sums.choices, 1)
     found.reads = float(np.mean(sums.reads)) if sums.reads else None
-    total = max(sum(sums.followed.values()), 1)
-    found.followed = {name: tokens / total for name, tokens in sums.followed.most_common()}
+    fill_in_followed(found, sums.followed)
     return found
+
+
+def fill_in_times(found: Figures, arrivals: Arrivals, start: float, end: float, firsts: Sequence[float | None]) -> None:
+    """Times to first token, of requests from `start` on; those without one have waited until `end`."""
+    known = [(end, True) if first is None or first > end else (first, False) for first in firsts]
+    waits = [(moment - start - at, bound) for (moment, bound), at in zip(known, arrivals.times, strict=True)]
+    found.arrived = len(waits)
+    found.first_token_median, found.median_is_bound = quantile(waits, 0.5)
+    found.first_token_p95, found.p95_is_bound = quantile(waits, 0.95)
+
+
+def fill_in_queue(found: Figures, samples: list[tuple[float, float]], max_batch_size: int) -> None:
+    """What the queue did: (when, how many waited), up to the end."""
+    length, found.queue_end = samples[-1][0], int(samples[-1][1])
+    found.queue_mean = float(np.mean([waiting for _, waiting in samples]))
+    found.queue_slope = slope([each for each in samples if each[0] >= length / 2])
+    found.grows = found.queue_slope >= GROWS * found.rate and found.queue_end >= max_batch_size
+
+
+def fill_in_followed(found: Figures, tokens: Mapping[str, float]) -> None:
+    """Shares of the tokens by policy, the largest first."""
+    total = max(sum(tokens.values()), 1)
+    ordered = sorted(tokens.items(), key=lambda item: -item[1])
+    found.followed = {name: count / total for name, count in ordered if count}
+
+
+async def served_windows(
+    directory: Path, config: EngineConfig, args: argparse.Namespace, turns: list[tuple[float, str]]
+) -> list[Figures]:
+    """`window` for each turn, over gRPC to a server of the engine."""
+    from adaptive_k_moe.client import AsyncClient
+    from adaptive_k_moe.model_repository import TritonServer
+    from adaptive_k_moe.runtime.tokenizer import Tokenizer
+
+    decode = Tokenizer.from_dir(directory).decode
+    ports = {"http_port": 0, "grpc_port": 0, "metrics_port": 0}
+    with tempfile.TemporaryDirectory() as scratch:
+        log_file = Path(scratch) / "triton.log"
+        with TritonServer(directory, **ports, log_file=log_file, num_threads=args.num_threads) as server:
+            async with AsyncClient(server.grpc_url) as client:
+                rows = []
+                for rate, policy in turns:
+                    arrivals = Arrivals.at(rate, config, args)
+                    texts = [decode(prompt, skip_special_tokens=True) for prompt in arrivals.prompts]
+                    rows.append(await served_window(client, server.metrics_url, config, args, arrivals, texts, policy))
+    return rows
+
+
+async def served_window(
+    client: Any,
+    url: str,
+    config: EngineConfig,
+    args: argparse.Namespace,
+    arrivals: Arrivals,
+    texts: list[str],
+    policy: str,
+) -> Figures:
+    """As `window`; the prompts are texts."""
+    firsts: list[float | None] = [None] * len(texts)
+    tokens = [0] * len(texts)
+    samples: list[tuple[float, float]] = []
+    options = {"max_tokens": args.max_tokens, "end_id": -1, "adaptive_k_policy": policy}
+    before = await asyncio.to_thread(read_metrics, url)
+    start = time.monotonic()
+
+    async def ask(number: int) -> None:
+        await asyncio.sleep(max(0.0, start + arrivals.times[number] - time.monotonic()))
+        async with client.generate(texts[number], stream=True, **options) as stream:
+            async for chunk in stream:
+                if firsts[number] is None:
+                    firsts[number] = time.monotonic()
+                tokens[number] += chunk.num_output_tokens
+
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(SECONDS_BETWEEN_SAMPLES)
+            now = time.monotonic() - start
+            samples.append(
+                (now, sum(at <= now and first is None for at, first in zip(arrivals.times, firsts, strict=True)))
+            )
+
+    tasks = [asyncio.create_task(ask(number)) for number in range(len(texts))]
+    watching = asyncio.create_task(watch())
+    await asyncio.sleep(max(0.0, start + args.seconds - time.monotonic()))
+    end = time.monotonic()
+    generated, answered = sum(tokens), sum(each >= args.max_tokens for each in tokens)
+    for task in (*tasks, watching):
+        task.cancel()
+    ended = await asyncio.gather(*tasks, watching, return_exceptions=True)
+    for error in ended:
+        if isinstance(error, Exception):  # a cancellation is none
+            raise error
+    await asyncio.sleep(EXPORT_SECONDS)
+    while total(after := await asyncio.to_thread(read_metrics, url), "adaptive_k_queue_depth"):
+        await asyncio.sleep(SECONDS_BETWEEN_SAMPLES)
+    grown: Samples = Counter(after)
+    grown.subtract(before)
+
+    found = Figures(arrivals.rate, policy, answered=answered, tokens_per_second=generated / (end - start))
+    fill_in_times(found, arrivals, start, end, firsts)
+    fill_in_queue(found, samples, args.max_batch_size)
+    found.batch = total(grown, "adaptive_k_batch_size_sum") / max(total(grown, "adaptive_k_batch_size_count"), 1)
+    choices = total(grown, "adaptive_k_experts_per_token_count")
+    found.avg_k = total(grown, "adaptive_k_experts_per_token_sum") / max(choices, 1)
+    if steps := total(grown, "adaptive_k_expert_reads_count"):
+        found.reads = total(grown, "adaptive_k_expert_reads_sum") / steps
+    names = [FULL, *config.adaptive_k.policies]
+    fill_in_followed(found, {name: total(grown, "adaptive_k_experts_per_token_count", policy=name) for name in names})
+    return found
+
+
+Samples = Counter[tuple[str, frozenset[tuple[str, str]]]]
+
+
+def read_metrics(url: str) -> Samples:
+    """The samples of a page of metrics: name and labels to value."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
+        page = answer.read().decode()
+    found: Samples = Counter()
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            if sample.name.startswith("adaptive_k_"):
+                found[sample.name, frozenset(sample.labels.items())] = sample.value
+    return found
+
+
+def total(samples: Samples, name: str, **labels: str) -> float:
+    """The sum of the samples of a name that have the labels."""
+    return sum(value for (found, has), value in samples.items() if found == name and labels.items() <= has)
 
 
 def quantile(values: list[tuple[float, bool]], share: float) -> tuple[float, bool]:
@@ -319,7 +478,7 @@ def quantile(values: list[tuple[float, bool]], share: float) -> tuple[float, boo
     return found, any(bound and value <= found for value, bound in values)
 
 
-def slope(samples: list[tuple[float, int]]) -> float:
+def slope(samples: list[tuple[float, float]]) -> float:
     """By how much the queue rises a second: the line of least squares."""
     times, queue = np.array(samples, float).T
     return float(np.polyfit(times, queue, 1)[0])

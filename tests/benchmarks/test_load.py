@@ -25,7 +25,7 @@ def test_the_slope_of_a_queue_is_in_sequences_a_second() -> None:
 
 def test_it_runs_and_says_where_the_queue_grows(tmp_path: Path, repository: Path) -> None:
     output = tmp_path / "load.json"
-    script = [sys.executable, "benchmarks/load.py", "--quick", "--max_batch_size", "4", "--shares", "0.2", "6"]
+    script = [sys.executable, "benchmarks/load.py", "--quick", "--max_batch_size", "4", "--shares", "0.2", "20"]
     run = subprocess.run(
         [*script, "--output", str(output)], cwd=repository, capture_output=True, text=True, timeout=600, check=False
     )
@@ -34,7 +34,7 @@ def test_it_runs_and_says_where_the_queue_grows(tmp_path: Path, repository: Path
     assert content["model"] == "olmoe-small" and content["quick"]
     rows = {(row["policy"], index // 2): row for index, row in enumerate(content["rows"])}
     assert set(rows) == {("full", 0), ("full", 1), ("by_load", 0), ("by_load", 1)}
-    # Six times what it can answer is too much for either, even on a machine that became faster meanwhile.
+    # Twenty times what it can answer is too much for either, even on a machine that became faster meanwhile.
     assert rows["full", 1]["grows"] and rows["full", 1]["median_is_bound"] + rows["full", 1]["p95_is_bound"] > 0
     assert rows["full", 1]["queue_end"] >= 4 and rows["full", 1]["answered"] < rows["full", 1]["arrived"]
     assert set(rows["full", 1]["followed"]) == {"full"} and rows["full", 1]["avg_k"] == 8.0
