@@ -16,7 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from adaptive_k_moe.errors import AdaptiveKError
 
-# What a value is told that it must be. Whatever is not here is looked at by `isinstance`.
+# The words for what a value must be. Whatever is not here is looked at by `isinstance`.
 _WORDS: dict[Any, str] = {
     bool: "True or False",
     int: "an integer",

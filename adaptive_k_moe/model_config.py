@@ -12,6 +12,12 @@ from adaptive_k_moe.validation import FileModel
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
+WeightOnlyPrecision = Literal["int8", "int4"]
+"""The weight formats that a build quantises to."""
+
+_QUANT_ALGOS: dict[str, tuple[WeightOnlyPrecision, int]] = {"W8A16": ("int8", 8), "W4A16": ("int4", 4)}
+"""Weight format and bits of each ``quant_algo``."""
+
 
 class RopeConfig(FileModel):
     """Rotary embedding as Hugging Face's ``rope_parameters`` has it."""
@@ -156,7 +162,12 @@ class QuantizationConfig(FileModel):
     @property
     def bits(self) -> int:
         """Bits of a weight."""
-        return {"W8A16": 8, "W4A16": 4}[self.quant_algo]
+        return _QUANT_ALGOS[self.quant_algo][1]
+
+    @property
+    def weight_format(self) -> str:
+        """How a weight is stored: the operator's attribute."""
+        return _QUANT_ALGOS[self.quant_algo][0]
 
 
 class PretrainedConfig(FileModel):
@@ -195,7 +206,7 @@ class PretrainedConfig(FileModel):
     @property
     def weight_format(self) -> str:
         """How the experts' weights are stored: the operator's attribute."""
-        return self.dtype if self.quantization is None else f"int{self.quantization.bits}"
+        return self.dtype if self.quantization is None else self.quantization.weight_format
 
     @property
     def num_experts(self) -> int:

@@ -172,4 +172,4 @@ UNSUPPORTED_OPTIONS = tuple(
     )
     for name in names.split()
 )
-"""Inputs of TensorRT-LLM's models that are declared, so that a client that sends one is told which it is."""
+"""Inputs of TensorRT-LLM's models that are declared, so that the refusal of a client that sends one names it."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a command ends when it is told to: it removes what it has half written."""
+"""How a command ends at a signal: it removes what it has half written."""
 
 from __future__ import annotations
 

@@ -199,7 +199,7 @@ def calibrate(
         refine_passes: passes over the text that refining may take.
         curve_points: budgets at which every kind is measured for the figures; 0 leaves them out.
         timing_rounds: rounds in which the curves' policies are timed; 0 leaves them out.
-        report: told about progress.
+        report: called with each line of progress.
 
     Raises:
         CalibrationError: the budget cannot be used.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both clients share: where they connect to and how, what they send, and how an answer's end is told."""
+"""What both clients share: where they connect to and how, what they send, and how an answer's end is recognised."""
 
 from __future__ import annotations
 

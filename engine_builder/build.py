@@ -28,14 +28,12 @@ from adaptive_k_moe.engine_config import (
     write_engine_config,
 )
 from adaptive_k_moe.errors import BuildError
-from adaptive_k_moe.model_config import Dtype, PretrainedConfig
+from adaptive_k_moe.model_config import Dtype, PretrainedConfig, WeightOnlyPrecision
 from adaptive_k_moe.policy import PolicySet, read_policy_file
 
 if TYPE_CHECKING:
     from adaptive_k_moe.engine_builder.models.decoder import Decoder
     from adaptive_k_moe.engine_builder.targets.tensorrt import DryRun
-
-WeightOnlyPrecision = Literal["int8", "int4"]
 
 TOKENIZER_FILES = (
     "tokenizer.json",

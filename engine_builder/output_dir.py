@@ -91,7 +91,7 @@ def replace(output: Path, new: Path) -> None:
     output.rename(old)
     try:
         new.rename(output)
-    except BaseException:  # a command that is told to end among them
+    except BaseException:  # a signal that ends the command among them
         if not output.exists():
             old.rename(output)
         raise

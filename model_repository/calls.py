@@ -115,7 +115,7 @@ class Call:
         Args:
             message: the sentence.
             code: name of one of Triton's error codes.
-            blame: what failed; None if the runtime has told its observers.
+            blame: what failed; None if the runtime has called its observers already.
         """
         with self._lock:
             self._close(CallUpdate(self, final=True, failure=(message, code), blame=blame))

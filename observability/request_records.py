@@ -34,7 +34,7 @@ class RequestRecords(Observer):
     Where the sinks are too slow for the requests, requests beyond the `most_waiting` are not recorded, and counted.
 
     Args:
-        sinks: told one after another; an exception of one is logged.
+        sinks: called one after another; an exception of one is logged.
         most_waiting: most requests that wait for the sinks.
     """
 

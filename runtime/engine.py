@@ -65,7 +65,7 @@ class Engine:
 
     Args:
         session: the loaded model.
-        policies: its policy tables; the session is told.
+        policies: its policy tables; the session gets them.
         limits: sizes to keep to.
         tokenizer: None takes token ids alone and gives no text.
         eos_token_ids: tokens that end an answer unless a request says otherwise.
@@ -305,7 +305,7 @@ class Engine:
     def set_policies(self, tables: PolicyTables) -> None:
         """Follow these policies from the next step on; running requests keep theirs by name.
 
-        A request of the background whose policy is gone ends with an error.
+        A background request whose policy is gone ends with an error.
 
         Raises:
             PolicyError: a running request follows a policy that is not among them; nothing is changed.

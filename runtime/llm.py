@@ -311,7 +311,7 @@ class LLM:
             context: what the request's records shall say of it.
             background: compute it in steps in which no other request is there, or in one of 200 where there
                 always is one; a small part in each, and no other request waits for more than one such step.
-                No total counts it and no observer is told.
+                No total counts it and no observer is called.
             chat_template_kwargs: as for `chat`, if the prompt is a conversation.
 
         Returns:
@@ -320,7 +320,7 @@ class LLM:
         Raises:
             RequestError, PolicyError: the prompt or its parameters are unusable.
         """
-        # These are what observers are told of a refusal.
+        # These are what observers learn of a refusal.
         check_arguments(RequestError, str | None, request_id=request_id)
         check_arguments(RequestError, Enrollment | None, enrollment=enrollment)
         check_arguments(RequestError, RequestContext, context=context)
@@ -340,7 +340,7 @@ class LLM:
     def expert_load(self) -> Int64Array | None:
         """Tokens that each expert has run for since the engine was opened, if the target counts them.
 
-        Every pass of a token through a layer counts, those of requests of the background, too. The target
+        Every pass of a token through a layer counts, those of background requests, too. The target
         "openvino" counts.
 
         Returns:
@@ -353,7 +353,7 @@ class LLM:
         self._engine.observers.add(observer)
 
     def remove_observer(self, observer: Observer) -> None:
-        """Tell an observer no more; what it is being told at this moment goes on."""
+        """Stop calling an observer; a call that is under way goes on."""
         self._engine.observers.remove(observer)
 
     @contextlib.contextmanager

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the runtime tells about itself: totals to ask for, and an observer to be told as things happen."""
+"""What the runtime reports about itself: totals to ask for, and an observer that is called as things happen."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Counters:
 
 
 class Observer:
-    """Told about steps and ended requests, on the engine's thread: be quick, do not block.
+    """Called for each step and each ended request, on the engine's thread: be quick, do not block.
 
     A subclass has the methods for what it cares about. An exception from an observer is logged and otherwise
     ignored.
@@ -150,7 +150,7 @@ class Observer:
         """A step is done."""
 
     def on_request_refused(self, refusal: Refusal) -> None:
-        """A request was not accepted; told on the thread that asked."""
+        """A request was not accepted; called on the thread that asked."""
 
 
 class Observers:
@@ -166,7 +166,7 @@ class Observers:
             self._observers = (*self._observers, observer)
 
     def remove(self, observer: Observer) -> None:
-        """Tell this observer no more; harmless if it is not told."""
+        """Stop calling this observer; harmless if it is not among them."""
         with self._lock:
             self._observers = tuple(other for other in self._observers if other is not observer)
 

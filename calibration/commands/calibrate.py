@@ -216,7 +216,7 @@ def _budget(args: argparse.Namespace, full_k: int) -> Budget:
 
 
 def _known_policies(output: Path) -> Any:
-    """What the output file holds already; read before hours of work, so that a bad file is told at once."""
+    """What the output file holds already; read before hours of work, so that a bad file is refused at once."""
     from adaptive_k_moe.policy import PolicySet, read_policy_file
 
     return read_policy_file(output) if output.exists() else PolicySet()

@@ -170,7 +170,7 @@ class GraphBuilder:
         if for_operator and quantization.bits == 4:
             self.weight(name, "int8", [*rows, length // 2], values())
         else:
-            self.weight(name, f"int{quantization.bits}", shape, values())
+            self.weight(name, quantization.weight_format, shape, values())
         groups = [length // quantization.group_size] if quantization.group_size else [1] if for_operator else []
         return name, self.weight(f"{name}_scales", dtype, [*rows, *groups], scales)
 

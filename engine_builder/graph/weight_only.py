@@ -18,12 +18,10 @@ from onnx import TensorProto
 
 from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.model_config import PretrainedConfig, QuantizationConfig
+from adaptive_k_moe.plugin.description import WEIGHT_FORMATS
 
 GROUP_SIZES = (128, 64, 32)
 """The sizes of groups that the kernels and TensorRT have, the usual one first."""
-
-# What the operator's kernels load at once of int8 weights; of int4, 32 values, which every group is a multiple of.
-_INT8_MULTIPLE = 16
 
 # Scales that are tried for each group, as shares of the one by which the largest value is kept: with few bits
 # cutting it off costs less than it saves the others. The one with the least squared error is taken.
@@ -51,22 +49,22 @@ def plan_weight_only(model: PretrainedConfig, precision: str, group_size: int | 
     if precision == "int8":
         if group_size is not None:
             raise BuildError("group_size is for --weight_only_precision int4: int8 has one scale for each row.")
-        _require_divisor(model, 8, _INT8_MULTIPLE)
+        _require_divisor(model, "int8", WEIGHT_FORMATS["int8"].row_multiple)
         return QuantizationConfig(quant_algo="W8A16")
     if group_size is None:
         rows = _row_lengths(model).values()
         group_size = next((size for size in GROUP_SIZES if not any(row % size for row in rows)), GROUP_SIZES[-1])
     elif group_size not in GROUP_SIZES:
         raise BuildError(f"group_size is {group_size}: it is one of {', '.join(map(str, sorted(GROUP_SIZES)))}.")
-    _require_divisor(model, 4, group_size)
+    _require_divisor(model, "int4", group_size)
     return QuantizationConfig(quant_algo="W4A16", group_size=group_size)
 
 
-def _require_divisor(model: PretrainedConfig, bits: int, divisor: int) -> None:
+def _require_divisor(model: PretrainedConfig, precision: str, divisor: int) -> None:
     for name, length in _row_lengths(model).items():
         if length % divisor:
             raise BuildError(
-                f"int{bits} weights need rows of a multiple of {divisor} values, but the model's {name} is {length}."
+                f"{precision} weights need rows of a multiple of {divisor} values, but the model's {name} is {length}."
             )
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`adaptive-k serve`: serve an engine with Triton until it is told to end."""
+"""`adaptive-k serve`: serve an engine with Triton until a signal ends it."""
 
 from __future__ import annotations
 

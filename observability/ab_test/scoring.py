@@ -22,7 +22,7 @@ class Scorer:
     """Scores answers in the engine's idle time.
 
     Nothing is generated: prompt and answer are a prompt whose log-probabilities are asked for (teacher
-    forcing), as a request of the background, so that a real request waits for one small step of it at most.
+    forcing), as a background request, so that a real request waits for one small step of it at most.
 
     Args:
         llm: the engine.

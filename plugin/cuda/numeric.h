@@ -6,7 +6,6 @@
 
 #include "cuda/device.h"
 #include "cuda/interface.h"
-#include "operator/weight_format.h"
 
 #if !defined(ADAPTIVE_K_SIMT)
 #include <cuda_bf16.h>
@@ -152,46 +151,7 @@ __device__ __forceinline__ uint4 pack_floats(const float* from, T) {
   return {words[0], words[1], words[2], words[3]};
 }
 
-// Integers become floats without the slow conversion instructions: an unsigned byte u in the low
-// bits of 2^23 makes the float 2^23 + u, exactly.
-constexpr uint32_t kTwoTo23 = 0x4b000000u;
-
-__device__ __forceinline__ void unpack_int8(uint32_t word, float* to) {
-  const uint32_t biased = word ^ 0x80808080u;  // -128 .. 127 -> 0 .. 255
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#if defined(ADAPTIVE_K_SIMT)
-    const uint32_t bits = kTwoTo23 | (biased >> (8 * i) & 0xffu);
-#else
-    const uint32_t bits = __byte_perm(biased, kTwoTo23, 0x7440 | i);
-#endif
-    to[i] = bit_copy<float>(bits) - (8388608.0f + 128.0f);
-  }
-}
-
-// The first kCount of the eight values of a word.
-template <int kCount = 8>
-__device__ __forceinline__ void unpack_int4(uint32_t word, float* to) {
-  const uint32_t biased = word ^ 0x88888888u;  // -8 .. 7 -> 0 .. 15
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    to[i] = bit_copy<float>(kTwoTo23 | (biased >> (4 * i) & 0xfu)) - (8388608.0f + 8.0f);
-}
-
-// How many weights 16 bytes of format hold.
-template <typename T, WeightFormat format>
-struct WeightVector {
-  static constexpr int kSize = format == WeightFormat::kInt4   ? 32
-                               : format == WeightFormat::kInt8 ? 16
-                                                               : Vector16<T>::kSize;
-};
-
 inline int element_bytes(ElementType element) { return element == ElementType::kFloat32 ? 4 : 2; }
-
-// Of `count` neighbouring weights.
-inline int64_t weight_bytes(ElementType element, WeightFormat format, int64_t count) {
-  return count * (is_quantised(format) ? bits_of(format) : 8 * element_bytes(element)) / 8;
-}
 
 // Calls body(T()) with the C++ type of an element.
 template <typename Body>

@@ -16,6 +16,10 @@ struct Word {
 };
 
 struct WordList {
+  constexpr WordList() = default;
+  template <int32_t kCount>
+  constexpr WordList(const Word (&list)[kCount]) : words(list), count(kCount) {}
+
   const Word* words = nullptr;
   int32_t count = 0;
 };

@@ -29,7 +29,7 @@ constexpr Word kWeightFormatWords[] = {
     {"int8", static_cast<int32_t>(WeightFormat::kInt8)},
     {"int4", static_cast<int32_t>(WeightFormat::kInt4)},
 };
-constexpr WordList words_of(WeightFormat) { return {kWeightFormatWords, 6}; }
+constexpr WordList words_of(WeightFormat) { return kWeightFormatWords; }
 
 // A group of weights that share a scale is a whole row or a multiple of this many.
 constexpr int32_t kGroupMultiple = 32;
@@ -55,6 +55,9 @@ ADAPTIVE_K_HD constexpr int32_t bits_of(WeightFormat format) {
   }
   return 0;
 }
+
+// Whether CPUs compute a format. Which GPUs do is in cuda/moe/weights.h.
+constexpr bool on_cpus(WeightFormat format) { return format != WeightFormat::kFloat16; }
 
 // Rows of quantised weights are a multiple of this long: 16 bytes of values.
 ADAPTIVE_K_HD constexpr int32_t row_multiple(WeightFormat format) {

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         names = args.adaptive_k_policy or llm.policies.names
         for name in names:
             llm.policies.index(name)
-        # Every policy is told against `full`, so that one is always measured.
+        # Every policy is compared with `full`, so that one is always measured.
         policies = list(dict.fromkeys([FULL, *names]))
         results = measure_policies(llm, token_ids, policies, window, rounds=args.rounds)
     print(table(results))

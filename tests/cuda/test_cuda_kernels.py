@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The launcher's whole sequence (route, plan, products, combine) in the interpreter, against the NumPy oracle
-and the CPU face."""
+and the CPU kernels."""
 
 from __future__ import annotations
 
@@ -202,7 +202,7 @@ def test_a_token_does_not_depend_on_the_others(interpreter: Interpreter) -> None
 
 
 @pytest.mark.parametrize("path", ["decode", "prefill"])
-def test_equals_the_cpu_face(interpreter: Interpreter, path: str) -> None:
+def test_equals_the_cpu_kernels(interpreter: Interpreter, path: str) -> None:
     """The same float32 layer through the CPU operator: routing to the bit, outputs to rounding."""
     cpu = pytest.importorskip("adaptive_k_moe.plugin")
     for seed, (experts, scoring, groups) in enumerate(

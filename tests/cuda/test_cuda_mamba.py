@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mamba2's kernels in the interpreter, under random schedules: against the float64 oracle, the CPU face, and
+"""Mamba2's kernels in the interpreter, under random schedules: against the float64 oracle, the CPU kernels, and
 themselves; and what their launcher promises apart from numbers."""
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def test_a_sequence_without_a_slot_gives_zeros_and_changes_no_state(
     check(case, exact, element, found)
 
 
-def test_equals_the_cpu_face(interpreter: Interpreter) -> None:
+def test_equals_the_cpu_kernels(interpreter: Interpreter) -> None:
     for case in CASES:
         given, _ = make(case, "float32")
         y, conv_state, ssm_state = run(interpreter, case, given, "float32")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The OpenVINO operation gives what the Python face gives, from ONNX and from OpenVINO's own files."""
+"""The OpenVINO operation gives what the Python binding gives, from ONNX and from OpenVINO's own files."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def graph(
 )
 @pytest.mark.parametrize("weight_format", ["float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("normed", [False, True])
-def test_onnx_and_ir_give_the_bits_of_the_python_face(
+def test_onnx_and_ir_give_the_bits_of_the_python_binding(
     core: ov.Core, tmp_path: Path, attributes: dict[str, Any], normed: bool, weight_format: str
 ) -> None:
     activation, arguments, scales, hidden = attributes.get("activation", "swiglu"), {}, None, HIDDEN

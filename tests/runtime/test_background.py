@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests of the background: the same answers as others, when nobody else has to wait, counted nowhere."""
+"""Background requests: the same answers as others, when nobody else has to wait, counted nowhere."""
 
 from __future__ import annotations
 

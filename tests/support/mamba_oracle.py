@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mamba2 in NumPy float64, one token and one head at a time, and the cases that every face of it is held to."""
+"""Mamba2 in NumPy float64, one token and one head at a time, and the cases that every binding of it is held to."""
 
 from __future__ import annotations
 

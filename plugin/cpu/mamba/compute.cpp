@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "cpu/mamba/kernels/kernels.h"
-#include "cpu/moe/scratch.h"
+#include "cpu/scratch.h"
 
 namespace adaptive_k::cpu {
 namespace {

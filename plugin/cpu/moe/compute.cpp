@@ -8,9 +8,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/machine.h"
 #include "cpu/moe/kernels/kernels.h"
 #include "cpu/moe/plan.h"
-#include "cpu/moe/scratch.h"
+#include "cpu/scratch.h"
 #include "operator/moe/routing.h"
 #include "operator/moe/sharing.h"
 

@@ -12,7 +12,7 @@
 #include "cuda/device.h"
 #include "cuda/moe/activate.h"
 #include "cuda/moe/decode.h"
-#include "cuda/numeric.h"
+#include "cuda/moe/weights.h"
 
 namespace adaptive_k::cuda {
 namespace {
@@ -64,14 +64,11 @@ struct DecodeArguments {
 template <typename T, WeightFormat format>
 __device__ __forceinline__ void unpack_weights(const uint4& v, int c, float* to) {
   constexpr int kSize = Vector16<T>::kSize;
-  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
   if constexpr (format == WeightFormat::kAsHiddenStates) {
     Vector16<T>::unpack(v, to);
-  } else if constexpr (format == WeightFormat::kInt8) {
-#pragma unroll
-    for (int i = 0; i < kSize / 4; ++i) unpack_int8(words[c * (kSize / 4) + i], to + 4 * i);
   } else {
-    unpack_int4<kSize>(words[c * kSize / 8] >> (c * kSize % 8 * 4), to);
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+    unpack_quantised<format, kSize>(words, c * kSize, to);
   }
 }
 
@@ -295,17 +292,12 @@ cudaError_t launch_product(ElementType element, WeightFormat format, DecodeArgum
   const dim3 block(kThreads);
   return with_element(element, [&](auto t) {
     using T = decltype(t);
-    switch (format) {
-      case WeightFormat::kInt8:
-        return ADAPTIVE_K_LAUNCH((decode_product<T, WeightFormat::kInt8, kUp>), grid, block,
-                                 sizeof(DecodeShared), stream, a);
-      case WeightFormat::kInt4:
-        return ADAPTIVE_K_LAUNCH((decode_product<T, WeightFormat::kInt4, kUp>), grid, block,
-                                 sizeof(DecodeShared), stream, a);
-      default:
-        return ADAPTIVE_K_LAUNCH((decode_product<T, WeightFormat::kAsHiddenStates, kUp>), grid,
-                                 block, sizeof(DecodeShared), stream, a);
-    }
+    const auto run = [&](auto chosen) {
+      return ADAPTIVE_K_LAUNCH((decode_product<T, decltype(chosen)::value, kUp>), grid, block,
+                               sizeof(DecodeShared), stream, a);
+    };
+    if (is_quantised(format)) return with_quantised(format, run);
+    return run(std::integral_constant<WeightFormat, WeightFormat::kAsHiddenStates>());
   });
 }
 

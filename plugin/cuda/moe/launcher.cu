@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <algorithm>
+#include <string>
+#include <utility>
 
 #include "cuda/device.h"
 #include "cuda/moe/decode.h"
@@ -34,6 +36,13 @@ bool can_prefill(const MoeParams& params, const MoeShape& shape) {
                                             : grouped_gemm_supports(shape.element);
 }
 
+// A sentence that lives until the thread's next one.
+const char* keep(std::string sentence) {
+  static thread_local std::string kept;
+  kept = std::move(sentence);
+  return kept.c_str();
+}
+
 bool is_one_of(int32_t value, int32_t last) { return value >= 0 && value <= last; }
 
 WeightFormat format_of(ElementType element) {
@@ -54,7 +63,7 @@ const char* check(const MoeParams& params, const MoeShape& s) {
   if (s.hidden < 1 || s.intermediate < 1) return "hidden and intermediate size must be positive";
   if (!is_one_of(static_cast<int32_t>(s.element), 2)) return "the element type is unknown";
   const WeightFormat format = params.weight_format;
-  if (!is_one_of(static_cast<int32_t>(format), static_cast<int32_t>(WeightFormat::kInt4)))
+  if (!is_one_of(static_cast<int32_t>(format), words_of(format).count - 1))
     return "the weight format is unknown";
   if (!is_quantised(format) && stored_format(format, format_of(s.element)) != format_of(s.element))
     return "weights that are not quantised must be of hidden_states' type";
@@ -62,9 +71,8 @@ const char* check(const MoeParams& params, const MoeShape& s) {
   if (s.hidden % 8 != 0 || s.intermediate % 8 != 0)
     return "hidden and intermediate size must be multiples of 8, for 16-byte loads";
   if (s.hidden % row_multiple(format) != 0 || s.intermediate % row_multiple(format) != 0)
-    return format == WeightFormat::kInt8
-               ? "hidden and intermediate size must be multiples of 16 for int8 weights"
-               : "hidden and intermediate size must be multiples of 32 for int4 weights";
+    return keep("hidden and intermediate size must be multiples of " +
+                std::to_string(row_multiple(format)) + " for " + spelling(format) + " weights");
   if (is_quantised(format) && (s.group_size < 0 || s.group_size % kGroupMultiple != 0))
     return "group_size must be 0 or a multiple of 32";
   if (is_quantised(format) && s.group_size > 0 &&

@@ -10,12 +10,10 @@
 //
 // For a gated expert each warp's 32 weight rows are 16 gates and the 16 ups of the same neurons, so
 // that a thread holds both and applies the activation before anything is written.
-#include <type_traits>
-
 #include "cuda/device.h"
 #include "cuda/moe/activate.h"
 #include "cuda/moe/mixed.h"
-#include "cuda/numeric.h"
+#include "cuda/moe/weights.h"
 #include "cuda/tensor_core.h"
 
 namespace adaptive_k::cuda {
@@ -46,7 +44,7 @@ struct MixedArguments {
 
 template <WeightFormat format>
 struct MixedShared {
-  static constexpr int kWeightVectors = format == WeightFormat::kInt8 ? 4 : 2;  // of a row
+  static constexpr int kWeightVectors = kTileK * bits_of(format) / 128;  // of a row
   struct Stage {
     uint4 x[kTileRows][kTileK / 8];
     uint4 w[kTileWeights][kWeightVectors];
@@ -59,7 +57,8 @@ struct MixedShared {
 __device__ __forceinline__ int swizzle_x(int row, int vector) { return vector ^ (row % 2 * 4); }
 template <WeightFormat format>
 __device__ __forceinline__ int swizzle_w(int row, int vector) {
-  return format == WeightFormat::kInt8 ? vector ^ (row / 2 % 2 * 2) : vector ^ (row / 4 % 2);
+  constexpr int kVectors = MixedShared<format>::kWeightVectors;
+  return vector ^ (row / (8 / kVectors) % 2 * (kVectors / 2));
 }
 
 template <typename T>
@@ -71,17 +70,15 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
 template <typename T, WeightFormat format>
 __device__ __forceinline__ void load_weights(const uint4* row, int row_index, int chunk, int quad,
                                              uint32_t (&b)[2][2]) {
+  // The 8 weights take as many bytes as one takes bits.
+  struct alignas(bits_of(format)) Words {
+    uint32_t at[bits_of(format) / 4];
+  };
+  constexpr int kLanes = 16 / sizeof(Words);  // that share a vector
+  const int vector = swizzle_w<format>(row_index, (4 * chunk + quad) / kLanes);
+  const Words words = reinterpret_cast<const Words*>(row + vector)[quad % kLanes];
   float values[8];
-  if constexpr (format == WeightFormat::kInt8) {
-    // Bytes 32 chunk + 8 quad and on.
-    const int vector = swizzle_w<format>(row_index, 2 * chunk + quad / 2);
-    const uint2 words = reinterpret_cast<const uint2*>(row + vector)[quad % 2];
-    unpack_int8(words.x, values);
-    unpack_int8(words.y, values + 4);
-  } else {
-    const int vector = swizzle_w<format>(row_index, chunk);
-    unpack_int4(reinterpret_cast<const uint32_t*>(row + vector)[quad], values);
-  }
+  unpack_quantised<format, 8>(words.at, 0, values);
 #pragma unroll
   for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
 }
@@ -300,11 +297,9 @@ cudaError_t launch_product(ElementType element, WeightFormat format, const Mixed
     return ADAPTIVE_K_LAUNCH((mixed_product<T, kFormat>), grid, dim3(kThreads),
                              sizeof(MixedShared<kFormat>), stream, a);
   };
-  using Int8 = std::integral_constant<WeightFormat, WeightFormat::kInt8>;
-  using Int4 = std::integral_constant<WeightFormat, WeightFormat::kInt4>;
-  if (element == ElementType::kFloat16)
-    return format == WeightFormat::kInt8 ? run(Half(), Int8()) : run(Half(), Int4());
-  return format == WeightFormat::kInt8 ? run(BFloat16(), Int8()) : run(BFloat16(), Int4());
+  return with_quantised(format, [&](auto chosen) {
+    return element == ElementType::kFloat16 ? run(Half(), chosen) : run(BFloat16(), chosen);
+  });
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The Mamba2 operator: its attributes, and the arithmetic of one token that every face of it
-// shares.
+// The Mamba2 operator: its attributes, and the arithmetic of one token that every binding shares.
 //
 // For each sequence, token by token (C channels, K taps, h a head, g = h / (heads / n_groups) its
 // group, N the state's size, P the head's width):

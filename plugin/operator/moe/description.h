@@ -7,6 +7,7 @@
 
 #include "operator/description.h"
 #include "operator/moe/params.h"
+#include "operator/table.h"
 
 namespace adaptive_k {
 
@@ -80,10 +81,8 @@ struct Moe {
 
   // The attributes that make the number of inputs what it is, for the sentence about it.
   static std::string why_so_many(const MoeParams& params) {
-    const bool int8 = params.weight_format == WeightFormat::kInt8;
-    return std::string(!is_quantised(params.weight_format) ? ""
-                       : int8                              ? " (weight_format int8)"
-                                                           : " (weight_format int4)") +
+    const WeightFormat format = params.weight_format;
+    return (is_quantised(format) ? std::string(" (weight_format ") + spelling(format) + ")" : "") +
            (params.has_expert_norms ? " (has_expert_norms)" : "");
   }
 

@@ -94,9 +94,9 @@ constexpr Word kPolicyKindWords[] = {
     {"shared_price", static_cast<int32_t>(PolicyKind::kSharedPrice)},
     {"shared_experts", static_cast<int32_t>(PolicyKind::kSharedExperts)},
 };
-constexpr WordList words_of(Activation) { return {kActivationWords, 7}; }
-constexpr WordList words_of(Scoring) { return {kScoringWords, 2}; }
-constexpr WordList words_of(PolicyKind) { return {kPolicyKindWords, 6}; }
+constexpr WordList words_of(Activation) { return kActivationWords; }
+constexpr WordList words_of(Scoring) { return kScoringWords; }
+constexpr WordList words_of(PolicyKind) { return kPolicyKindWords; }
 
 // Returns nullptr when the numeric attributes fit a model of num_experts experts (0: not known
 // yet), else the sentence that says what is wrong.

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The routing of one token: entropy, choice of k, selection and weights. For
-// host and device; all memory is the caller's. A kernel that spreads a token
-// over several threads can call the pieces; route_token() puts them together
-// for one thread.
+// The routing of one token: entropy, choice of k, selection and weights. For host and device; all
+// memory is the caller's. A kernel that spreads a token over several threads can call the pieces;
+// route_token() puts them together for one thread.
 #pragma once
 
 #include <cmath>
@@ -68,16 +67,14 @@ ADAPTIVE_K_HD float sigmoid_score(float logit) {
   return static_cast<float>(1.0 / (1.0 + exp(-static_cast<double>(logit))));
 }
 
-// The order of selection: the larger key first, then the lower index; NaN after
-// everything else.
+// The order of selection: the larger key first, then the lower index; NaN after everything else.
 ADAPTIVE_K_HD bool ranks_before(float key_a, int32_t index_a, float key_b, int32_t index_b) {
   const bool nan_a = key_a != key_a, nan_b = key_b != key_b;
   if (nan_a || nan_b) return nan_a == nan_b ? index_a < index_b : nan_b;
   return key_a == key_b ? index_a < index_b : key_a > key_b;
 }
 
-// Puts candidate into the list of the best `size` (at most `limit`) indices;
-// returns the new size.
+// Puts candidate into the list of the best `size` (at most `limit`) indices; returns the new size.
 ADAPTIVE_K_HD int32_t insert_ranked(const float* keys, int32_t candidate, int32_t* best,
                                     int32_t size, int32_t limit) {
   int32_t position = size;
@@ -91,8 +88,8 @@ ADAPTIVE_K_HD int32_t insert_ranked(const float* keys, int32_t candidate, int32_
   return size;
 }
 
-// By what a group of experts is compared: its best choice score for softmax,
-// the sum of its two best for sigmoid (the rule of DeepSeek-V3 and Nemotron).
+// By what a group of experts is compared: its best choice score for softmax, the sum of its two
+// best for sigmoid (the rule of DeepSeek-V3 and Nemotron).
 ADAPTIVE_K_HD float group_score(Scoring scoring, const float* keys, int32_t size) {
   int32_t best[2];
   int32_t found = 0;
@@ -106,9 +103,8 @@ ADAPTIVE_K_HD int32_t clamp_k(int32_t k, int32_t low, int32_t high) {
   return k > high ? high : k;
 }
 
-// What a row that is not of the kind entropy says: its one parameter (p, ratio
-// or share), and the least and the most experts. A row of one choice has no
-// parameter: then it runs its k.
+// What a row that is not of the kind entropy says: its one parameter (p, ratio or share), and the
+// least and the most experts. A row of one choice has no parameter: then it runs its k.
 ADAPTIVE_K_HD float parameter_of(const PolicyRow& row, float without) {
   return row.num_choices > 1 ? row.thresholds[0] : without;
 }
@@ -143,14 +139,13 @@ ADAPTIVE_K_HD int32_t k_by_ratio(const PolicyRow& row, const float* scores, int3
   return clamp_k(k, k_min_of(row), k_max_of(row));
 }
 
-// An expert's contribution: its score times the norm that its output has on
-// average.
+// An expert's contribution: its score times the norm that its output has on average.
 ADAPTIVE_K_HD float contribution(float score, int32_t expert, const float* expert_norms) {
   return expert_norms == nullptr ? score : score * expert_norms[expert];
 }
 
-// Contribution rows: as few of the ranked experts as reach the share p of what
-// all of them contribute. A NaN among the norms reaches no share.
+// Contribution rows: as few of the ranked experts as reach the share p of what all of them
+// contribute. A NaN among the norms reaches no share.
 ADAPTIVE_K_HD int32_t k_by_contribution(const PolicyRow& row, const float* expert_norms,
                                         const int32_t* ranked, const float* ranked_scores,
                                         int32_t count) {
@@ -167,12 +162,10 @@ ADAPTIVE_K_HD int32_t k_by_contribution(const PolicyRow& row, const float* exper
   return clamp_k(k, k_min_of(row), k_max_of(row));
 }
 
-// The decision of k, the same for one thread and for a team of them, in two
-// halves around the ranking. A row without a defined softmax (a NaN entropy)
-// runs its full k whatever it decides by.
+// The decision of k, the same for one thread and for a team of them, in two halves around the
+// ranking. A row without a defined softmax (a NaN entropy) runs its full k whatever it decides by.
 //
-// First half: how many experts to rank. `by_ratio()` is k_by_ratio(), by
-// whoever has the scores.
+// First half: how many experts to rank. `by_ratio()` is k_by_ratio(), by whoever has the scores.
 #if defined(__CUDACC__)
 #pragma nv_exec_check_disable  // by_ratio() of a team runs on the device alone
 #endif
@@ -207,8 +200,7 @@ ADAPTIVE_K_HD int32_t k_of_ranked(const PolicyRow& row, float entropy, const flo
   return k;
 }
 
-// Turns the selected scores, in place, into the weights of the sum over
-// experts.
+// Turns the selected scores, in place, into the weights of the sum over experts.
 ADAPTIVE_K_HD void weigh(const MoeParams& params, float* scores, int32_t k) {
   if (params.norm_topk_prob) {
     float sum = 0;
@@ -244,8 +236,8 @@ ADAPTIVE_K_HD int32_t route_token(const MoeParams& params, const float* logits, 
                                                             : sigmoid_score(logits[e]);
     total += scratch.scores[e];
   }
-  // The softmax rises strictly with the logit, so ranking by the logit gives
-  // the same order without the ties that rounding the probabilities would make.
+  // The softmax rises strictly with the logit, so ranking by the logit gives the same order without
+  // the ties that rounding the probabilities would make.
   const float* keys = logits;
   if (correction_bias != nullptr || params.scoring == Scoring::kSigmoid) {
     for (int32_t e = 0; e < num_experts; ++e)

@@ -68,10 +68,14 @@ MoeSizes check_shapes(const MoeParams& params, const Shapes<Moe>& shapes) {
 
 void check_cpu_weights(const MoeParams& params, const MoeSizes& sizes) {
   const WeightFormat format = params.weight_format;
-  if (format == WeightFormat::kFloat16)
-    fail(
-        "attribute weight_format is 'float16', which CPUs do not compute: use float32, bfloat16, "
-        "int8 or int4");
+  if (!on_cpus(format)) {
+    std::string others;
+    for (const Word& w : kWeightFormatWords)
+      if (*w.word && on_cpus(static_cast<WeightFormat>(w.value)))
+        others += (others.empty() ? "" : ", ") + std::string(w.word);
+    fail(std::string("attribute weight_format is '") + spelling(format) +
+         "', which CPUs do not compute: use one of " + others);
+  }
   if (!is_quantised(format)) return;
   for (const int64_t size : {sizes.hidden, sizes.intermediate})
     if (size % row_multiple(format) != 0 && size >= 0)

@@ -3,8 +3,7 @@
 // of its tokens run it; tokens whose rows share agree on fewer experts to read:
 //
 //  1. Every token is routed as if it were alone, those of sharing rows at their k_max. A token
-//  whose
-//     softmax is undefined takes no part: it keeps what it has then.
+//     whose softmax is undefined takes no part: it keeps what it has then.
 //  2. An expert is read if a token that takes no part runs it, or if it is among the first k_min of
 //     one that does; or if what the sharing tokens' own choices would give it pays: the sum of
 //     weight^2 / price over the tokens of kSharedPrice rows reaches 1. Then each kSharedExperts row

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "python/bindings.h"
 
+#include "cpu/machine.h"
 #include "cpu/moe/compute.h"
-#include "cpu/moe/kernels/kernels.h"
 #include "python/threads.h"
 
 namespace adaptive_k::python {
@@ -51,7 +51,7 @@ void moe(const nb::dict& attributes, const Inputs& inputs, std::optional<int> nu
 }  // namespace
 
 void bind_moe(nb::module_& m) {
-  m.def("instruction_set", &cpu::instruction_set);
+  m.def("instruction_set", &cpu::instruction_set_name);
   m.def("routing_width", &routing_width);
   m.def("route", &route);
   m.def("moe", &moe, nb::arg(), nb::arg(), nb::arg().none(), nb::arg(), nb::arg(), nb::arg());

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The AdaptiveKMoe operator: NumPy faces of the CPU implementation and the OpenVINO extension.
+"""The AdaptiveKMoe operator: the binding for NumPy of the CPU implementation, and the OpenVINO extension.
 
 `route` and `moe` run the operator on NumPy arrays; `openvino_extension_path` is what
 `openvino.Core.add_extension` takes so that models with the operator can be read and compiled.
@@ -36,7 +36,7 @@ def _load_tbb() -> None:
 _load_tbb()
 
 from adaptive_k_moe.plugin import _plugin  # noqa: E402
-from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS, MOE  # noqa: E402
+from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS, MOE, WEIGHT_FORMATS  # noqa: E402
 from adaptive_k_moe.plugin.mamba import mamba2  # noqa: E402
 
 
@@ -249,9 +249,12 @@ def moe(
     """
     if (gate_up_scales is None) != (down_scales is None):
         raise ValueError("AdaptiveKMoe: inputs gate_up_scales and down_scales must be given both, or neither")
-    if weight_bits not in (4, 8):
-        raise ValueError(f"AdaptiveKMoe: weight_bits is {weight_bits!r} but must be 4 or 8")
-    integers = None if gate_up_scales is None else f"int{weight_bits}"
+    quantised = sorted((form.bits, form.name) for form in WEIGHT_FORMATS.values() if form.quantised)
+    names = [name for bits, name in quantised if bits == weight_bits]
+    if not names:
+        bits_known = " or ".join(str(bits) for bits, _ in quantised)
+        raise ValueError(f"AdaptiveKMoe: weight_bits is {weight_bits!r} but must be {bits_known}")
+    integers = None if gate_up_scales is None else names[0]
     up_bits, weight_format = _weights("gate_up", gate_up, integers)
     down_bits, down_format = _weights("down", down, integers)
     if down_format != weight_format:

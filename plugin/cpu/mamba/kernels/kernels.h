@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Mamba2's loops, one set for each instruction set, chosen as those in moe/kernels/kernels.h are.
+// Mamba2's loops, one set for each instruction set, as the instruction set in use asks for.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ struct MambaKernels {
   void (*scan)(const MambaScan& scan);
 };
 
-// Those of the instruction set in use (moe/kernels/kernels.h); amx has avx512's.
+// Those of the instruction set in use (machine.h); amx has avx512's.
 const MambaKernels& mamba_kernels();
 
 extern const MambaKernels kPortableMambaKernels;

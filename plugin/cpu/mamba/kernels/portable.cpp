@@ -33,8 +33,8 @@ struct MambaSimd {
 }  // namespace
 }  // namespace adaptive_k::cpu
 
+#include "cpu/machine.h"
 #include "cpu/mamba/kernels/impl.h"
-#include "cpu/moe/kernels/kernels.h"
 
 namespace adaptive_k::cpu {
 
@@ -42,9 +42,8 @@ const MambaKernels kPortableMambaKernels = {"portable", convolve, scan};
 
 const MambaKernels& mamba_kernels() {
 #if defined(ADAPTIVE_K_X86)
-  const Kernels* general = &kernels(WeightFormat::kFloat32);
-  if (general == &kAvx512Kernels) return kAvx512MambaKernels;
-  if (general == &kAvx2Kernels) return kAvx2MambaKernels;
+  if (instruction_set() >= InstructionSet::kAvx512) return kAvx512MambaKernels;
+  if (instruction_set() == InstructionSet::kAvx2) return kAvx2MambaKernels;
 #endif
   return kPortableMambaKernels;
 }

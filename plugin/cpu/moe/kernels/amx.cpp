@@ -19,7 +19,7 @@
 #include <cstring>
 
 #include "cpu/moe/kernels/kernels.h"
-#include "cpu/moe/scratch.h"
+#include "cpu/scratch.h"
 
 namespace adaptive_k::cpu {
 namespace {

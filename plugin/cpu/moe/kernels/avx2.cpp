@@ -43,7 +43,6 @@ struct Simd {
 }  // namespace
 }  // namespace adaptive_k::cpu
 
-#define ADAPTIVE_K_TILE_ROWS 3
 #include "cpu/moe/kernels/impl.h"
 
 namespace adaptive_k::cpu {

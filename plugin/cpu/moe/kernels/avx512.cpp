@@ -68,7 +68,6 @@ struct Simd {
 }  // namespace
 }  // namespace adaptive_k::cpu
 
-#define ADAPTIVE_K_TILE_ROWS 6
 #include "cpu/moe/kernels/impl.h"
 
 namespace adaptive_k::cpu {

@@ -16,6 +16,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "cpu/moe/kernels/kernels.h"
 #include "operator/activation.h"
@@ -212,23 +213,23 @@ using MultiplyTile = void (*)(const float*, const W* const*, const Scales&, int,
 
 template <typename W>
 using NextInPlace = std::conditional_t<Reader<W>::kQuantised, NextRows<W>, NextPiece>;
+// multiply_tile for 1 to kTileRows token rows.
+template <typename Function>
+struct ByRows {
+  Function at[kTileRows];
+};
+template <typename W, int... kRows>
+constexpr ByRows<MultiplyTile<W, NextInPlace<W>>> in_place(std::integer_sequence<int, kRows...>) {
+  return {{multiply_tile<kRows + 1, group_for(kRows + 1), 1, W>...}};
+}
+template <int... kRows>
+constexpr ByRows<MultiplyTile<float, NextPiece>> packed(std::integer_sequence<int, kRows...>) {
+  return {{multiply_tile<kRows + 1, kGroup, kGroup, float>...}};
+}
 template <typename W>
-constexpr MultiplyTile<W, NextInPlace<W>> kMultiplyInPlace[] = {
-    multiply_tile<1, group_for(1), 1, W>, multiply_tile<2, group_for(2), 1, W>,
-    multiply_tile<3, group_for(3), 1, W>,
-#if ADAPTIVE_K_TILE_ROWS == 6
-    multiply_tile<4, group_for(4), 1, W>, multiply_tile<5, group_for(5), 1, W>,
-    multiply_tile<6, group_for(6), 1, W>,
-#endif
-};
-constexpr MultiplyTile<float, NextPiece> kMultiplyPacked[] = {
-    multiply_tile<1, kGroup, kGroup, float>, multiply_tile<2, kGroup, kGroup, float>,
-    multiply_tile<3, kGroup, kGroup, float>,
-#if ADAPTIVE_K_TILE_ROWS == 6
-    multiply_tile<4, kGroup, kGroup, float>, multiply_tile<5, kGroup, kGroup, float>,
-    multiply_tile<6, kGroup, kGroup, float>,
-#endif
-};
+constexpr auto kMultiplyInPlace = in_place<W>(std::make_integer_sequence<int, kTileRows>());
+constexpr auto kMultiplyPacked = packed(std::make_integer_sequence<int, kTileRows>());
+
 // From this many tiles on, a group's weights are first packed: aligned, converted once, and without
 // the cache conflicts of rows that lie a power of two apart.
 constexpr int kTilesToPack = 4;
@@ -300,8 +301,8 @@ void multiply_group(const Tile* tiles, int num_tiles, const W* const* rows, cons
                                    at(next_rows[row], next_offset + number * (length >> shift))),
                                shift + kWeightsPerFloatShift<W>};
       if (pack) {
-        kMultiplyPacked[m - 1](x, packed + g, {}, padded_length, piece, offset > 0, c + g,
-                               c_stride);
+        kMultiplyPacked.at[m - 1](x, packed + g, {}, padded_length, piece, offset > 0, c + g,
+                                  c_stride);
         continue;
       }
       NextInPlace<W> next;
@@ -309,8 +310,8 @@ void multiply_group(const Tile* tiles, int num_tiles, const W* const* rows, cons
         next = {next_rows, next_offset};
       else
         next = piece;
-      kMultiplyInPlace<W>[m - 1](x, in_place + g, scales.from_row(g), length, next, offset > 0,
-                                 c + g, c_stride);
+      kMultiplyInPlace<W>.at[m - 1](x, in_place + g, scales.from_row(g), length, next, offset > 0,
+                                    c + g, c_stride);
     }
     c += m * c_stride;
   }

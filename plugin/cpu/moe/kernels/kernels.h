@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The loops over weights, one set for each instruction set, chosen at run time.
+// The loops over weights, one set for each instruction set (machine.h).
 //
 // Every product of a token's row with a weight row is summed in one order, whatever else is
 // computed beside it: K is taken in parts of kPart elements; in a part, element k goes to lane k %
@@ -79,16 +79,9 @@ struct Kernels {
   void (*combine)(const float* const* y, const float* weights, int k, int n, float* out);
 };
 
-// The instruction set in use: the best that this machine runs, or the one that the environment
-// variable ADAPTIVE_K_ISA names (portable, avx2, avx512, amx). Throws std::invalid_argument when it
-// cannot be had.
-const char* instruction_set();
-
-// Its kernels for weights of a format. Those of amx multiply bfloat16 alone.
+// Those of the instruction set in use (machine.h) for weights of a format; AMX has kernels of its
+// own for bfloat16 alone and takes the others of AVX-512.
 const Kernels& kernels(WeightFormat format);
-
-// Bytes of a core's second-level cache.
-int64_t second_level_cache_bytes();
 
 extern const Kernels kPortableKernels;
 #if defined(ADAPTIVE_K_X86)

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/moe/kernels/kernels.h"
+#include "cpu/machine.h"
 
 namespace adaptive_k::cpu {
 namespace {
@@ -34,42 +34,30 @@ bool has_amx() {
 }
 #endif
 
-// The chosen set: its kernels, and those for bfloat16 weights where it has others.
-struct Chosen {
-  const char* name;
-  const Kernels& general;
-  const Kernels& bfloat16;
-  explicit Chosen(const Kernels& all) : Chosen(all, all) {}
-  Chosen(const Kernels& others, const Kernels& of_bfloat16)
-      : name(of_bfloat16.name), general(others), bfloat16(of_bfloat16) {}
-};
-
-Chosen choose() {
+InstructionSet choose() {
   const char* forced = std::getenv("ADAPTIVE_K_ISA");
   const std::string isa = forced == nullptr ? "" : forced;
-  if (isa == "portable") return Chosen(kPortableKernels);
 #if defined(ADAPTIVE_K_X86)
-  if ((isa.empty() || isa == "amx") && has_amx()) return Chosen(kAvx512Kernels, kAmxKernels);
-  if ((isa.empty() || isa == "avx512") && has_avx512()) return Chosen(kAvx512Kernels);
-  if ((isa.empty() || isa == "avx2") && has_avx2()) return Chosen(kAvx2Kernels);
+  if ((isa.empty() || isa == "amx") && has_amx()) return InstructionSet::kAmx;
+  if ((isa.empty() || isa == "avx512") && has_avx512()) return InstructionSet::kAvx512;
+  if ((isa.empty() || isa == "avx2") && has_avx2()) return InstructionSet::kAvx2;
 #endif
-  if (isa.empty()) return Chosen(kPortableKernels);
+  if (isa.empty() || isa == "portable") return InstructionSet::kPortable;
   throw std::invalid_argument("ADAPTIVE_K_ISA is '" + isa +
                               "', which this machine or build does not have; use portable, avx2, "
                               "avx512 or amx, or leave it unset");
 }
 
-const Chosen& chosen() {
-  static const Chosen once = choose();
+}  // namespace
+
+InstructionSet instruction_set() {
+  static const InstructionSet once = choose();
   return once;
 }
 
-}  // namespace
-
-const char* instruction_set() { return chosen().name; }
-
-const Kernels& kernels(WeightFormat format) {
-  return format == WeightFormat::kBFloat16 ? chosen().bfloat16 : chosen().general;
+const char* instruction_set_name() {
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+  return kNames[static_cast<int>(instruction_set())];
 }
 
 int64_t second_level_cache_bytes() {

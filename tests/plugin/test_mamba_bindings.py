@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mamba2's other faces: its specification as an ONNX function in a plain ONNX Runtime, and OpenVINO's operation."""
+"""Mamba2's other bindings: its specification as an ONNX function in a plain ONNX Runtime, and OpenVINO's operation."""
 
 from __future__ import annotations
 

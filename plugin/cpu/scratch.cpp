@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "cpu/moe/scratch.h"
+#include "cpu/scratch.h"
 
 #include <cstdlib>
 #include <mutex>
