@@ -560,6 +560,18 @@ class PolicyTables:
         owner[self.decode_row] = np.arange(len(self.names), dtype=np.int32)
         return owner
 
+    @property
+    def step_policies(self) -> list[str]:
+        """Names of the policies that texts read whole say nothing of: their decode follows another rule than their
+        prompts, or what a token runs depends on the step's other tokens.
+        """
+        sharing = (KIND_SHARED_PRICE, KIND_SHARED_EXPERTS)
+        return [
+            name
+            for index, (name, decode) in enumerate(zip(self.names, self.decode_row, strict=True))
+            if decode != index or self.policy_kind[index] in sharing
+        ]
+
     def index(self, name: str | None) -> int:
         """The index of a policy, which is its prompt's row; None is the default.
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.calibration import bootstrap
+from adaptive_k_moe.calibration.decoding import MAX_STEPS, Decoding, decode_policies, why_too_large
 from adaptive_k_moe.calibration.evaluator import TOP_TOKENS, Evaluator, Reference, Scores, kl_divergence, take
 from adaptive_k_moe.calibration.timing import Timing, time_policies
 from adaptive_k_moe.calibration.traces import top_tokens
@@ -66,17 +67,24 @@ def evaluate(
     *,
     batches: Sequence[int] = (1, 4, 16),
     rounds: int = 15,
+    max_steps: int = MAX_STEPS,
     progress: Callable[[str, int, int], None] | None = None,
-) -> list[PolicyEvaluation]:
+) -> tuple[list[PolicyEvaluation], list[Decoding]]:
     """Measure policies of the engine; `full` comes first, whether named or not.
 
     Args:
         evaluator: the engine.
         windows: the text.
         policies: names.
-        batches: sequences in a step for the times.
+        batches: sequences in a step for decode and the times; those that do not fit the engine or the text are left
+            out.
         rounds: rounds of timing; 0 takes no times.
+        max_steps: most decode steps of one policy at one batch size; 0 reads no decode steps.
         progress: called with what is measured, and how much of how much.
+
+    Returns:
+        Each policy on windows read whole, without those of `PolicyTables.step_policies`; and each policy in decode
+        steps of each batch size.
 
     Raises:
         PolicyError: the engine has no policy of a name.
@@ -93,7 +101,8 @@ def evaluate(
     )
     highest = int(tables.k_values.max())
     found: dict[str, tuple[Scores, Float64Array, dict[str, float]]] = {}
-    for name, row in rows.items():
+    whole = {name: row for name, row in rows.items() if name not in tables.step_policies}
+    for name, row in whole.items():
         scores = Scores(np.empty(count), np.empty(count), np.empty(count), np.empty((count, evaluator.num_layers)))
         histogram = np.zeros((evaluator.num_layers, highest + 1))
         sums = np.zeros(len(labels))
@@ -127,7 +136,21 @@ def evaluate(
             rounds=rounds,
             progress=None if progress is None else lambda what: progress(f"timing {what}", 0, 1),
         )
-    return [
+    decodings: list[Decoding] = []
+    for batch_size in batches if max_steps else ():
+        if why_too_large(evaluator, windows, batch_size) is None:
+            what = f"decode steps of {batch_size}"
+            decodings += decode_policies(
+                evaluator,
+                windows,
+                rows,
+                tables,
+                batch_size,
+                timings,
+                max_steps=max_steps,
+                progress=None if progress is None else lambda done, what=what: progress(what, done, len(rows)),  # type: ignore[misc]
+            )
+    evaluations = [
         PolicyEvaluation(
             name,
             scores,
@@ -139,6 +162,7 @@ def evaluate(
         )
         for name, (scores, share, by_class) in found.items()
     ]
+    return evaluations, decodings
 
 
 def _classes(evaluator: Evaluator, windows: Windows) -> tuple[npt.NDArray[np.int64], list[str]]:

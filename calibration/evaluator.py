@@ -58,17 +58,26 @@ class Scores:
             tokens are kept. NaN without a reference.
         agreement: [W] share of positions whose likeliest token is the full model's. NaN without a reference.
         k: [W, L] mean number of experts run.
+        reads: [W, L] mean number of experts that a window's decode steps read, by any of their sequences; None where
+            windows were read whole.
     """
 
     nll: Float64Array
     kl: Float64Array
     agreement: Float64Array
     k: Float64Array
+    reads: Float64Array | None = None
 
     @property
     def avg_k(self) -> float:
         """Mean over windows and layers."""
         return float(self.k.mean())
+
+    @property
+    def avg_reads(self) -> float:
+        """Mean over windows and layers."""
+        assert self.reads is not None
+        return float(self.reads.mean())
 
     @property
     def mean_kl(self) -> float:
@@ -82,18 +91,20 @@ class Scores:
 
     def to_json(self) -> dict[str, list[float]]:
         """Exact: a float's shortest representation reads back as the same float."""
-        return {
+        content = {
             "nll": self.nll.tolist(),
             "kl": self.kl.tolist(),
             "agreement": self.agreement.tolist(),
             "k": self.k.ravel().tolist(),
         }
+        return content if self.reads is None else {**content, "reads": self.reads.ravel().tolist()}
 
     @classmethod
     def from_json(cls, content: Mapping[str, list[float]]) -> Scores:
         """The reverse of `to_json`."""
         arrays = {name: np.array(values, np.float64) for name, values in content.items()}
-        arrays["k"] = arrays["k"].reshape(len(arrays["nll"]), -1)
+        for name in {"k", "reads"} & arrays.keys():
+            arrays[name] = arrays[name].reshape(len(arrays["nll"]), -1)
         return cls(**arrays)
 
 

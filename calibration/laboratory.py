@@ -16,7 +16,8 @@ from adaptive_k_moe.calibration.evaluator import Evaluator, Reference, Scores, r
 from adaptive_k_moe.calibration.kinds import Kind
 from adaptive_k_moe.calibration.traces import EvaluationCache
 from adaptive_k_moe.calibration.windows import Windows
-from adaptive_k_moe.policy import ContributionPolicy, FixedPolicy, Policy
+from adaptive_k_moe.policy import FixedPolicy, Policy, PolicyTables, rules_of
+from adaptive_k_moe.policy_kinds import KINDS
 
 DECIMALS = 4
 """Thresholds are rounded before they are measured, so that the file says what was measured."""
@@ -60,7 +61,7 @@ class Laboratory:
     Args:
         evaluator: the engine.
         windows: the text.
-        reference: the full model's predictions of it.
+        reference: the full model's predictions of it; None where `_read` knows them.
         cache: scores from before.
         on_evaluation: called before each pass over the text, with what is measured.
     """
@@ -69,7 +70,7 @@ class Laboratory:
         self,
         evaluator: Evaluator,
         windows: Windows,
-        reference: Reference,
+        reference: Reference | None,
         cache: EvaluationCache,
         *,
         on_evaluation: Callable[[str], None] | None = None,
@@ -84,7 +85,7 @@ class Laboratory:
     def measure(self, candidate: Candidate) -> Measured:
         """A candidate's scores, from the cache or by a pass over the text."""
         key = candidate.key()
-        if isinstance(candidate.policy, ContributionPolicy):
+        if any(KINDS[rule.kind].uses_norms for rule in rules_of(candidate.policy)):
             key += hashlib.sha256(json.dumps(self.evaluator.expert_norms).encode()).hexdigest()
         scores = self._cache.get(key)
         if scores is None:
@@ -95,11 +96,14 @@ class Laboratory:
             if candidate.share is not None:
                 policies["others"] = FixedPolicy(kind="fixed", k=self.evaluator.full_k)
                 rows = random_rows(self.windows.tokens.shape, candidate.share, candidate.seed)
-            tables = self.evaluator.tables(policies)
-            scores = self.evaluator.scores(self.windows, tables, rows, self._reference)
+            scores = self._read(self.evaluator.tables(policies), rows)
             self._cache.put(key, scores)
             self.passes += 1
         return Measured(candidate, scores)
+
+    def _read(self, tables: PolicyTables, rows: int | npt.NDArray[np.int32]) -> Scores:
+        """One pass over the text; the policy's row, or one for each token."""
+        return self.evaluator.scores(self.windows, tables, rows, self._reference)
 
     def full(self) -> Measured:
         """The trained top-k."""
@@ -112,10 +116,12 @@ class Budget(NamedTuple):
     Attributes:
         avg_k: mean experts run for a token in a layer.
         perplexity_increase: share by which perplexity may rise.
+        reads: share of the experts that the full model reads in decode; for texts read in decode steps.
     """
 
     avg_k: float | None = None
     perplexity_increase: float | None = None
+    reads: float | None = None
 
 
 def static(k: int) -> Candidate:

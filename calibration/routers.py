@@ -119,25 +119,6 @@ def collect_routers(
     return RouterTraces(files["scores"], files["experts"], files["total"], relative_norms(sums, counts))
 
 
-def ranked_experts(evaluator: Evaluator, windows: Windows, count: int) -> npt.NDArray[np.int32]:
-    """[W, n, L, count] the full model's best experts of each token in each layer, best first.
-
-    Args:
-        evaluator: the engine, of the target openvino; its session is closed meanwhile.
-        windows: W windows of n tokens.
-        count: experts to name.
-    """
-    num_layers = evaluator.num_layers
-    found = np.empty((len(windows), windows.window, num_layers, count), np.int32)
-    probe = RouterProbe(evaluator.config.pretrained_config)
-    with evaluator.with_session(probe.open):
-        for batch in evaluator.batches(windows, evaluator.tables({}), 0):
-            for layer in range(num_layers):
-                part = found[batch.windows]
-                part[:, :, layer] = probe.route(layer, count)[1].experts[:, :count].reshape(part[:, :, layer].shape)
-    return found
-
-
 def relative_norms(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Mean norms, [L, E], divided by their layer's mean over the experts that were run.
 

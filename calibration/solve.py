@@ -18,9 +18,11 @@ CLOSE = 2e-3
 
 
 def excess(laboratory: Laboratory, scores: Scores, budget: Budget) -> float:
-    """Above 0: more may be saved (average k, as a share of the trained top-k), or more may be lost (perplexity)."""
+    """Above 0: more may be saved (average k or reads, as a share of full's), or more may be lost (perplexity)."""
     if budget.avg_k is not None:
         return (scores.avg_k - budget.avg_k) / laboratory.evaluator.full_k
+    if budget.reads is not None:
+        return scores.avg_reads / laboratory.full().scores.avg_reads - budget.reads
     assert budget.perplexity_increase is not None
     return budget.perplexity_increase - (scores.perplexity / laboratory.full().scores.perplexity - 1)
 
@@ -28,7 +30,7 @@ def excess(laboratory: Laboratory, scores: Scores, budget: Budget) -> float:
 def keeps(laboratory: Laboratory, found: Measured, budget: Budget) -> bool:
     """Whether a policy keeps a budget."""
     value = excess(laboratory, found.scores, budget)
-    return value <= SAME_AVG_K if budget.avg_k is not None else value >= 0
+    return value >= 0 if budget.perplexity_increase is not None else value <= SAME_AVG_K
 
 
 def solve(laboratory: Laboratory, family: Family, budget: Budget, *, passes: int = 12) -> Measured:
@@ -78,7 +80,7 @@ def solve(laboratory: Laboratory, family: Family, budget: Budget, *, passes: int
 
 
 def best_of(found: Sequence[Measured], budget: Budget) -> Measured:
-    """Least damage at a given average k; lowest average k at a given perplexity. The first among equals."""
-    if budget.avg_k is not None:
+    """Least damage at given experts; fewest experts (reads, or run) at a given perplexity. The first among equals."""
+    if budget.perplexity_increase is None:
         return min(found, key=lambda item: item.scores.mean_kl)
-    return min(found, key=lambda item: item.scores.avg_k)
+    return min(found, key=lambda item: item.scores.avg_k if item.scores.reads is None else item.scores.avg_reads)

@@ -69,6 +69,7 @@ def time_policies(
     batches: Sequence[int] = (1, 4, 16),
     rounds: int = 15,
     decode_steps: int = 12,
+    phases: Sequence[Phase] = ("prefill", "decode"),
     progress: Callable[[str], None] | None = None,
 ) -> list[Timing]:
     """Times of prefill and decode.
@@ -81,12 +82,12 @@ def time_policies(
         batches: sequences in a step; those that the engine or the text is too small for are left out.
         rounds: how often each is timed; a round before them warms up.
         decode_steps: tokens that each sequence decodes in a round.
+        phases: what is timed.
         progress: called with what is timed next.
     """
     rows = {name: tables.index(name) for name in dict.fromkeys([tables.names[0], *names])}
     evaluator.session.set_policies(tables)
     build, results = evaluator.config.build_config, []
-    phases: tuple[Phase, ...] = ("prefill", "decode")
     for phase in phases:
         for batch in batches:
             length = min(windows.window, build.max_num_tokens // batch)
@@ -105,7 +106,8 @@ def time_policies(
                 progress(f"{phase}, batch {batch}")
             for turn in range(rounds + 1):
                 for name in order:
-                    elapsed, avg_k[name] = _run(evaluator, pieces, rows[name] if name else 0, phase)
+                    index = rows[name] if name else 0
+                    elapsed, avg_k[name] = _run(evaluator, pieces, (index, tables.decode_row[index]), phase)
                     if turn:
                         seconds[name].append(elapsed)
                 order = order[1:] + order[:1]
@@ -121,18 +123,18 @@ def time_policies(
 
 
 def _run(
-    evaluator: Evaluator, pieces: Sequence[npt.NDArray[np.int64]], row: int, phase: Phase
+    evaluator: Evaluator, pieces: Sequence[npt.NDArray[np.int64]], rows: tuple[int, int], phase: Phase
 ) -> tuple[list[float], float]:
-    """Seconds of each step in the session, and the average k over the steps."""
+    """Seconds of each step in the session, and the average k over the steps; `rows` are those of both phases."""
     count = len(pieces[0])
     seconds: list[float] = []
     ks: list[float] = []
 
     def timed(tokens: npt.NDArray[np.int64], past: int) -> None:
-        rows = np.full(tokens.shape, row, np.int32)
+        own = np.full(tokens.shape, rows[phase == "decode"], np.int32)
         wanted = np.arange(1, count + 1) * tokens.shape[1] - 1
         started = time.perf_counter()
-        output = evaluator.step(tokens, rows, wanted, past=past)
+        output = evaluator.step(tokens, own, wanted, past=past)
         seconds.append(time.perf_counter() - started)
         ks.append(float(output.k.mean()))
 
@@ -142,7 +144,7 @@ def _run(
     else:
         (tokens,) = pieces
         prompt = tokens[:, :PROMPT_TOKENS]
-        evaluator.step(prompt, np.full(prompt.shape, row, np.int32), np.arange(1, count + 1) * PROMPT_TOKENS - 1)
+        evaluator.step(prompt, np.full(prompt.shape, rows[0], np.int32), np.arange(1, count + 1) * PROMPT_TOKENS - 1)
         for past in range(PROMPT_TOKENS, tokens.shape[1]):
             timed(tokens[:, past : past + 1], past)
     return seconds, float(np.mean(ks))

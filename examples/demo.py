@@ -109,7 +109,11 @@ def measure(engine_dir: Path, heldout: Path, num_tokens: int) -> Table:
     table = Table("policy", "average k", "experts saved", "time saved", "perplexity", "change")
     with LLM(engine_dir) as llm:
         token_ids = llm.tokenizer.encode(heldout.read_text(encoding="utf-8"))[:num_tokens]
-        results = measure_policies(llm, token_ids, llm.policies.names, window=256)
+        in_steps = llm.policies.step_policies
+        names = [name for name in llm.policies.names if name not in in_steps]
+        results = measure_policies(llm, token_ids, names, window=256)
+    if in_steps:
+        table.caption = f"{', '.join(in_steps)}: measured in decode steps, by adaptive-k eval"
     full = next(result for result in results if result.policy == "full")
     for result in results:
         table.add_row(

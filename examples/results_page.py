@@ -46,8 +46,8 @@ def page(work: Path, model: str, steps: Mapping[str, str], processor: str) -> st
         _policies(evaluation),
         _times(evaluation),
         "![Quality against time](quality_by_time.png)",
-        "Different experts of a layer in one step of decode, and against `full`:",
-        _distinct(evaluation),
+        "Experts of a layer that one step of decode reads, and against `full`:",
+        _reads(evaluation),
         "## On which text",
         _command(steps[SETS[0]]),
         "and so on, with few windows: k, and KL to `full` in nats.",
@@ -137,13 +137,13 @@ def _times(evaluation: dict[str, Any]) -> str:
     return _table(["time against `full`", *(f"{phase}, batch {batch}" for phase, batch in columns)], rows)
 
 
-def _distinct(evaluation: dict[str, Any]) -> str:
-    counts = evaluation["distinct_experts"]
-    batches = sorted({count["batch"] for count in counts})
+def _reads(evaluation: dict[str, Any]) -> str:
+    steps = evaluation["decode"]
+    batches = sorted({step["batch"] for step in steps})
     rows = []
-    for policy in dict.fromkeys(count["policy"] for count in counts):
-        mine = {count["batch"]: count for count in counts if count["policy"] == policy}
-        rows.append([f"`{policy}`", *(f"{mine[b]['distinct']:.2f} ({mine[b]['ratio']:.3f})" for b in batches)])
+    for policy in dict.fromkeys(step["policy"] for step in steps):
+        mine = {step["batch"]: step for step in steps if step["policy"] == policy}
+        rows.append([f"`{policy}`", *(f"{mine[b]['reads']:.2f} ({mine[b]['reads_share']:.3f})" for b in batches)])
     return _table(["policy", *(f"batch {batch}" for batch in batches)], rows)
 
 

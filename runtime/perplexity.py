@@ -63,12 +63,19 @@ def measure_perplexity(llm: LLM, token_ids: Sequence[int], policy: str | None, w
             a single token is left out.
 
     Raises:
-        RequestError: the text or the window is too short, or the window too long for the engine.
+        RequestError: the text or the window is too short, or the window too long for the engine; or the policy has
+            another rule for decode or sees the whole step, so that windows read whole would say nothing of it.
         PolicyError: there is no policy of that name.
     """
     longest = llm.config.build_config.longest_prompt
     if not 2 <= window <= longest:
         raise RequestError(f"the window is {window} tokens, but this engine takes 2 to {longest}.")
+    name = llm.policies.names[llm.policies.index(policy)]
+    if name in llm.policies.step_policies:
+        raise RequestError(
+            f"policy {name!r} differs by phase or sees the whole step, which windows read whole say nothing of: measure it "
+            "with `adaptive-k eval`, in decode steps."
+        )
     windows = [list(token_ids[start : start + window]) for start in range(0, len(token_ids), window)]
     windows = [tokens for tokens in windows if len(tokens) >= 2]
     if not windows:
@@ -77,7 +84,6 @@ def measure_perplexity(llm: LLM, token_ids: Sequence[int], policy: str | None, w
     batch_size = llm.stats().max_batch_size
     llm.generate(windows[:batch_size], params)
 
-    name = ""
     seconds = total = 0.0
     num_tokens = num_predicted = 0
     runs = ExpertRuns(llm.config.pretrained_config.num_experts_per_tok)
@@ -91,7 +97,6 @@ def measure_perplexity(llm: LLM, token_ids: Sequence[int], policy: str | None, w
             num_tokens += len(tokens)
             num_predicted += len(tokens) - 1
             runs += output.expert_runs  # the one token of the answer is never computed
-            name = output.policy
     return PerplexityResult(
         policy=name,
         perplexity=math.exp(total / num_predicted),

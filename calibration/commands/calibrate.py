@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from adaptive_k_moe.calibration.evaluator import Evaluator
     from adaptive_k_moe.calibration.laboratory import Budget
     from adaptive_k_moe.calibration.windows import Windows
+    from adaptive_k_moe.policy import PolicySet
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--target_avg_k", type=float, metavar="X", help="mean experts run for a token in a layer")
     budget.add_argument("--target_saving", type=float, metavar="PCT", help="per cent of the expert runs left out")
     budget.add_argument("--max_perplexity_increase", type=float, metavar="PCT", help="per cent that may be lost")
+    budget.add_argument(
+        "--target_reads",
+        type=float,
+        metavar="SHARE",
+        help="with --batch_size: experts that a decode step reads, as a share of the full model's",
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        metavar="B",
+        help="calibrate for decode steps of B sequences: finds the prices of a `shared` policy for decode",
+    )
+    parser.add_argument(
+        "--prefill_policy",
+        metavar="NAME",
+        help="with --batch_size: policy of the engine or of OUTPUT that prompts follow (default: full)",
+    )
+    parser.add_argument(
+        "--max_steps", type=int, default=1024, help="with --batch_size: most decode steps of a pass (default: 1024)"
+    )
+    parser.add_argument(
+        "--layer_rounds", type=int, default=4, help="with --batch_size: rounds of prices by layer (default: 4)"
+    )
     parser.add_argument(
         "--policy_kind",
         nargs="+",
@@ -75,6 +99,12 @@ def run(args: argparse.Namespace) -> int:
         from adaptive_k_moe.calibration.errors import CalibrationError
 
         raise CalibrationError(f"{args.bands} bands cannot rank tokens by their entropy: give --bands 2 or more.")
+    if (args.batch_size is None) and (args.target_reads is not None or args.prefill_policy is not None):
+        from adaptive_k_moe.calibration.errors import CalibrationError
+
+        raise CalibrationError("--target_reads and --prefill_policy are for decode steps: give --batch_size, too.")
+    if args.batch_size is not None:
+        return _run_decode(args)
     work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
     known = _known_policies(args.output)
@@ -111,6 +141,115 @@ def run(args: argparse.Namespace) -> int:
     if args.report:
         print(f"report: {args.report / 'index.html'}")
     return 0
+
+
+def _run_decode(args: argparse.Namespace) -> int:
+    """Calibrate for decode steps, write the policy file, and print the table."""
+    from adaptive_k_moe.calibration.calibrate_decode import calibrate_decode
+    from adaptive_k_moe.calibration.decoding import decode_table
+    from adaptive_k_moe.calibration.errors import CalibrationError
+    from adaptive_k_moe.calibration.laboratory import Budget
+    from adaptive_k_moe.engine_builder.commands.console import progress_bar
+    from adaptive_k_moe.files import write_json, write_text
+
+    if args.target_reads is None and args.max_perplexity_increase is None:
+        raise CalibrationError("--batch_size goes with --target_reads or --max_perplexity_increase: give one of them.")
+    if args.policy_kind or args.k_values:
+        raise CalibrationError("--policy_kind and --k_values do not go with --batch_size: leave them out.")
+    rise = args.max_perplexity_increase
+    budget = Budget(reads=args.target_reads, perplexity_increase=None if rise is None else rise / 100)
+    work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
+    args.output.parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
+    known = _known_policies(args.output)
+    with progress_bar("opening") as report:
+        engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report)
+        with _open(engine_dir, args.num_threads) as evaluator:
+            if known.expert_norms is not None:
+                evaluator.expert_norms = known.expert_norms
+            policies = {**_in_nats(evaluator.config.adaptive_k), **_in_nats(known)}
+            fit, heldout = _texts(args, evaluator)
+            result = calibrate_decode(
+                evaluator,
+                fit,
+                heldout,
+                budget,
+                batch=args.batch_size,
+                work_dir=work_dir,
+                name=args.policy_name,
+                known=policies,
+                prefill=_prefill(args.prefill_policy, policies, evaluator.full_k),
+                rounds=args.layer_rounds,
+                max_steps=args.max_steps,
+                timing_rounds=args.timing_rounds,
+                report=report,
+            )
+            names = [args.policy_name] if args.no_opponent else list(result.policies)
+            content = known
+            if known.expert_norms is None:
+                content = known.model_copy(update={"expert_norms": evaluator.expert_norms})
+            for name in names:
+                rule = result.policies[name].model_dump(mode="json", exclude_none=True)
+                for phase in ("prefill", "decode"):
+                    _to_unit(rule[phase], known.unit)
+                content = content.with_policy(name, rule, default=args.default and name == args.policy_name)
+            write_text(args.output, policy_text(_with_full(content, evaluator.full_k)))
+    if args.report:
+        args.report.mkdir(parents=True, exist_ok=True)
+        write_json(args.report / "decode.json", result.to_json())
+    print(f"fitted on {len(fit)} windows of {fit.window} tokens, reported on {len(heldout)} others")
+    print(decode_table(result.reported))
+    print(f"budget met on the reported part: {result.budget_met}")
+    print(f"{', '.join(names)} written to {args.output}")
+    return 0
+
+
+def _in_nats(policies: PolicySet) -> dict[str, Any]:
+    """A set's policies by name, with thresholds in nats."""
+    import math
+
+    from adaptive_k_moe.policy import PolicySet
+
+    if policies.unit == "nats":
+        return dict(policies.policies)
+    content = policies.model_dump(mode="json", exclude_none=True)
+    for policy in content["policies"].values():
+        for rule in (policy, policy.get("prefill", {}), policy.get("decode", {})):
+            _scale_thresholds(rule, math.log(2))
+    return dict(PolicySet.model_validate({**content, "unit": "nats"}).policies)
+
+
+def _to_unit(rule: dict[str, Any], unit: str) -> None:
+    """A rule of a policy file whose thresholds were in nats, in the file's unit."""
+    import math
+
+    if not rule.get("layers", True):
+        del rule["layers"]
+    if unit == "bits":
+        _scale_thresholds(rule, 1 / math.log(2))
+
+
+def _scale_thresholds(rule: dict[str, Any], factor: float) -> None:
+    for choices in [rule, *rule.get("layers", {}).values()]:
+        if "thresholds" in choices:
+            choices["thresholds"] = [limit * factor for limit in choices["thresholds"]]
+
+
+def _prefill(name: str | None, policies: dict[str, Any], full_k: int) -> Any:
+    """The rule that prompts follow: the trained top-k, or a policy's own of one token."""
+    from adaptive_k_moe.calibration.errors import CalibrationError
+    from adaptive_k_moe.policy import FULL, FixedPolicy, rules_of
+    from adaptive_k_moe.policy_kinds import KINDS
+
+    if name is None or name == FULL:
+        return FixedPolicy(kind="fixed", k=full_k)
+    if name not in policies:
+        raise CalibrationError(
+            f"there is no policy {name!r} for prompts: the engine and OUTPUT have {sorted(policies)}."
+        )
+    rule = rules_of(policies[name])[0]
+    if KINDS[rule.kind].sees_step:
+        raise CalibrationError(f"policy {name!r} shares experts, which is for decode: give prompts another one.")
+    return rule
 
 
 def table(result: Calibration) -> str:
@@ -224,27 +363,19 @@ def _known_policies(output: Path) -> Any:
 
 def _policy_file(known: Any, result: Calibration, evaluator: Evaluator, args: argparse.Namespace) -> dict[str, Any]:
     """The known policies with the chosen one and its opponent added or replaced."""
-    import math
-
-    from adaptive_k_moe.policy import FULL, EntropyPolicy
-
-    per_unit = 1 / math.log(2) if known.unit == "bits" else 1.0
     content = known
     if known.expert_norms is None:
         content = known.model_copy(update={"expert_norms": result.expert_norms})
     for point in (result.chosen,) if args.no_opponent else (result.chosen, result.opponent):
         rule = point.policy.model_dump(mode="json", exclude_none=True)  # type: ignore[union-attr]
-        if isinstance(point.policy, EntropyPolicy):
-            if not rule["layers"]:
-                del rule["layers"]
-            for choices in [rule, *rule.get("layers", {}).values()]:
-                if "thresholds" in choices and per_unit != 1.0:
-                    choices["thresholds"] = [limit * per_unit for limit in choices["thresholds"]]
+        _to_unit(rule, known.unit)
         content = content.with_policy(point.name, rule, default=args.default and point is result.chosen)
-    return {
-        **content.to_json(),
-        "policies": {
-            FULL: {"kind": "fixed", "k": evaluator.full_k},
-            **content.to_json()["policies"],
-        },
-    }
+    return _with_full(content, evaluator.full_k)
+
+
+def _with_full(content: PolicySet, full_k: int) -> dict[str, Any]:
+    """A policy file's content, `full` first."""
+    from adaptive_k_moe.policy import FULL
+
+    written = content.to_json()
+    return {**written, "policies": {FULL: {"kind": "fixed", "k": full_k}, **written["policies"]}}

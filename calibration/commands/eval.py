@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adaptive_k_moe.calibration.evaluation import PolicyEvaluation
-    from adaptive_k_moe.calibration.evaluator import Evaluator
-    from adaptive_k_moe.calibration.union import Union
-    from adaptive_k_moe.calibration.windows import Windows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adaptive_k_policy", nargs="+", metavar="NAME", help="policies (default: all of the engine)")
     parser.add_argument("--window", type=int, help="tokens in a window (default: 256, or what the engine takes)")
     parser.add_argument("--max_tokens", type=int, help="use about this many tokens of each text")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 16], help="sequences in a step, for the times")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        nargs="+",
+        default=[1, 4, 16, 64],
+        metavar="B",
+        help="sequences in a step, for decode and the times (default: 1 4 16 64, as they fit the engine and the text)",
+    )
+    parser.add_argument(
+        "--max_steps",
+        type=int,
+        default=1024,
+        help="most decode steps of each policy and batch size; 0 reads none (default: 1024)",
+    )
     parser.add_argument("--rounds", type=int, default=15, help="rounds of timing; 0 takes no times (default: 15)")
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write the figures there, too")
@@ -30,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print the tables."""
+    from adaptive_k_moe.calibration.decoding import decode_table, why_too_large
     from adaptive_k_moe.calibration.evaluation import evaluate
     from adaptive_k_moe.calibration.evaluator import Evaluator
     from adaptive_k_moe.calibration.windows import make_windows, read_text
@@ -45,58 +56,39 @@ def run(args: argparse.Namespace) -> int:
             window = args.window or min(256, build.max_seq_len, build.max_num_tokens)
             evaluator.check_window(window)
             windows = make_windows(evaluator.tokenizer, texts, window, max_tokens=args.max_tokens)
-            results = evaluate(
+            results, decodings = evaluate(
                 evaluator,
                 windows,
                 args.adaptive_k_policy or list(evaluator.config.policies_for_model().policies),
-                batches=args.batch,
+                batches=args.batch_size,
                 rounds=args.rounds,
+                max_steps=args.max_steps,
                 progress=report,
             )
-            found = _unions(args, evaluator, windows, [result.policy for result in results])
+            too_large = {batch: why_too_large(evaluator, windows, batch) for batch in args.batch_size}
+            asked = args.adaptive_k_policy or evaluator.config.policy_tables().names
+            in_steps = [name for name in evaluator.config.policy_tables().step_policies if name in asked]
     print(f"{len(windows)} windows of {window} tokens; intervals are 95 %, over windows or rounds")
     print(table(results))
-    if found:
-        print(union_table(found))
+    if in_steps:
+        print(
+            f"\n{', '.join(in_steps)}: measured in decode steps alone, since windows read whole say nothing of rules "
+            "that differ by phase or see the whole step."
+        )
+    if decodings:
+        print(decode_table(decodings))
+    for batch, reason in too_large.items():
+        if reason is not None:
+            print(f"batch {batch} left out: {reason}")
     if args.output:
         content = {
             "texts": windows.names,
             "window": window,
             "num_windows": len(windows),
-            "distinct_experts": [union.to_json() for union in found],
+            "decode": [decoding.to_json() for decoding in decodings],
         }
         write_json(args.output, {**content, "policies": [result.to_json() for result in results]})
     return 0
-
-
-def union_table(found: Sequence[Union]) -> str:
-    """Distinct experts of a layer in a step, as text."""
-    batches = list(dict.fromkeys(union.batch for union in found))
-    policies = list(dict.fromkeys(union.policy for union in found))
-    width = max(6, *(len(name) for name in policies))
-    lines = [
-        "\ndistinct experts of a layer in one step of decode (against full)",
-        f"{'policy':<{width}}  " + "  ".join(f"{f'x{batch}':>14}" for batch in batches),
-    ]
-    for name in policies:
-        cells = [f"{union.distinct:.2f} ({union.ratio:.3f})" for union in found if union.policy == name]
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>14}" for cell in cells))
-    return "\n".join(lines)
-
-
-def _unions(args: argparse.Namespace, evaluator: Evaluator, windows: Windows, policies: Sequence[str]) -> list[Union]:
-    """Counted where the engine can be looked into, over as many windows as the largest batch has sequences."""
-    from adaptive_k_moe.calibration.routers import can_collect
-
-    if not can_collect(evaluator):
-        return []
-    import numpy as np
-
-    from adaptive_k_moe.calibration.union import unions
-
-    count = min(len(windows), max(args.batch))
-    some = windows.take(np.unique(np.linspace(0, len(windows) - 1, count).astype(np.int64)))
-    return unions(evaluator, some, policies, args.batch)
 
 
 def table(results: Sequence[PolicyEvaluation]) -> str:

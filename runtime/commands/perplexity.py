@@ -54,13 +54,19 @@ def run(args: argparse.Namespace) -> int:
         assert llm.tokenizer is not None
         token_ids = llm.tokenizer.encode(text)[: args.max_tokens]
         window = min(512, llm.config.build_config.longest_prompt) if args.window is None else args.window
-        names = args.adaptive_k_policy or llm.policies.names
+        in_steps = llm.policies.step_policies
+        names = args.adaptive_k_policy or [name for name in llm.policies.names if name not in in_steps]
         for name in names:
             llm.policies.index(name)
         # Every policy is compared with `full`, so that one is always measured.
         policies = list(dict.fromkeys([FULL, *names]))
         results = measure_policies(llm, token_ids, policies, window, rounds=args.rounds)
     print(table(results))
+    if in_steps and not args.adaptive_k_policy:
+        print(
+            f"{', '.join(in_steps)} left out: rules that differ by phase or see the whole step are measured by "
+            "`adaptive-k eval`, in decode steps."
+        )
     if args.output:
         write_json(args.output, report(results, args.text))
     return 0

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adaptive_k_moe.calibration.union import distinct_experts
 from adaptive_k_moe.cli import main
 
 
@@ -18,11 +17,11 @@ def test_all_figures_of_all_policies(
 ) -> None:
     text, output = tmp_path / "text.txt", tmp_path / "new" / "eval.json"
     text.write_text(some_text[:6000], encoding="utf-8")
-    command = f"eval --engine_dir {engine_dir} --text {text} --window 64 --rounds 2 --batch 1 4 --output {output}"
+    command = f"eval --engine_dir {engine_dir} --text {text} --window 64 --rounds 2 --batch_size 1 4 --output {output}"
     options = ["--adaptive_k_policy", "top1", "balanced"]
     assert main([*command.split(), *options]) == 0
     printed = capsys.readouterr().out
-    assert "time against full" in printed and "distinct experts" in printed
+    assert "time against full" in printed and "decode, steps of 4" in printed
     content = json.loads(output.read_text())
     full, top1, balanced = content["policies"]
     assert [full["policy"], top1["policy"], balanced["policy"]] == ["full", "top1", "balanced"]
@@ -39,19 +38,10 @@ def test_all_figures_of_all_policies(
             (phase, batch) for phase in ("prefill", "decode") for batch in (1, 4)
         }
         assert all(t["tokens_per_second"] > 0 for t in policy["timings"])
-    unions = {(item["policy"], item["batch"]): item for item in content["distinct_experts"]}
-    assert unions["full", 1]["distinct"] == 2 and unions["top1", 1]["distinct"] == 1
-    assert unions["balanced", 1]["distinct"] < unions["balanced", 4]["distinct"] < 8
-
-
-def test_the_union_of_a_batch_is_counted_by_hand() -> None:
-    chosen = np.zeros((4, 1, 1, 5), bool)
-    for sequence, experts in enumerate(([0, 1], [1, 2], [3], [3])):
-        chosen[sequence, 0, 0, experts] = True
-    assert distinct_experts(chosen, 1) == (2 + 2 + 1 + 1) / 4
-    assert distinct_experts(chosen, 2) == (3 + 1) / 2
-    assert distinct_experts(chosen, 3) == 4
-    assert distinct_experts(chosen, 4) == 4
+    steps = {(item["policy"], item["batch"]): item for item in content["decode"]}
+    assert steps["full", 1]["reads"] == 2 and steps["top1", 1]["reads"] == 1
+    assert steps["balanced", 1]["reads"] < steps["balanced", 4]["reads"] < 8
+    assert all(item["timing"]["batch"] == item["batch"] for item in steps.values())
 
 
 @pytest.mark.parametrize(

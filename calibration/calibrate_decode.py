@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`calibrate_decode`: the policy that reads few experts in decode steps of a batch, and its opponents at equal reads.
+
+Every candidate is measured in decode steps (``decoding.py``), after a prompt that follows the rule for prompts. Damage
+is the mean KL divergence from the full model, as in ``search.py``. The method:
+
+1. One number for all layers: a policy's numbers are multiplied by a common factor until the budget is used up.
+2. By layer: each layer's number is moved alone, which gives its damage for an expert less to read. Layers whose
+   reads are dearer than the average get a lower number, those whose reads are cheaper a higher one, and step 1 brings
+   the reads back to the budget. What does less damage is kept; where it does not, steps halve.
+
+Opponents are found in the same way: rules of one token by steps 1 and 2, and fixed k by layer along the path that gives
+up the cheapest experts first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adaptive_k_moe.calibration.by_layer import static_by_layer
+from adaptive_k_moe.calibration.decoding import MAX_STEPS, DecodeReader, Decoding
+from adaptive_k_moe.calibration.errors import CalibrationError
+from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
+from adaptive_k_moe.calibration.kinds import Kind
+from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Laboratory, Measured
+from adaptive_k_moe.calibration.solve import CLOSE, best_of, excess, keeps
+from adaptive_k_moe.calibration.timing import time_policies
+from adaptive_k_moe.calibration.traces import EvaluationCache, engine_fingerprint
+from adaptive_k_moe.calibration.windows import Windows
+from adaptive_k_moe.policy import (
+    FULL,
+    EntropyChoices,
+    EntropyPolicy,
+    FixedPolicy,
+    PhasesPolicy,
+    Policy,
+    PolicyTables,
+    RatioChoices,
+    RatioPolicy,
+    SharedChoices,
+    SharedPolicy,
+    TopPPolicy,
+)
+from adaptive_k_moe.policy_kinds import KINDS
+
+Report = Callable[[str, int, int | None], None]
+Factors = Sequence[float]
+
+LARGEST_STEP = 1.0
+"""By how much a layer's number is moved at once in step 2, as a natural logarithm."""
+
+PROBE = 0.3
+"""By how much it is moved to see what that does."""
+
+
+@dataclass(frozen=True)
+class DecodeCalibration:
+    """What `calibrate_decode` found.
+
+    Attributes:
+        name: the policy's.
+        policies: the policy with this name, and its opponents NAME_static and NAME_per_token.
+        fit: scores of each on the part that it was fitted on.
+        reported: all of them, `full` first, in decode steps of the other part.
+        budget: what was asked for.
+        budget_met: on the reported part, "yes" or "no".
+    """
+
+    name: str
+    policies: dict[str, PhasesPolicy]
+    fit: dict[str, Scores]
+    reported: list[Decoding]
+    budget: Budget
+    budget_met: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for `json.dump`."""
+        return {
+            "budget": {name: value for name, value in self.budget._asdict().items() if value is not None},
+            "budget_met_on_reported": self.budget_met,
+            "batch": self.reported[0].batch,
+            "policies": {
+                name: policy.model_dump(mode="json", exclude_none=True) for name, policy in self.policies.items()
+            },
+            "fit": {
+                name: {"avg_k": scores.avg_k, "reads": scores.avg_reads, "kl": scores.mean_kl}
+                for name, scores in self.fit.items()
+            },
+            "reported": [each.to_json() for each in self.reported],
+        }
+
+
+class DecodeLaboratory(Laboratory):
+    """Measures candidates in decode steps, each once.
+
+    Args:
+        reader: the text.
+        evaluator: the engine.
+        prefill: rule of the prompts.
+        directory: keeps scores.
+        report: told about progress.
+    """
+
+    def __init__(
+        self, reader: DecodeReader, evaluator: Evaluator, prefill: Any, directory: Path, report: Report
+    ) -> None:
+        identity = f"{engine_fingerprint(evaluator)}:{reader.windows.fingerprint()}:{reader.batch}:{reader.prompt}"
+        cache = EvaluationCache(directory / "decode.jsonl", identity)
+        super().__init__(
+            evaluator,
+            reader.windows,
+            None,
+            cache,
+            on_evaluation=lambda what: report(
+                f"decode steps of {reader.batch}, {directory.name} part: {what}", len(cache), None
+            ),
+        )
+        self._reader = reader
+        self._prefill = prefill
+
+    def decode(self, kind: Kind, rule: Any) -> Measured:
+        """A rule of decode, behind the rule of the prompts."""
+        return self.measure(Candidate(kind, PhasesPolicy(kind="phases", prefill=self._prefill, decode=rule)))
+
+    def full(self) -> Measured:
+        """The trained top-k in both phases."""
+        return self.measure(Candidate("static", FixedPolicy(kind="fixed", k=self.evaluator.full_k)))
+
+    def _read(self, tables: PolicyTables, rows: int | npt.NDArray[np.int32]) -> Scores:
+        assert isinstance(rows, int)
+        return self._reader.scores(tables, rows)
+
+
+def scaled(rule: Any, factors: Factors, full_k: int) -> Any:
+    """The rule with each layer's numbers multiplied: a larger factor saves more.
+
+    A price and a ratio are numbers that an expert has to reach; of a share to reach it is what may be missing.
+
+    Args:
+        rule: of any kind but `fixed`.
+        factors: [L], or one for a rule that is the same in all layers.
+        full_k: the trained top-k.
+    """
+
+    def moved(choices: Any, factor: float) -> dict[str, Any]:
+        match choices:
+            case EntropyChoices():
+                return {"thresholds": [_short(limit * factor) for limit in choices.thresholds], "k": choices.k}
+            case SharedChoices():
+                return {"price": _short((choices.price or 0.0) * factor)}
+            case RatioChoices():
+                return {"ratio": min(1.0, _short(choices.ratio * factor))}
+            case _:
+                return {"p": max(1e-6, 1 - _short(min(1.0, (1 - choices.p) * factor)))}
+
+    def content(layer: int, factor: float) -> dict[str, Any]:
+        choices = rule.choices(layer, full_k)
+        limits = choices.model_dump(include={"k_min", "k_max"}, exclude_none=True)
+        return {**moved(choices, factor), **limits}
+
+    made: dict[str, Any] = {"kind": rule.kind}
+    if len(set(factors)) == 1 and not rule.layers:
+        made |= content(0, factors[0])
+    else:
+        made["layers"] = {layer: content(layer, factor) for layer, factor in enumerate(factors)}
+    return type(rule).model_validate(made)
+
+
+def meet(
+    laboratory: DecodeLaboratory, rule: Any, start: Factors, budget: Budget, *, passes: int = 10
+) -> Measured | None:
+    """Step 1: the rule, scaled from `start` by one factor more, that uses a budget up; None where none keeps it.
+
+    Args:
+        laboratory: measures.
+        rule: as for `scaled`.
+        start: [L] factors to begin with.
+        budget: the target.
+        passes: most candidates to measure.
+    """
+    low: tuple[float, float] | None = None
+    high: tuple[float, float] | None = None
+    x, step = 0.0, 0.5
+    kept: list[tuple[float, Measured]] = []
+    for _ in range(passes):
+        factors = [factor * math.exp(x) for factor in start]
+        found = laboratory.decode(rule.kind, scaled(rule, factors, laboratory.evaluator.full_k))
+        value = excess(laboratory, found.scores, budget)
+        if keeps(laboratory, found, budget):
+            kept.append((abs(value), found))
+            if abs(value) <= CLOSE:
+                break
+        if value > 0:
+            low = (x, value)
+        else:
+            high = (x, value)
+        if low is not None and high is not None:
+            share = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
+            x = low[0] + share * (high[0] - low[0])
+        else:
+            x, step = x + math.copysign(step, value), step * 2
+    return min(kept, key=lambda item: item[0])[1] if kept else None
+
+
+def by_layer(laboratory: DecodeLaboratory, rule: Any, found: Measured, budget: Budget, rounds: int) -> Measured:
+    """Step 2: layers' numbers moved towards the same damage for each expert less to read.
+
+    Args:
+        laboratory: measures.
+        rule: what `found` is, or the same kind by layer.
+        found: a policy that keeps the budget.
+        budget: the target.
+        rounds: how often numbers are moved.
+    """
+    layers, full_k = laboratory.evaluator.num_layers, laboratory.evaluator.full_k
+    best, here = found, rule
+    direction: npt.NDArray[np.float64] | None = None
+    step = 1.0
+    for _ in range(rounds):
+        if direction is None:
+            prices = []
+            for layer in range(layers):
+                factors = [math.exp(PROBE) if each == layer else 1.0 for each in range(layers)]
+                probe = laboratory.decode(rule.kind, scaled(here, factors, full_k)).scores
+                saved = best.scores.avg_reads - probe.avg_reads
+                prices.append((probe.mean_kl - best.scores.mean_kl) / saved if saved > 0 else math.inf)
+            usual = float(np.median([price for price in prices if 0 < price < math.inf] or [1.0]))
+            # A layer that saves nothing, or costs nothing, is moved as far as one that costs a lot, or little.
+            gaps = np.log(np.clip(np.array(prices) / usual, math.exp(-LARGEST_STEP), math.exp(LARGEST_STEP)))
+            direction = gaps.mean() - gaps
+        moved = meet(laboratory, here, list(np.exp(step * direction)), budget, passes=5)
+        if moved is not None and best_of([best, moved], budget) is moved:
+            best, direction = moved, None
+            assert isinstance(moved.candidate.policy, PhasesPolicy)
+            here = moved.candidate.policy.decode
+        else:
+            step /= 2
+    return best
+
+
+def static_at(laboratory: DecodeLaboratory, reads: float) -> Measured:
+    """The fixed k, by layer or the same everywhere, that does the least damage with no fewer reads than these.
+
+    Args:
+        laboratory: measures.
+        reads: mean experts of a layer and step.
+    """
+    layers, full_k = laboratory.evaluator.num_layers, laboratory.evaluator.full_k
+
+    def measure(ks: Sequence[int]) -> Measured:
+        if len(set(ks)) == 1:
+            return laboratory.decode("static", FixedPolicy(kind="fixed", k=ks[0]))
+        return laboratory.decode("static_per_layer", static_by_layer(ks).policy)
+
+    same = [measure([k] * layers) for k in range(1, full_k + 1)]
+    alone = [
+        [measure([k if at == layer else full_k for at in range(layers)]).scores for k in range(1, full_k + 1)]
+        for layer in range(layers)
+    ]
+    ks, path = [full_k] * layers, [[full_k] * layers]
+    while any(k > 1 for k in ks):
+        costs = {}
+        for layer, k in enumerate(ks):
+            if k > 1:
+                before, after = alone[layer][k - 1], alone[layer][k - 2]
+                costs[layer] = (after.mean_kl - before.mean_kl) / max(before.avg_reads - after.avg_reads, 1e-9)
+        ks[min(costs, key=lambda layer: costs[layer])] -= 1
+        path.append(list(ks))
+    first, last = 0, len(path) - 1  # reads fall along the path
+    while first < last:
+        middle = (first + last + 1) // 2
+        first, last = (middle, last) if measure(path[middle]).scores.avg_reads >= reads else (first, middle - 1)
+    best = measure(path[first])
+    no_dearer = [found for found in same if reads <= found.scores.avg_reads <= best.scores.avg_reads]
+    return min([best, *no_dearer], key=lambda found: found.scores.mean_kl)
+
+
+def per_token_rules(policies: Mapping[str, Policy], norms: bool) -> list[Any]:
+    """Rules of one token to begin with: one number for all layers, and those of a policy file.
+
+    Args:
+        policies: of the engine and of the policy file.
+        norms: whether the norms of the experts' outputs are known.
+    """
+    plain: list[Any] = [RatioPolicy(kind="ratio", ratio=0.1), TopPPolicy(kind="top_p", p=0.8)]
+    for policy in policies.values():
+        if isinstance(policy, (FixedPolicy, PhasesPolicy)) or KINDS[policy.kind].sees_step:
+            continue
+        if isinstance(policy, EntropyPolicy):
+            choices = [*policy.layers.values()] if policy.thresholds is None else [policy, *policy.layers.values()]
+            if not any(each.thresholds for each in choices):
+                continue  # a fixed k by layer has no number to move
+        if norms or not KINDS[policy.kind].uses_norms:
+            plain.append(policy)
+    return plain
+
+
+def check_decode_budget(budget: Budget) -> None:
+    """Refuse a budget that decode steps cannot be fitted to.
+
+    Raises:
+        CalibrationError: saying what is wrong.
+    """
+    if budget.reads is not None and not 0 < budget.reads < 1:
+        raise CalibrationError(
+            f"--target_reads is a share of the experts that the full model reads, between 0 and 1, not {budget.reads:g}."
+        )
+    if budget.perplexity_increase is not None and not 0 <= budget.perplexity_increase < 10:
+        raise CalibrationError("a rise of perplexity is given in per cent, from 0 to below 1000.")
+
+
+def calibrate_decode(
+    evaluator: Evaluator,
+    fit: Windows,
+    heldout: Windows,
+    budget: Budget,
+    *,
+    batch: int,
+    work_dir: Path,
+    name: str = "balanced",
+    known: Mapping[str, Policy] | None = None,
+    prefill: Any = None,
+    rounds: int = 4,
+    max_steps: int = MAX_STEPS,
+    timing_rounds: int = 5,
+    report: Report | None = None,
+) -> DecodeCalibration:
+    """Find the prices that do the least damage within a budget in decode steps of a batch.
+
+    Args:
+        evaluator: the engine.
+        fit: the text to choose on.
+        heldout: the text to report on.
+        budget: a share of the full model's reads, or a rise of perplexity.
+        batch: sequences in a step.
+        work_dir: keeps scores, so that a run that was killed goes on where it was.
+        name: the policy's.
+        known: policies whose rules of one token are opponents, thresholds in nats.
+        prefill: rule of the prompts; None is the trained top-k.
+        rounds: how often layers' numbers are moved.
+        max_steps: most decode steps of a pass over a part of the text.
+        timing_rounds: rounds in which the policies found are timed; 0 takes no times.
+        report: told about progress.
+
+    Raises:
+        CalibrationError: the budget cannot be used or met, or the engine or the text is too small for the batch.
+    """
+    check_decode_budget(budget)
+    report = report or (lambda _what, _done, _total: None)
+    prefill = prefill or FixedPolicy(kind="fixed", k=evaluator.full_k)
+    on_fit, on_heldout = (
+        DecodeLaboratory(
+            DecodeReader(evaluator, part, batch, max_steps=max_steps), evaluator, prefill, work_dir / folder, report
+        )
+        for part, folder in ((fit, "fitted"), (heldout, "reported"))
+    )
+    even = [1.0] * evaluator.num_layers
+    shared = [SharedPolicy(kind="shared", price=0.05, k_min=k_min) for k_min in (1, 0)]
+    starts = [found for found in (meet(on_fit, rule, even, budget) for rule in shared) if found is not None]
+    if not starts:
+        raise CalibrationError(_unreachable(on_fit, budget, batch))
+    start = best_of(starts, budget)
+    chosen = by_layer(on_fit, _decode_rule(start), start, budget, rounds)
+    same = Budget(reads=chosen.scores.avg_reads / on_fit.full().scores.avg_reads)
+    rules = per_token_rules(known or {}, evaluator.expert_norms is not None)
+    tokens = [found for found in (meet(on_fit, rule, even, same) for rule in rules) if found is not None]
+    found = {name: chosen, f"{name}_static": static_at(on_fit, chosen.scores.avg_reads)}
+    if tokens:
+        best = best_of(tokens, same)
+        found[f"{name}_per_token"] = by_layer(on_fit, _decode_rule(best), best, same, rounds)
+    policies = {label: item.candidate.policy for label, item in found.items()}
+    tables = evaluator.tables(policies)
+    timings = []
+    if timing_rounds:
+        report("timing", 0, None)
+        timings = time_policies(
+            evaluator, heldout, tables, list(policies), batches=(batch,), rounds=timing_rounds, phases=("decode",)
+        )
+    full = on_heldout.full().scores
+    reported = [
+        Decoding(
+            label,
+            batch,
+            full if label == FULL else on_heldout.measure(found[label].candidate).scores,
+            full,
+            next((timing for timing in timings if timing.policy == label), None),
+        )
+        for label in (FULL, *found)
+    ]
+    own = reported[1]
+    if budget.reads is not None:
+        met = own.reads_share <= budget.reads + CLOSE
+    else:
+        met = own.perplexity_change.value <= (budget.perplexity_increase or 0.0)
+    return DecodeCalibration(
+        name,
+        {label: policy for label, policy in policies.items() if isinstance(policy, PhasesPolicy)},
+        {label: item.scores for label, item in found.items()},
+        reported,
+        budget,
+        "yes" if met else "no",
+    )
+
+
+def _decode_rule(found: Measured) -> Any:
+    assert isinstance(found.candidate.policy, PhasesPolicy)
+    return found.candidate.policy.decode
+
+
+def _unreachable(laboratory: DecodeLaboratory, budget: Budget, batch: int) -> str:
+    """Why no price keeps the budget."""
+    if budget.reads is None:
+        return "no price keeps the rise of perplexity: give a larger --max_perplexity_increase."
+    lowest = laboratory.decode("shared", SharedPolicy(kind="shared", price=1e6, k_min=1)).scores.avg_reads
+    share = lowest / laboratory.full().scores.avg_reads
+    return (
+        f"reads of {budget.reads:g} of the full model's were not reached in decode steps of {batch}: where each token "
+        f"keeps its first expert alone they are {share:.3f}; give a larger --target_reads."
+    )
+
+
+def _short(number: float) -> float:
+    """Four digits: the file says what was measured."""
+    return float(f"{number:.4g}")

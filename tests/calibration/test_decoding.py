@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts in decode steps: against windows read whole, against hand-made steps, and calibration on top of them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adaptive_k_moe.calibration.calibrate_decode import DecodeCalibration, calibrate_decode
+from adaptive_k_moe.calibration.decoding import DecodeReader
+from adaptive_k_moe.calibration.errors import CalibrationError
+from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
+from adaptive_k_moe.calibration.laboratory import Budget
+from adaptive_k_moe.calibration.solve import CLOSE
+from adaptive_k_moe.calibration.windows import Windows
+from adaptive_k_moe.cli import main
+from adaptive_k_moe.errors import RequestError
+from adaptive_k_moe.policy import FixedPolicy, PhasesPolicy, Policy, RatioPolicy, SharedPolicy, read_policy_file
+from adaptive_k_moe.runtime import LLM
+from adaptive_k_moe.runtime.perplexity import measure_perplexity
+
+BATCH = 4
+FULL = FixedPolicy(kind="fixed", k=2)
+
+
+@pytest.fixture(scope="module")
+def reader(evaluator: Evaluator, parts: tuple[Windows, Windows]) -> DecodeReader:
+    return DecodeReader(evaluator, parts[0], BATCH)
+
+
+def read(evaluator: Evaluator, reader: DecodeReader, policy: Policy) -> Scores:
+    return reader.scores(evaluator.tables({"asked": policy}), 1)
+
+
+def shared(price: float, k_min: int = 1) -> PhasesPolicy:
+    rule = SharedPolicy(kind="shared", price=price, k_min=k_min)
+    return PhasesPolicy(kind="phases", prefill=FULL, decode=rule)
+
+
+def test_full_decoded_is_full_read_whole(evaluator: Evaluator, reader: DecodeReader) -> None:
+    again = read(evaluator, reader, FULL)
+    assert again.kl.max() < 1e-6 and (again.agreement == 1).all() and (again.k == 2).all()
+    whole = np.empty(len(reader.windows))
+    for batch in evaluator.batches(reader.windows, evaluator.tables({}), 0):
+        first = reader.prompt + 1 - reader.windows.first  # the first prediction that a decoded token makes
+        targets = reader.windows.tokens[batch.windows, reader.prompt + 1 :]
+        whole[batch.windows] = -np.take_along_axis(batch.log_probs[:, first:], targets[..., None], -1).mean((1, 2))
+    np.testing.assert_allclose(again.nll, whole, atol=1e-4)
+
+
+def test_a_rule_of_one_token_decodes_as_it_reads_whole(evaluator: Evaluator, reader: DecodeReader) -> None:
+    """k of each decoded token is the one that it has in a window read whole, whatever its company."""
+    rule = RatioPolicy(kind="ratio", ratio=0.5)
+    decoded = read(evaluator, reader, rule)
+    for batch in evaluator.batches(reader.windows, evaluator.tables({"asked": rule}), 1):
+        expected = batch.k[:, reader.prompt : -1].mean(axis=1)
+        np.testing.assert_allclose(decoded.k[batch.windows], expected, atol=0.05)
+
+
+def test_reads_lie_between_one_tokens_experts_and_the_batchs(evaluator: Evaluator, reader: DecodeReader) -> None:
+    steps = list(reader.steps(evaluator.tables({"asked": FixedPolicy(kind="fixed", k=1)}), 1))
+    assert {len(step.windows) for step in steps} == {BATCH}
+    assert [step.position for step in steps[:2]] == [reader.prompt, reader.prompt + 1]
+    reads = np.array([step.reads for step in steps])
+    assert reads.min() >= 1 and reads.max() <= BATCH and 1 < reads.mean() < BATCH
+    alone = DecodeReader(evaluator, reader.windows, 1, max_steps=1)
+    assert {int(step.reads.max()) for step in alone.steps(evaluator.tables({}), 0)} == {2}
+
+
+def test_reads_of_shared_fall_as_the_price_rises(evaluator: Evaluator, reader: DecodeReader) -> None:
+    found = [read(evaluator, reader, shared(price)) for price in (1e-6, 0.1, 0.3, 1.0, 100.0)]
+    reads = [scores.avg_reads for scores in found]
+    assert reads == sorted(reads, reverse=True) and reads[-1] < 0.7 * reads[0]
+    assert reads[0] == pytest.approx(reader.full().avg_reads) and found[0].mean_kl < 1e-6
+    kl = [scores.mean_kl for scores in found]
+    assert kl[1] < kl[2] < kl[4]
+
+
+def test_prompts_follow_their_own_rule(evaluator: Evaluator, reader: DecodeReader) -> None:
+    low = FixedPolicy(kind="fixed", k=1)
+    swapped = [PhasesPolicy(kind="phases", prefill=a, decode=b) for a, b in ((low, FULL), (FULL, low))]
+    prompts, answers = (read(evaluator, reader, policy) for policy in swapped)
+    assert (prompts.k == 2).all() and (answers.k == 1).all()
+    assert 0 < prompts.mean_kl < answers.mean_kl
+
+
+@pytest.mark.parametrize(
+    ("batch", "sentence"), [(0, "at least 1 sequence"), (17, "at most 16 sequences"), (16, "fills only . windows")]
+)
+def test_steps_that_do_not_fit_are_refused(
+    evaluator: Evaluator, reader: DecodeReader, batch: int, sentence: str
+) -> None:
+    few = reader.windows.take(np.arange(8))
+    with pytest.raises(CalibrationError, match=sentence):
+        DecodeReader(evaluator, few, batch)
+
+
+@pytest.fixture(scope="module")
+def result(
+    evaluator: Evaluator, parts: tuple[Windows, Windows], tmp_path_factory: pytest.TempPathFactory
+) -> DecodeCalibration:
+    return calibrate_decode(
+        evaluator,
+        *parts,
+        Budget(reads=0.75),
+        batch=BATCH,
+        work_dir=tmp_path_factory.mktemp("decode"),
+        name="few",
+        known={"mine": RatioPolicy(kind="ratio", ratio=0.4)},
+        rounds=1,
+        timing_rounds=1,
+    )
+
+
+def test_calibration_meets_its_target_and_beats_its_opponents(result: DecodeCalibration) -> None:
+    full, few, static, per_token = result.reported
+    assert [each.policy for each in result.reported] == ["full", "few", "few_static", "few_per_token"]
+    fitted = {name: scores.avg_reads for name, scores in result.fit.items()}
+    share = fitted["few"] / full.scores.avg_reads * full.reads_share
+    assert share == pytest.approx(0.75, abs=0.05)
+    assert abs(few.reads_share - 0.75) < 0.03  # another text than the one it was fitted on
+    assert fitted["few_static"] >= fitted["few"]
+    assert fitted["few_per_token"] == pytest.approx(fitted["few"], rel=4 * CLOSE)
+    assert result.fit["few"].mean_kl < min(result.fit[name].mean_kl for name in ("few_static", "few_per_token"))
+    assert few.scores.mean_kl < min(static.scores.mean_kl, per_token.scores.mean_kl)
+    assert all(each.timing is not None and each.timing.phase == "decode" for each in result.reported)
+    assert result.policies["few"].prefill == FULL and result.policies["few"].decode.kind == "shared"
+
+
+def test_prices_by_layer_are_no_worse_than_one_price(
+    evaluator: Evaluator, parts: tuple[Windows, Windows], result: DecodeCalibration, tmp_path: Path
+) -> None:
+    one = calibrate_decode(
+        evaluator, *parts, Budget(reads=0.75), batch=BATCH, work_dir=tmp_path, name="few", rounds=0, timing_rounds=0
+    )
+    assert one.policies["few"].decode.layers == {}
+    assert result.fit["few"].mean_kl <= one.fit["few"].mean_kl
+    assert all(each.timing is None for each in one.reported)
+
+
+def test_the_commands_write_and_measure_what_shares(
+    engine_dir: Path, some_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, output = tmp_path / "text.txt", tmp_path / "policy.json"
+    text.write_text(some_text[:3600], encoding="utf-8")
+    mine = {"kind": "entropy", "thresholds": [1.0], "k": [1, 2]}
+    output.write_text(json.dumps({"unit": "bits", "policies": {"mine": mine}}))
+    base = f"calibrate --engine_dir {engine_dir} --text {text} --window 64 --output {output} --policy_name few"
+    options = "--batch_size 4 --max_perplexity_increase 5 --layer_rounds 1 --timing_rounds 0 --max_steps 31"
+    assert main([*base.split(), *options.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "budget met on the reported part" in printed and "time against full" not in printed
+    written = read_policy_file(output)
+    assert [*written.policies][:3] == ["full", "mine", "few"] and written.unit == "bits"
+    assert written.to_json()["policies"]["mine"] == mine
+    assert written.policies["few"].kind == "phases"
+
+    engine = shutil.copytree(engine_dir, tmp_path / "engine")
+    assert main(["policy", "set", "--engine_dir", str(engine), "--file", str(output)]) == 0
+    figures = tmp_path / "eval.json"
+    command = f"eval --engine_dir {engine} --text {text} --window 64 --rounds 0 --batch_size 4 64 --output {figures}"
+    assert main(command.split()) == 0
+    printed = capsys.readouterr().out
+    assert "measured in decode steps alone" in printed
+    assert "batch 64 left out: this engine takes at most 16 sequences" in printed
+    content = json.loads(figures.read_text())
+    assert [each["policy"] for each in content["policies"]] == ["full", "mine"]
+    decode = {each["policy"]: each for each in content["decode"]}
+    assert decode["full"]["kl_to_full_nats"]["value"] < 1e-6 and decode["full"]["reads_share"] == 1
+    assert decode["few"]["reads_share"] < 1 and decode["few"]["kl_to_full_nats"]["value"] > 0
+
+    assert main(["perplexity", "--engine_dir", str(engine), "--text", str(text), "--window", "64"]) == 0
+    assert "left out: rules that differ by phase or see the whole step" in capsys.readouterr().out
+    with LLM(engine) as llm, pytest.raises(RequestError, match="measure it with `adaptive-k eval`"):
+        measure_perplexity(llm, list(range(20, 40)), "few", 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--target_reads 0.7", "--target_reads and --prefill_policy are for decode steps"),
+        ("--batch_size 4 --target_saving 20", "--batch_size goes with --target_reads or --max_perplexity_increase"),
+        ("--batch_size 4 --target_reads 1.5", "between 0 and 1, not 1.5"),
+        ("--batch_size 4 --target_reads 0.7 --k_values 1 2", "do not go with --batch_size"),
+        ("--batch_size 99 --target_reads 0.7", "this engine takes at most 16 sequences in a step"),
+        ("--batch_size 4 --target_reads 0.7 --prefill_policy none", "there is no policy 'none' for prompts"),
+        ("--batch_size 2 --target_reads 0.01 --max_steps 31", "reads of 0.01 of the full model's were not reached"),
+    ],
+)
+def test_refusals_are_one_line(
+    engine_dir: Path, some_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, sentence: str
+) -> None:
+    text, output = tmp_path / "text.txt", tmp_path / "p.json"
+    text.write_text(some_text[:3000], encoding="utf-8")
+    base = f"calibrate --engine_dir {engine_dir} --text {text} --output {output} --window 64 {options}"
+    assert main(base.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("adaptive-k: error: ") and sentence in error and error.count("\n") == 1
+    assert not output.exists()
