@@ -49,6 +49,8 @@ LEFT_OUT = (
     (r"make cuda|CUTLASS|cuobjdump|nvcc", "the CUDA library: make cuda, where a CUDA toolkit is"),
     (r"tensorrt_rtx", "TensorRT for RTX: x86-64, and a Python that its wheels are for"),
     (r"TensorRT|NvInfer", "TensorRT: TENSORRT_ROOT=... make cuda, and its Python package (docs/tensorrt_plugin.md)"),
+    (r"Triton is not installed", "Triton's compiler, which comes with torch for CUDA: pip install triton"),
+    (r"litellm", "LiteLLM: make litellm"),
     (r"torch|transformers", "torch and transformers: pip install '.[training]'"),
     (r"this machine has", "other instructions than this processor's: run them on another"),
     (r"openssl", "openssl: apt-get install openssl"),
