@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from adaptive_k_moe.arguments import check_arguments
 from adaptive_k_moe.engine_builder.checkpoint import CheckpointTensors, HfConfig
