@@ -16,16 +16,18 @@ from onnx import TensorProto, helper, numpy_helper
 from adaptive_k_moe.engine_builder.graph.weight_only import quantise
 from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.model_config import QuantizationConfig
+from adaptive_k_moe.plugin.description import WEIGHT_FORMATS
 
 OPSET = 24
 IR_VERSION = 11
+
+_QUANTISED = {name: form for name, form in WEIGHT_FORMATS.items() if form.quantised}
 
 DATA_TYPES = {
     "float32": TensorProto.FLOAT,
     "float16": TensorProto.FLOAT16,
     "bfloat16": TensorProto.BFLOAT16,
-    "int4": TensorProto.INT4,
-    "int8": TensorProto.INT8,
+    **{name: TensorProto.DataType.Value(name.upper()) for name in _QUANTISED},
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
 }
@@ -33,14 +35,18 @@ NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int4": np.dtype(np.int8),
-    "int8": np.dtype(np.int8),
+    **{name: np.dtype(np.int8) for name in _QUANTISED},
 }
 
 # Weights start at page boundaries, so that a runtime can map each of them.
 _ALIGNMENT = 4096
 
 Array = npt.NDArray[Any]
+
+
+def _bits(dtype: str) -> int:
+    """Bits of a value."""
+    return _QUANTISED[dtype].bits if dtype in _QUANTISED else 8 * NUMPY_TYPES[dtype].itemsize
 
 
 class GraphBuilder:
@@ -121,7 +127,7 @@ class GraphBuilder:
                 require_float16(name, piece)
             self._data.write(np.ascontiguousarray(piece, dtype=NUMPY_TYPES[dtype]).view(np.uint8).data)
         length = self._data.tell() - offset
-        expected = int(np.prod(shape)) * NUMPY_TYPES[dtype].itemsize // (2 if dtype == "int4" else 1)
+        expected = int(np.prod(shape)) * _bits(dtype) // 8
         if length != expected:
             raise AssertionError(f"weight {name} streamed {length} bytes instead of {expected}")
         tensor = TensorProto(name=name, data_type=DATA_TYPES[dtype], dims=list(shape))
@@ -167,8 +173,8 @@ class GraphBuilder:
                 yield integers
 
         *rows, length = shape
-        if for_operator and quantization.bits == 4:
-            self.weight(name, "int8", [*rows, length // 2], values())
+        if for_operator:
+            self.weight(name, "int8", [*rows, length * quantization.bits // 8], values())
         else:
             self.weight(name, quantization.weight_format, shape, values())
         groups = [length // quantization.group_size] if quantization.group_size else [1] if for_operator else []

@@ -56,8 +56,11 @@ ADAPTIVE_K_HD constexpr int32_t bits_of(WeightFormat format) {
   return 0;
 }
 
-// Whether CPUs compute a format. Which GPUs do is in cuda/moe/weights.h.
+// What computes a format; the others refuse it by name.
 constexpr bool on_cpus(WeightFormat format) { return format != WeightFormat::kFloat16; }
+constexpr bool on_gpus(WeightFormat format) {
+  return !is_quantised(format) || format == WeightFormat::kInt8 || format == WeightFormat::kInt4;
+}
 
 // Rows of quantised weights are a multiple of this long: 16 bytes of values.
 ADAPTIVE_K_HD constexpr int32_t row_multiple(WeightFormat format) {

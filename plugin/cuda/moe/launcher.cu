@@ -63,7 +63,7 @@ const char* check(const MoeParams& params, const MoeShape& s) {
   if (s.hidden < 1 || s.intermediate < 1) return "hidden and intermediate size must be positive";
   if (!is_one_of(static_cast<int32_t>(s.element), 2)) return "the element type is unknown";
   const WeightFormat format = params.weight_format;
-  if (!is_one_of(static_cast<int32_t>(format), words_of(format).count - 1))
+  if (!is_one_of(static_cast<int32_t>(format), words_of(format).count - 1) || !on_gpus(format))
     return "the weight format is unknown";
   if (!is_quantised(format) && stored_format(format, format_of(s.element)) != format_of(s.element))
     return "weights that are not quantised must be of hidden_states' type";

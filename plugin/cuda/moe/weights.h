@@ -41,7 +41,8 @@ __device__ __forceinline__ void unpack_int4(uint32_t word, float* to) {
 // in one word, or begin one.
 template <WeightFormat format, int kCount>
 __device__ __forceinline__ void unpack_quantised(const uint32_t* words, int first, float* to) {
-  static_assert(format == WeightFormat::kInt8 || format == WeightFormat::kInt4, "a case for each");
+  static_assert(format == WeightFormat::kInt8 || format == WeightFormat::kInt4,
+                "a case for each of on_gpus()");
   if constexpr (format == WeightFormat::kInt8) {
 #pragma unroll
     for (int i = 0; i < kCount / 4; ++i) unpack_int8(words[first / 4 + i], to + 4 * i);
