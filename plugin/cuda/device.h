@@ -24,6 +24,11 @@ enum Fault : int {
   kFaultRouteWeight,   // weights not divided by their sum
   kFaultRouteBarrier,
   kFaultRouteNorm,           // contributions without the norms
+  kFaultShareMask,           // experts that are not read can be selected again
+  kFaultShareStartBarrier,   // no barrier between routing alone and sharing
+  kFaultShareBarrier,        // no barrier between marking what is read and reading it
+  kFaultShareWorthBarrier,   // no barrier between an expert's worth and its comparison with others
+  kFaultShareChunkBarrier,   // no barrier before the bitmap takes the next chunk of tokens
   kFaultPlanRank,            // ranks within a chunk ignore their own word of the bitmap
   kFaultPlanBase,            // earlier chunks of tokens not counted
   kFaultPlanStartBarrier,    // no barrier between clearing the bitmap (and routing) and filling it

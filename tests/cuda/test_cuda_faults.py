@@ -36,6 +36,11 @@ CASES: dict[str, tuple[dict[str, Any], str, Callable[..., None]]] = {
     "kFaultRouteWeight": (SMALL, "plain", check_routing),
     "kFaultRouteBarrier": ({**SMALL, "experts": 200}, "plain", check_routing),
     "kFaultRouteNorm": ({**MANY, "experts": 16, "max_k": 8}, "plain", check_routing),
+    "kFaultShareMask": ({**MANY, "experts": 16}, "plain", check_routing),
+    "kFaultShareStartBarrier": ({**MANY, "tokens": 12, "experts": 16}, "plain", check_routing),
+    "kFaultShareBarrier": ({**MANY, "tokens": 32, "experts": 128}, "plain", check_routing),
+    "kFaultShareWorthBarrier": ({**MANY, "experts": 128}, "plain", check_routing),
+    "kFaultShareChunkBarrier": ({**MANY, "tokens": 300, "experts": 64}, "plain", check_routing),
     "kFaultPlanRank": (MANY, "plain", check_plan),
     "kFaultPlanBase": ({**MANY, "tokens": 300, "hidden": 8, "intermediate": 8, "path": "prefill"}, "plain", check_plan),
     "kFaultPlanStartBarrier": (SMALL, "plain", check_plan),
@@ -96,7 +101,7 @@ def failures(interpreter: Interpreter, name: str, fault: int, seeds: range) -> i
     """In how many runs the check fails, or the interpreter itself objects."""
     shape, logits, check = CASES[name]
     layer = Layer(**shape)
-    inputs, exact = make_inputs(layer, 0, logits=logits)
+    inputs, exact = make_inputs(layer, 0, logits=logits, sharing="Share" in name)
     failed = 0
     for seed in seeds:
         try:

@@ -83,6 +83,7 @@ def test_blocks_of_the_table_are_those_of_the_launches(interpreter: Interpreter)
     """Threads and shared memory, from which the occupancy follows, as the launcher asks for them."""
     for layer in (
         Layer(3, 32, 32, 4, path="decode"),
+        Layer(3, 32, 32, 200, path="decode"),
         Layer(100, 32, 32, 4, path="decode"),
         Layer(200, 32, 32, 200, path="prefill"),
         Layer(3, 32, 32, 4, path="prefill", weights="int8"),

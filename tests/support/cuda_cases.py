@@ -79,6 +79,24 @@ def make_policies(rng: np.random.Generator, experts: int, most: int) -> tuple[Ar
     return kind, thresholds, k_values
 
 
+def add_sharing(rng: np.random.Generator, table: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    """The table with rows that share: two prices, two numbers of experts, and a price that nothing reaches."""
+    kind, thresholds, k_values = table
+    most = int(k_values.max())
+    kinds = [
+        oracle.SHARED_PRICE,
+        oracle.SHARED_EXPERTS,
+        oracle.SHARED_PRICE,
+        oracle.SHARED_EXPERTS,
+        oracle.SHARED_PRICE,
+    ]
+    parameters = np.array([rng.uniform(0.05, 0.3), rng.integers(0, 4), rng.uniform(0.3, 1.5), 2, 1e6])
+    limits = np.full((len(kinds), thresholds.shape[1]), np.inf, np.float32)
+    limits[:, 0] = parameters
+    ks = np.array([[least, most, most] for least in (0, 0, 1, min(1, most), 0)], np.int32)
+    return np.append(kind, np.int32(kinds)), np.concatenate([thresholds, limits]), np.concatenate([k_values, ks])
+
+
 def random_weights(rng: np.random.Generator, experts: int, n: int, k: int) -> Array:
     """Normal numbers [experts, n, k], of variance 1 / k. A large layer repeats a piece whose length is a prime, so that
     drawing a billion numbers takes a second and no two experts are alike."""
@@ -88,12 +106,15 @@ def random_weights(rng: np.random.Generator, experts: int, n: int, k: int) -> Ar
 
 
 def make_inputs(
-    layer: Layer, seed: int, *, logits: str = "plain", bias: bool = False, most: int = 8
+    layer: Layer, seed: int, *, logits: str = "plain", bias: bool = False, most: int = 8, sharing: bool = False
 ) -> tuple[Inputs, Inputs]:
-    """The launcher's inputs and the oracle's (weights as the numbers that they stand for)."""
+    """The launcher's inputs and the oracle's (weights as the numbers that they stand for). With `sharing`, about half
+    of the tokens follow rows that share."""
     rng = np.random.default_rng(seed)
     dtype = DTYPES[layer.element]
     kind, thresholds, k_values = make_policies(rng, layer.experts, most)
+    if sharing:
+        kind, thresholds, k_values = add_sharing(rng, (kind, thresholds, k_values))
     layer.policies, layer.choices = k_values.shape
     wide = 2 if layer.activation in oracle.GATED else 1
     inputs: Inputs = {
@@ -150,21 +171,17 @@ def expected(layer: Layer, exact: Inputs) -> tuple[Array, Array, Array]:
         )
 
 
-def expected_routing(layer: Layer, exact: Inputs) -> list[oracle.TokenRouting]:
-    rows = np.clip(exact["policy_index"], 0, len(exact["policy_kind"]) - 1)
+def expected_routing(layer: Layer, exact: Inputs, close: list[float] | None = None) -> list[oracle.TokenRouting]:
+    """The step's routing; for `close`, see oracle.route_step."""
+    names = ("router_logits", "policy_index", "policy_kind", "thresholds", "k_values")
     with np.errstate(all="ignore"):
-        return [
-            oracle.route_token(
-                exact["router_logits"][t],
-                int(exact["policy_kind"][row]),
-                exact["thresholds"][row],
-                exact["k_values"][row],
-                correction_bias=exact["correction_bias"],
-                expert_norms=exact["expert_norms"],
-                **routing_arguments(layer),
-            )
-            for t, row in enumerate(rows)
-        ]
+        return oracle.route_step(
+            *(exact[name] for name in names),
+            close=close,
+            correction_bias=exact["correction_bias"],
+            expert_norms=exact["expert_norms"],
+            **routing_arguments(layer),
+        )
 
 
 def check_plan(layer: Layer, exact: Inputs, result: Result) -> None:

@@ -192,7 +192,7 @@ class Interpreter(Library):
         self.lib.simt_set_garbage(garbage)
         output = np.full((layer.tokens, layer.hidden), 77, DTYPES[layer.element])
         k = np.full(layer.tokens, -1, np.int32)
-        entropy = np.full(layer.tokens, -1, np.float32)
+        entropy = np.full(layer.tokens, np.nan, np.float32)  # read too early, it keeps a token from sharing
         # As large as promised, with room to align it.
         size = self.workspace_size(layer)
         memory = np.full(size + 256, garbage, np.uint8)

@@ -22,7 +22,8 @@ TABLE = ROOT / "tests" / "cuda" / "resources.json"
 # Threads of a block and the dynamic shared memory that a launch asks for, by the kernel's name; the others
 # are CUTLASS's.
 BLOCKS = {
-    "route_and_plan_kernel": (512, 16 * 2328 + 10368),
+    "route_and_plan_kernel": (512, 16 * 2328 + 10368 + 1280),
+    "share_kernel": (512, 10368 + 4608),
     "route_by_warp": (128, 4 * 2328),
     "route_by_block": (128, 8520),
     "plan_one_chunk": (512, 10368),
@@ -100,7 +101,7 @@ def kernel_name(mangled: str) -> str:
     if fill := re.search(r"\d+(fill_sm80|fill_cutlass3)I", mangled):
         return fill[1]
     ours = re.search(
-        r"\d+(route_and_plan_kernel|route_by_warp|route_by_block|plan_one_chunk|plan_count|plan_scan|plan_place|list_tiles|copy_states)",
+        r"\d+(route_and_plan_kernel|share_kernel|route_by_warp|route_by_block|plan_one_chunk|plan_count|plan_scan|plan_place|list_tiles|copy_states)",
         mangled,
     )
     if ours:

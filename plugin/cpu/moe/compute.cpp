@@ -337,14 +337,21 @@ void share(const MoeParams& params, const MoeArguments& args, const Policies& po
                             weights};
   std::vector<uint8_t> paid(num_experts), read;
   const int64_t expert_grain = std::max<int64_t>(1, 4096 / tokens);
-  parallel_for(num_experts, expert_grain, serial,
-               [&](int64_t e) { paid[e] = is_paid_for(step, static_cast<int32_t>(e)); });
+  parallel_for(num_experts, expert_grain, serial, [&](int64_t e) {
+    Payment payment;
+    for (int64_t t = 0; t < tokens && !payment.kept; ++t)
+      pay(step, t, static_cast<int32_t>(e), &payment);
+    paid[e] = pays(payment);
+  });
   read = paid;
   std::vector<double> worth(num_experts);
   for (int32_t p = 0; p < policies.count; ++p) {
     if (policies.kind[p] != static_cast<int32_t>(PolicyKind::kSharedExperts)) continue;
-    parallel_for(num_experts, expert_grain, serial,
-                 [&](int64_t e) { worth[e] = worth_to_row(step, p, static_cast<int32_t>(e)); });
+    parallel_for(num_experts, expert_grain, serial, [&](int64_t e) {
+      worth[e] = 0;
+      for (int64_t t = 0; t < tokens; ++t)
+        give_to_row(step, t, p, static_cast<int32_t>(e), &worth[e]);
+    });
     const int32_t additions = additions_of_row(policies.row(p));
     for (int32_t e = 0; e < num_experts; ++e)
       read[e] |= is_added(worth.data(), paid.data(), num_experts, e, additions);

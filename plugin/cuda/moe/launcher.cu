@@ -111,6 +111,7 @@ Workspace lay_out(const MoeParams& params, const MoeShape& s, Path path) {
   };
   w.experts = reserve(rows * 4);
   w.weights = reserve(rows * 4);
+  w.read = reserve(s.experts);
   w.chunk_counts = reserve(chunks * s.experts * 4);
   w.offsets = reserve((s.experts + int64_t{1}) * 4);
   w.active = reserve(s.experts * int64_t{4});
@@ -189,6 +190,7 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   r.entropy = a.entropy;
   r.experts = integers(w.experts);
   r.weights = floats(w.weights);
+  r.read = reinterpret_cast<uint8_t*>(base + w.read);
 
   PlanArguments p = {};
   p.tokens = s.tokens;
@@ -202,12 +204,7 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   p.num_active = integers(w.num_active);
   p.row_token = integers(w.row_token);
   p.token_rows = integers(w.token_rows);
-  if (route_and_plan_fits(s.tokens, s.experts)) {
-    ADAPTIVE_K_RETURN_IF(route_and_plan(r, p, stream));
-  } else {
-    ADAPTIVE_K_RETURN_IF(route(r, stream));
-    ADAPTIVE_K_RETURN_IF(plan(p, stream));
-  }
+  ADAPTIVE_K_RETURN_IF(route_and_plan(r, p, stream));
 
   const int64_t max_rows = s.tokens * capacity;
   if (path == Path::kDecode || quantised) {

@@ -22,8 +22,11 @@ struct RouteArguments {
   float* entropy;                // [T]
   int32_t* experts;              // [T, capacity], best first, -1 after the first k
   float* weights;                // [T, capacity], 0 after the first k
+  uint8_t* read;                 // [E] scratch: which experts a step with sharing tokens reads
 };
 
-cudaError_t route(const RouteArguments& arguments, cudaStream_t stream);
+// Each token as if it were alone; or, `again`, only those that take part in sharing, among the
+// experts that are marked in `read` (see operator/moe/sharing.h).
+cudaError_t route(const RouteArguments& arguments, bool again, cudaStream_t stream);
 
 }  // namespace adaptive_k::cuda

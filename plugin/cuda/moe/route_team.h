@@ -115,10 +115,11 @@ class Team {
 
 // At a fixed k an entropy row needs nothing but the entropy; the team computes
 // all the same things for every kind of row, since they cost less than a second
-// path would.
+// path would. With `read` [num_experts], only experts that are marked in it can be selected: then
+// k may be 0.
 template <int kWarps>
-__device__ void route_with_team(const RouteArguments& a, int64_t token, Team<kWarps>& team,
-                                TeamShared<kWarps>& shared) {
+__device__ void route_with_team(const RouteArguments& a, int64_t token, const uint8_t* read,
+                                Team<kWarps>& team, TeamShared<kWarps>& shared) {
   const int num_experts = a.num_experts;
   const float* logits = a.logits + token * num_experts;
   const auto larger = [](double x, double y) { return y > x ? y : x; };
@@ -220,6 +221,13 @@ __device__ void route_with_team(const RouteArguments& a, int64_t token, Team<kWa
         open[i] = shared.group_kept[(team.rank() + i * Team<kWarps>::kThreads) / group_size] != 0;
   }
 
+  // Groups are compared by all of their experts, read or not.
+  if (read != nullptr && !fault(kFaultShareMask)) {
+#pragma unroll
+    for (int i = 0; i < kExpertsPerThread; ++i)
+      if (open[i]) open[i] = read[team.rank() + i * Team<kWarps>::kThreads] != 0;
+  }
+
   for (int j = 0; j < k; ++j) {
     Candidate mine = {NAN, kNoExpert};
 #pragma unroll
@@ -227,6 +235,10 @@ __device__ void route_with_team(const RouteArguments& a, int64_t token, Team<kWa
       if (open[i]) mine = better({key[i], team.rank() + i * Team<kWarps>::kThreads}, mine);
     }
     const Candidate chosen = team.best(mine);
+    if (chosen.index == kNoExpert) {  // fewer are read
+      k = j;
+      break;
+    }
 #pragma unroll
     for (int i = 0; i < kExpertsPerThread; ++i) {
       if (chosen.index == team.rank() + i * Team<kWarps>::kThreads) {

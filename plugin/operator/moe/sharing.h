@@ -53,33 +53,37 @@ ADAPTIVE_K_HD int32_t rank_of(const SharingStep& s, int64_t token, int32_t exper
   return rank;
 }
 
-// Whether an expert is read before kSharedExperts rows add theirs.
-ADAPTIVE_K_HD bool is_paid_for(const SharingStep& s, int32_t expert) {
-  double worth = 0;
-  for (int64_t t = 0; t < s.tokens; ++t) {
-    const int32_t rank = rank_of(s, t, expert);
-    if (rank == s.k[t]) continue;
-    const PolicyRow row = row_of(s, t);
-    if (!takes_part(row, s.entropy[t]) || rank < k_min_of(row)) return true;
-    if (row.kind != static_cast<int32_t>(PolicyKind::kSharedPrice)) continue;
-    const double weight = s.weights[t * s.capacity + rank];
-    worth += weight * weight / parameter_of(row, 0.0f);
+// What the step's tokens bring an expert before kSharedExperts rows add theirs.
+struct Payment {
+  bool kept = false;  // it is read whatever the price
+  double worth = 0;   // in prices
+};
+
+ADAPTIVE_K_HD bool pays(const Payment& payment) { return payment.kept || payment.worth >= 1; }
+
+// Adds a token's part. Tokens come in rising order; those without the expert may be left out.
+ADAPTIVE_K_HD void pay(const SharingStep& s, int64_t token, int32_t expert, Payment* payment) {
+  const int32_t rank = rank_of(s, token, expert);
+  if (rank == s.k[token]) return;
+  const PolicyRow row = row_of(s, token);
+  if (!takes_part(row, s.entropy[token]) || rank < k_min_of(row)) {
+    payment->kept = true;
+  } else if (row.kind == static_cast<int32_t>(PolicyKind::kSharedPrice)) {
+    const double weight = s.weights[token * s.capacity + rank];
+    payment->worth += weight * weight / parameter_of(row, 0.0f);
   }
-  return worth >= 1;
 }
 
-// What the tokens of one kSharedExperts row give an expert.
-ADAPTIVE_K_HD double worth_to_row(const SharingStep& s, int32_t policy, int32_t expert) {
-  double worth = 0;
-  for (int64_t t = 0; t < s.tokens; ++t) {
-    if (clamp_policy(s.policy_index[t], s.policies) != policy || s.entropy[t] != s.entropy[t])
-      continue;
-    const int32_t rank = rank_of(s, t, expert);
-    if (rank == s.k[t]) continue;
-    const double weight = s.weights[t * s.capacity + rank];
-    worth += weight * weight;
-  }
-  return worth;
+// Adds what a token gives an expert if it follows this kSharedExperts row. Tokens as in pay().
+ADAPTIVE_K_HD void give_to_row(const SharingStep& s, int64_t token, int32_t policy, int32_t expert,
+                               double* worth) {
+  if (clamp_policy(s.policy_index[token], s.policies) != policy ||
+      s.entropy[token] != s.entropy[token])
+    return;
+  const int32_t rank = rank_of(s, token, expert);
+  if (rank == s.k[token]) return;
+  const double weight = s.weights[token * s.capacity + rank];
+  *worth += weight * weight;
 }
 
 // How many experts a kSharedExperts row adds at most.
