@@ -10,7 +10,7 @@
 Arrivals are a Poisson process, the same one for both policies of a rate. Rates are given, or shares of what the engine
 answers a second under `full` with a full batch, measured first (a closed loop). The two policies take turns. Requests
 that are not done when a window ends are aborted, and one that has no token by then counts with the time that it has
-waited, so a figure with ">=" is a lower bound.
+waited; where that could raise a figure by more than a tenth, it has a ">=".
 
 With --serve the clients' clocks tell the times and tokens/s, the queue is of requests that have no token yet, and the
 server's metrics tell the rest, with a second of what comes after the window.
@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import os
 import sys
 import tempfile
@@ -84,8 +85,8 @@ class Figures:
         policy: of all of them.
         arrived, answered: requests.
         tokens_per_second: generated tokens.
-        first_token_median, first_token_p95: seconds.
-        median_is_bound, p95_is_bound: whether requests without a token make it a lower bound.
+        first_token_median, first_token_p95: seconds; None if no request arrived.
+        median_is_bound, p95_is_bound: whether requests without a token could raise it by more than a tenth.
         queue_mean, queue_end: sequences that waited.
         queue_slope: sequences a second by which the queue rose in the second half.
         grows: see the module.
@@ -100,8 +101,8 @@ class Figures:
     arrived: int = 0
     answered: int = 0
     tokens_per_second: float = 0.0
-    first_token_median: float = 0.0
-    first_token_p95: float = 0.0
+    first_token_median: float | None = None
+    first_token_p95: float | None = None
     median_is_bound: bool = False
     p95_is_bound: bool = False
     queue_mean: float = 0.0
@@ -469,13 +470,14 @@ def total(samples: Samples, name: str, **labels: str) -> float:
     return sum(value for (found, has), value in samples.items() if found == name and labels.items() <= has)
 
 
-def quantile(values: list[tuple[float, bool]], share: float) -> tuple[float, bool]:
-    """The quantile of values of which some are lower bounds, and whether these make it one."""
+def quantile(values: list[tuple[float, bool]], share: float) -> tuple[float | None, bool]:
+    """The quantile of values of which some are lower bounds, and whether these could raise it by more than a tenth."""
     if not values:
-        return float("nan"), False
-    ordered = sorted(value for value, _ in values)
-    found = ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-    return found, any(bound and value <= found for value, bound in values)
+        return None, False
+    place = min(len(values) - 1, int(share * len(values)))
+    found = sorted(value for value, _ in values)[place]
+    highest = sorted(math.inf if bound else value for value, bound in values)[place]
+    return found, highest > 1.1 * found
 
 
 def slope(samples: list[tuple[float, float]]) -> float:
@@ -491,7 +493,7 @@ def print_table(console: Console, rows: list[Figures], capacity: float) -> None:
     )  # fmt: skip
     for row in rows:
         median, p95 = (
-            f"{'>=' * bound}{seconds:.3f}"
+            "" if seconds is None else f"{'>=' * bound}{seconds:.3f}"
             for seconds, bound in (
                 (row.first_token_median, row.median_is_bound),
                 (row.first_token_p95, row.p95_is_bound),

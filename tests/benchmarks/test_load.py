@@ -16,7 +16,10 @@ def test_a_wait_that_has_not_ended_makes_the_quantiles_that_it_may_move_bounds()
     waits = [(0.1, False), (0.2, False), (0.3, True), (0.4, False)]
     assert load.quantile(waits[:2], 0.5) == (0.2, False)
     assert load.quantile(waits, 0.25) == (0.2, False)
+    assert load.quantile(waits, 0.5) == (0.3, True)  # it could be 0.4
     assert load.quantile(waits, 0.95) == (0.4, True)
+    assert load.quantile([(0.01, True), *[(0.1, False)] * 9], 0.5) == (0.1, False)
+    assert load.quantile([], 0.5) == (None, False)
 
 
 def test_the_slope_of_a_queue_is_in_sequences_a_second() -> None:

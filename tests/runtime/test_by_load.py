@@ -225,7 +225,7 @@ def test_a_steps_reads_are_shared_out_among_its_tokens() -> None:
         assert output.avg_reads == 2.0
         assert output.reads_per_token == pytest.approx((2 * 3 / 12 + 7 * 2 / 4) / 10)
     # The same steps are all of one request with four sequences.
-    assert four.expert_reads is not None and four.expert_reads.steps == 8
+    assert four.expert_reads is not None and (four.expert_reads.steps, four.expert_reads.tokens) == (8, 40)
     assert four.avg_reads == 2.0
     assert four.reads_per_token == pytest.approx(8 * 2 / 40)
 
