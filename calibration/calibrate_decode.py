@@ -86,7 +86,9 @@ class DecodeCalibration:
             "budget": {name: value for name, value in self.budget._asdict().items() if value is not None},
             "budget_met_on_reported": self.budget_met,
             "batch": self.reported[0].batch,
-            "policies": {name: policy.model_dump(mode="json", exclude_none=True) for name, policy in self.policies.items()},
+            "policies": {
+                name: policy.model_dump(mode="json", exclude_none=True) for name, policy in self.policies.items()
+            },
             "fit": {
                 name: {"avg_k": scores.avg_k, "reads": scores.avg_reads, "kl": scores.mean_kl}
                 for name, scores in self.fit.items()
@@ -116,7 +118,9 @@ class DecodeLaboratory(Laboratory):
             reader.windows,
             None,
             cache,
-            on_evaluation=lambda what: report(f"decode steps of {reader.batch}, {directory.name} part: {what}", len(cache), None),
+            on_evaluation=lambda what: report(
+                f"decode steps of {reader.batch}, {directory.name} part: {what}", len(cache), None
+            ),
         )
         self._reader = reader
         self._prefill = prefill
@@ -169,7 +173,9 @@ def scaled(rule: Any, factors: Factors, full_k: int) -> Any:
     return type(rule).model_validate(made)
 
 
-def meet(laboratory: DecodeLaboratory, rule: Any, start: Factors, budget: Budget, *, passes: int = 10) -> Measured | None:
+def meet(
+    laboratory: DecodeLaboratory, rule: Any, start: Factors, budget: Budget, *, passes: int = 10
+) -> Measured | None:
     """Step 1: the rule, scaled from `start` by one factor more, that uses a budget up; None where none keeps it.
 
     Args:
@@ -304,7 +310,7 @@ def check_decode_budget(budget: Budget) -> None:
     """
     if budget.reads is not None and not 0 < budget.reads < 1:
         raise CalibrationError(
-            f"--target_reads is a share of the experts that the full model reads, between 0 and 1, not {budget.reads:g}."
+            f"--target_reads is a share of what the full model reads, between 0 and 1, not {budget.reads:g}."
         )
     if budget.perplexity_increase is not None and not 0 <= budget.perplexity_increase < 10:
         raise CalibrationError("a rise of perplexity is given in per cent, from 0 to below 1000.")
@@ -339,7 +345,7 @@ def calibrate_decode(
         known: policies whose rules of one token are opponents, thresholds in nats.
         prefill: rule of the prompts; None is the trained top-k.
         rounds: how often layers' numbers are moved.
-        max_steps: most decode steps of a pass over a part of the text.
+        max_steps: most decode steps of a pass over the fitted part; the reported part is read with `MAX_STEPS`.
         timing_rounds: rounds in which the policies found are timed; 0 takes no times.
         report: told about progress.
 
@@ -350,8 +356,10 @@ def calibrate_decode(
     report = report or (lambda _what, _done, _total: None)
     prefill = prefill or FixedPolicy(kind="fixed", k=evaluator.full_k)
     on_fit, on_heldout = (
-        DecodeLaboratory(DecodeReader(evaluator, part, batch, max_steps=max_steps), evaluator, prefill, work_dir / folder, report)
-        for part, folder in ((fit, "fitted"), (heldout, "reported"))
+        DecodeLaboratory(
+            DecodeReader(evaluator, part, batch, max_steps=steps), evaluator, prefill, work_dir / folder, report
+        )
+        for part, folder, steps in ((fit, "fitted", max_steps), (heldout, "reported", MAX_STEPS))
     )
     even = [1.0] * evaluator.num_layers
     shared = [SharedPolicy(kind="shared", price=0.05, k_min=k_min) for k_min in (1, 0)]

@@ -53,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --batch_size: policy of the engine or of OUTPUT that prompts follow (default: full)",
     )
     parser.add_argument(
-        "--max_steps", type=int, default=1024, help="with --batch_size: most decode steps of a pass (default: 1024)"
+        "--max_steps",
+        type=int,
+        default=1024,
+        help="with --batch_size: most decode steps of a pass over the fitted part (default: 1024)",
     )
     parser.add_argument(
         "--layer_rounds", type=int, default=4, help="with --batch_size: rounds of prices by layer (default: 4)"
@@ -243,7 +246,9 @@ def _prefill(name: str | None, policies: dict[str, Any], full_k: int) -> Any:
     if name is None or name == FULL:
         return FixedPolicy(kind="fixed", k=full_k)
     if name not in policies:
-        raise CalibrationError(f"there is no policy {name!r} for prompts: the engine and OUTPUT have {sorted(policies)}.")
+        raise CalibrationError(
+            f"there is no policy {name!r} for prompts: the engine and OUTPUT have {sorted(policies)}."
+        )
     rule = rules_of(policies[name])[0]
     if KINDS[rule.kind].sees_step:
         raise CalibrationError(f"policy {name!r} shares experts, which is for decode: give prompts another one.")

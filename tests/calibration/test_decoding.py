@@ -91,7 +91,9 @@ def test_prompts_follow_their_own_rule(evaluator: Evaluator, reader: DecodeReade
 @pytest.mark.parametrize(
     ("batch", "sentence"), [(0, "at least 1 sequence"), (17, "at most 16 sequences"), (16, "fills only . windows")]
 )
-def test_steps_that_do_not_fit_are_refused(evaluator: Evaluator, reader: DecodeReader, batch: int, sentence: str) -> None:
+def test_steps_that_do_not_fit_are_refused(
+    evaluator: Evaluator, reader: DecodeReader, batch: int, sentence: str
+) -> None:
     few = reader.windows.take(np.arange(8))
     with pytest.raises(CalibrationError, match=sentence):
         DecodeReader(evaluator, few, batch)
