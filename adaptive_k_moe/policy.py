@@ -562,8 +562,9 @@ class PolicyTables:
 
     @property
     def step_policies(self) -> list[str]:
-        """Names of the policies that texts read whole say nothing of: their decode follows another rule than their
-        prompts, or what a token runs depends on the step's other tokens.
+        """Names of the policies that can only be measured in decode steps.
+
+        Their decode follows another rule than their prompts, or what a token runs depends on the step's other tokens.
         """
         sharing = (KIND_SHARED_PRICE, KIND_SHARED_EXPERTS)
         return [

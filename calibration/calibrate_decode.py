@@ -310,7 +310,7 @@ def check_decode_budget(budget: Budget) -> None:
     """
     if budget.reads is not None and not 0 < budget.reads < 1:
         raise CalibrationError(
-            f"--target_reads is a share of the experts that the full model reads, between 0 and 1, not {budget.reads:g}."
+            f"--target_reads is a share of what the full model reads, between 0 and 1, not {budget.reads:g}."
         )
     if budget.perplexity_increase is not None and not 0 <= budget.perplexity_increase < 10:
         raise CalibrationError("a rise of perplexity is given in per cent, from 0 to below 1000.")
@@ -345,7 +345,7 @@ def calibrate_decode(
         known: policies whose rules of one token are opponents, thresholds in nats.
         prefill: rule of the prompts; None is the trained top-k.
         rounds: how often layers' numbers are moved.
-        max_steps: most decode steps of a pass over a part of the text.
+        max_steps: most decode steps of a pass over the fitted part; the reported part is read with `MAX_STEPS`.
         timing_rounds: rounds in which the policies found are timed; 0 takes no times.
         report: told about progress.
 
@@ -357,9 +357,9 @@ def calibrate_decode(
     prefill = prefill or FixedPolicy(kind="fixed", k=evaluator.full_k)
     on_fit, on_heldout = (
         DecodeLaboratory(
-            DecodeReader(evaluator, part, batch, max_steps=max_steps), evaluator, prefill, work_dir / folder, report
+            DecodeReader(evaluator, part, batch, max_steps=steps), evaluator, prefill, work_dir / folder, report
         )
-        for part, folder in ((fit, "fitted"), (heldout, "reported"))
+        for part, folder, steps in ((fit, "fitted", max_steps), (heldout, "reported", MAX_STEPS))
     )
     even = [1.0] * evaluator.num_layers
     shared = [SharedPolicy(kind="shared", price=0.05, k_min=k_min) for k_min in (1, 0)]

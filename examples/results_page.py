@@ -29,7 +29,7 @@ def page(work: Path, model: str, steps: Mapping[str, str], processor: str) -> st
         f"Made by `python examples/results.py --model {model}` on {processor}. What the columns mean is in "
         "[calibration.md](../../calibration.md), what it says in [results.md](../../results.md). Intervals are 95 %.",
         "## Quality at the same average k",
-        _command(steps["balanced"]),
+        command_block(steps["balanced"]),
         f"{calibration['fit_windows']} windows of {calibration['window']} tokens were fitted on; the figures are those "
         f"of the other {calibration['heldout_windows']}, where the full model's perplexity is "
         f"{calibration['full_heldout_perplexity']:.3f}. **{LABELS[calibration['chosen']['kind']]}** did the least "
@@ -40,7 +40,7 @@ def page(work: Path, model: str, steps: Mapping[str, str], processor: str) -> st
         "![Quality against average k](quality_by_k.png)",
         "![Damage by layer and entropy](damage.png)",
         "## Each policy of the file",
-        _command(steps["eval"]),
+        command_block(steps["eval"]),
         "On all of `heldout.txt`, half of which was fitted on. Time against `full`, interleaved; `full` is timed "
         "twice, so its row shows what noise alone makes.",
         _policies(evaluation),
@@ -49,11 +49,11 @@ def page(work: Path, model: str, steps: Mapping[str, str], processor: str) -> st
         "Experts of a layer that one step of decode reads, and against `full`:",
         _reads(evaluation),
         "## On which text",
-        _command(steps[SETS[0]]),
+        command_block(steps[SETS[0]]),
         "and so on, with few windows: k, and KL to `full` in nats.",
         _by_text(work),
         "## Entropy and the published rule",
-        _command(steps["validate"]),
+        command_block(steps["validate"]),
         _validation(_read(work / "validation.json")),
     ]
     return "\n\n".join(parts) + "\n"
@@ -63,7 +63,7 @@ def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _command(step: str) -> str:
+def command_block(step: str) -> str:
     """A step as a block, broken before its flags."""
     lines, line = [], "    adaptive-k"
     for word in step.split():
@@ -74,16 +74,16 @@ def _command(step: str) -> str:
     return "\n".join([*lines, line])
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows])
 
 
-def _percent(interval: dict[str, float]) -> str:
+def percent(interval: dict[str, float]) -> str:
     value, low, high = (100 * interval[name] for name in ("value", "low", "high"))
     return f"{value:+.2f} % ({low:+.2f} to {high:+.2f})"
 
 
-def _number(interval: dict[str, float], digits: int, sign: str = "") -> str:
+def number(interval: dict[str, float], digits: int, sign: str = "") -> str:
     value, low, high = (f"{interval[name]:{sign}.{digits}f}" for name in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
 
@@ -98,20 +98,20 @@ def _quality(calibration: dict[str, Any]) -> str:
             [
                 LABELS[each["kind"]] + (" (`balanced`)" if each["kind"] == calibration["chosen"]["kind"] else ""),
                 f"{held['avg_k']['value']:.3f}",
-                _percent(held["perplexity_change"]),
-                _number(held["kl"], 5),
+                percent(held["perplexity_change"]),
+                number(held["kl"], 5),
                 f"{100 * held['top_token_agreement']:.1f} %",
             ]
         )
-    return _table(["policy", "average k", "perplexity", "KL to full, nats", "same top token"], rows)
+    return markdown_table(["policy", "average k", "perplexity", "KL to full, nats", "same top token"], rows)
 
 
 def _differences(calibration: dict[str, Any]) -> str:
     rows = []
     for each in calibration["paired_differences"]:
         names = [LABELS.get(each[side], f"`{each[side]}`") for side in ("policy", "minus")]
-        rows.append([" - ".join(names), _number(each["kl"], 5, "+"), _number(each["log_perplexity"], 4, "+")])
-    return _table(["", "KL, nats", "log-perplexity"], rows)
+        rows.append([" - ".join(names), number(each["kl"], 5, "+"), number(each["log_perplexity"], 4, "+")])
+    return markdown_table(["", "KL, nats", "log-perplexity"], rows)
 
 
 def _policies(evaluation: dict[str, Any]) -> str:
@@ -120,21 +120,21 @@ def _policies(evaluation: dict[str, Any]) -> str:
             f"`{each['policy']}`",
             f"{each['avg_k']['value']:.3f}",
             f"{100 * each['experts_saved_ratio']:.1f} %",
-            _percent(each["perplexity_change"]),
+            percent(each["perplexity_change"]),
             f"{each['kl_to_full_nats']['value']:.5f}",
         ]
         for each in evaluation["policies"]
     ]
-    return _table(["policy", "average k", "experts saved", "perplexity", "KL to full, nats"], rows)
+    return markdown_table(["policy", "average k", "experts saved", "perplexity", "KL to full, nats"], rows)
 
 
 def _times(evaluation: dict[str, Any]) -> str:
     columns = [(timing["phase"], timing["batch"]) for timing in evaluation["policies"][0]["timings"]]
     rows = []
     for each in evaluation["policies"]:
-        ratios = {(timing["phase"], timing["batch"]): _number(timing["ratio"], 3) for timing in each["timings"]}
+        ratios = {(timing["phase"], timing["batch"]): number(timing["ratio"], 3) for timing in each["timings"]}
         rows.append([f"`{each['policy']}`", *(ratios[column] for column in columns)])
-    return _table(["time against `full`", *(f"{phase}, batch {batch}" for phase, batch in columns)], rows)
+    return markdown_table(["time against `full`", *(f"{phase}, batch {batch}" for phase, batch in columns)], rows)
 
 
 def _reads(evaluation: dict[str, Any]) -> str:
@@ -144,7 +144,7 @@ def _reads(evaluation: dict[str, Any]) -> str:
     for policy in dict.fromkeys(step["policy"] for step in steps):
         mine = {step["batch"]: step for step in steps if step["policy"] == policy}
         rows.append([f"`{policy}`", *(f"{mine[b]['reads']:.2f} ({mine[b]['reads_share']:.3f})" for b in batches)])
-    return _table(["policy", *(f"batch {batch}" for batch in batches)], rows)
+    return markdown_table(["policy", *(f"batch {batch}" for batch in batches)], rows)
 
 
 def _by_text(work: Path) -> str:
@@ -160,7 +160,7 @@ def _by_text(work: Path) -> str:
         for policy in texts[SETS[0]]
         if policy != "full"
     ]
-    return _table(["policy", *SETS], rows)
+    return markdown_table(["policy", *SETS], rows)
 
 
 def _validation(validation: dict[str, Any]) -> str:
@@ -169,8 +169,8 @@ def _validation(validation: dict[str, Any]) -> str:
     rows = [
         [
             each["set"],
-            _number(each["entropy_bits"], 3),
-            _number(each["effective_k"], 3),
+            number(each["entropy_bits"], 3),
+            number(each["effective_k"], 3),
             f"{100 * each['savings']['value']:.1f} %",
         ]
         for each in validation["sets"]
@@ -189,6 +189,6 @@ def _validation(validation: dict[str, Any]) -> str:
             f"In bits, of at most {validation['max_entropy_bits']:.2f}; {', '.join(choices)}, else {rule['k'][-1]}. "
             "The reported rows are Nemotron 3 Nano's, of 7 bits and top-6. Hooks on `transformers` and the engine "
             f"differ by at most {validation['hooks_and_engine_differ_bits']:.1e} bits.",
-            _table(["set", "entropy, bits", "effective k", "savings, a count"], rows),
+            markdown_table(["set", "entropy, bits", "effective k", "savings, a count"], rows),
         ]
     )

@@ -73,8 +73,8 @@ def measure_perplexity(llm: LLM, token_ids: Sequence[int], policy: str | None, w
     name = llm.policies.names[llm.policies.index(policy)]
     if name in llm.policies.step_policies:
         raise RequestError(
-            f"policy {name!r} differs by phase or sees the whole step, which windows read whole say nothing of: measure it "
-            "with `adaptive-k eval`, in decode steps."
+            f"policy {name!r} differs by phase or sees the whole step, which windows read whole say nothing of: "
+            "measure it with `adaptive-k eval`, in decode steps."
         )
     windows = [list(token_ids[start : start + window]) for start in range(0, len(token_ids), window)]
     windows = [tokens for tokens in windows if len(tokens) >= 2]

@@ -53,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --batch_size: policy of the engine or of OUTPUT that prompts follow (default: full)",
     )
     parser.add_argument(
-        "--max_steps", type=int, default=1024, help="with --batch_size: most decode steps of a pass (default: 1024)"
+        "--max_steps",
+        type=int,
+        default=1024,
+        help="with --batch_size: most decode steps of a pass over the fitted part (default: 1024)",
     )
     parser.add_argument(
         "--layer_rounds", type=int, default=4, help="with --batch_size: rounds of prices by layer (default: 4)"
