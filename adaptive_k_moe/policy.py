@@ -54,10 +54,9 @@ MAX_POLICIES = 64
 MAX_CHOICES = MAX_K + 1
 """Most choices of a policy: the columns that every target's tables have room for."""
 
-# The operator's policy kinds (input `policy_kind`).
-KIND_ENTROPY, KIND_TOP_P, KIND_RATIO, KIND_CONTRIBUTION, KIND_SHARED_PRICE = (
-    KINDS[name].number for name in ("entropy", "top_p", "ratio", "contribution", "shared")
-)
+# Policy kinds of the operator (input `policy_kind`) that need a word of their own.
+KIND_CONTRIBUTION = KINDS["contribution"].number
+KIND_SHARED_PRICE = KINDS["shared"].number
 KIND_SHARED_EXPERTS = KIND_SHARED_PRICE + 1  # `shared` with a number of experts in the place of a price
 
 _K = Annotated[int, Field(ge=1)]

@@ -34,10 +34,6 @@ constexpr WordList words_of(WeightFormat) { return kWeightFormatWords; }
 // A group of weights that share a scale is a whole row or a multiple of this many.
 constexpr int32_t kGroupMultiple = 32;
 
-ADAPTIVE_K_HD constexpr bool is_quantised(WeightFormat format) {
-  return format == WeightFormat::kInt8 || format == WeightFormat::kInt4;
-}
-
 // Bits of a value; 0 where hidden_states tells.
 ADAPTIVE_K_HD constexpr int32_t bits_of(WeightFormat format) {
   switch (format) {
@@ -54,6 +50,11 @@ ADAPTIVE_K_HD constexpr int32_t bits_of(WeightFormat format) {
       return 4;
   }
   return 0;
+}
+
+// Whether a value counts by its scale.
+ADAPTIVE_K_HD constexpr bool is_quantised(WeightFormat format) {
+  return bits_of(format) > 0 && bits_of(format) <= 8;
 }
 
 // What computes a format; the others refuse it by name.

@@ -21,7 +21,8 @@ from adaptive_k_moe.engine_builder.tensorrt_llm import convert
 from adaptive_k_moe.engine_builder.tensorrt_llm.safetensors_writer import SafetensorsWriter, TensorSpec
 from adaptive_k_moe.errors import BuildError, CheckpointError, PolicyError
 from adaptive_k_moe.model_config import MoeConfig
-from adaptive_k_moe.policy import KIND_ENTROPY, PolicySet
+from adaptive_k_moe.policy import PolicySet
+from adaptive_k_moe.policy_kinds import KINDS
 
 from checkpoints import MIXTRAL_SMALL, REPOSITORY, Shape, hub_tensors, make_checkpoint, make_mixtral
 
@@ -227,7 +228,7 @@ def test_the_policy_asked_for_is_written_by_layer(tmp_path: Path) -> None:
     assert content["adaptive_k"]["policy"] == "narrow"
     content = convert(checkpoint, tmp_path / "layered", policy=policies, adaptive_k_policy="layered")
     written = json.loads((tmp_path / "layered" / "config.json").read_text())["adaptive_k"]
-    assert written["policy_kind"] == KIND_ENTROPY
+    assert written["policy_kind"] == KINDS["entropy"].number
     assert [row[:2] for row in written["k_values"]] == [[1, 2], [2, 3]]
     assert written["k_values"][0][2] == written["k_values"][1][2] == 3
     np.testing.assert_allclose([row[0] for row in written["thresholds"]], [0.5, 0.7])

@@ -14,6 +14,7 @@ from adaptive_k_moe.engine_builder.graph.mamba_function import mamba_attributes
 from adaptive_k_moe.engine_builder.graph.moe_function import moe_attributes
 from adaptive_k_moe.model_config import MambaConfig, MoeConfig, QuantizationConfig
 from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS, MAMBA, MOE, POLICY_KINDS, WEIGHT_FORMATS
+from adaptive_k_moe.policy_kinds import KINDS
 
 MOE_CONFIG = MoeConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=8, activation="swiglu", layers=[0])
 MAMBA_CONFIG = MambaConfig(num_heads=2, head_dim=4, state_size=4, n_groups=1, conv_kernel=4, layers=[0])
@@ -72,7 +73,8 @@ def test_names_are_those_of_the_weights_and_kinds_are_the_policies() -> None:
     assert gated == {"up": "gate_up", "up_scales": "gate_up_scales"}
     assert GATED_ACTIVATIONS == ("swiglu", "geglu")
     assert [(form.name, form.bits) for form in WEIGHT_FORMATS.values() if form.quantised] == [("int8", 8), ("int4", 4)]
-    named = {name: getattr(policy, f"KIND_{name.upper()}") for name in POLICY_KINDS}
+    named = {name: kind.number for name, kind in KINDS.items() if name not in ("fixed", "shared")}
+    named |= {"shared_price": policy.KIND_SHARED_PRICE, "shared_experts": policy.KIND_SHARED_EXPERTS}
     numbers = {"entropy": 0, "top_p": 1, "ratio": 2, "contribution": 3, "shared_price": 4, "shared_experts": 5}
     assert named == POLICY_KINDS == numbers
 

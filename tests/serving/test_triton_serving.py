@@ -421,6 +421,9 @@ def test_a_policy_by_load_is_followed_and_told(
     try:
         assert json.loads(policy("show"))["policies"]["auto"]["steps"] == steps
         assert client.describe_engine().default_policy == "auto"
+        # The tokens of whoever was here before are no load a second later.
+        assert eventually(lambda: metric(server.metrics_url, "adaptive_k_queue_depth") == 0)
+        time.sleep(1.2)
         pieces = list(client.generate("import os", stream=True, max_tokens=6, end_id=-1))
         read = pieces[0].num_input_tokens
         # The prompt, and the first token's own pass: there is no time between tokens before the second one.
