@@ -319,6 +319,37 @@ def test_new_policies_take_the_place_of_the_old(model: Model) -> None:
             session.set_policies(model.tables)
 
 
+def test_tokens_that_share_are_the_cpu_engines(model: Model) -> None:
+    """In one execution, which is what they see: a prompt's tokens here, among them some of another row."""
+    pretrained = model.config.pretrained_config
+    sizes = {"num_experts_per_tok": pretrained.num_experts_per_tok, "num_moe_layers": pretrained.num_moe_layers}
+    policies = {
+        "low": {"kind": "shared", "price": 4, "k_min": 0},
+        "high": {"kind": "shared", "price": 25, "k_min": 0},
+        "experts": {"kind": "shared", "experts": 1, "k_min": 0},
+        "one": {"kind": "fixed", "k": 1},
+    }
+    fitted = PolicySet.model_validate({"policies": policies}).for_model(num_experts=pretrained.num_experts, **sizes)
+    tables = compile_policies(fitted, num_experts=pretrained.num_experts, **sizes)
+    rows = [tables.names.index(name) for name in policies]
+    text = model.texts[4][:20]
+    try:
+        for session in (model.session, model.reference):
+            session.set_policies(tables)
+        fewer = []
+        for mix in ([rows[0]], [rows[1]], [rows[2]], rows):
+            index = np.resize(np.array(mix, np.int32), len(text))
+            steps = [replace(whole(text, 0, s), policy_index=index) for s in (model.session, model.reference)]
+            found, expected = model.session.step(steps[0]), model.reference.step(steps[1])
+            np.testing.assert_array_equal(found.k, expected.k)
+            np.testing.assert_allclose(found.logits, expected.logits, atol=2e-3 * np.abs(expected.logits).max())
+            fewer.append((found.k < pretrained.num_experts_per_tok).any())
+        assert any(fewer[:2]) and fewer[2], "nobody shared"
+    finally:
+        for session in (model.session, model.reference):
+            session.set_policies(model.tables)
+
+
 def test_policies_that_do_not_fit_are_refused_and_the_old_stay(model: Model) -> None:
     tables = model.tables
     wide = np.zeros((tables.thresholds.shape[0], 3, 40), np.float32)
