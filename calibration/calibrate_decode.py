@@ -294,7 +294,9 @@ def per_token_rules(policies: Mapping[str, Policy], norms: bool) -> list[Any]:
         if isinstance(policy, (FixedPolicy, PhasesPolicy)) or KINDS[policy.kind].sees_step:
             continue
         if isinstance(policy, EntropyPolicy):
-            choices = [*policy.layers.values()] if policy.thresholds is None else [policy, *policy.layers.values()]
+            choices: list[Any] = (
+                [*policy.layers.values()] if policy.thresholds is None else [policy, *policy.layers.values()]
+            )
             if not any(each.thresholds for each in choices):
                 continue  # a fixed k by layer has no number to move
         if norms or not KINDS[policy.kind].uses_norms:

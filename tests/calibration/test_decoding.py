@@ -24,6 +24,7 @@ from adaptive_k_moe.runtime import LLM
 from adaptive_k_moe.runtime.perplexity import measure_perplexity
 
 BATCH = 4
+STEPS = 126  # two groups of windows to fit on
 FULL = FixedPolicy(kind="fixed", k=2)
 
 
@@ -112,6 +113,7 @@ def result(
         name="few",
         known={"mine": RatioPolicy(kind="ratio", ratio=0.4)},
         rounds=1,
+        max_steps=STEPS,
         timing_rounds=1,
     )
 
@@ -134,9 +136,8 @@ def test_calibration_meets_its_target_and_beats_its_opponents(result: DecodeCali
 def test_prices_by_layer_are_no_worse_than_one_price(
     evaluator: Evaluator, parts: tuple[Windows, Windows], result: DecodeCalibration, tmp_path: Path
 ) -> None:
-    one = calibrate_decode(
-        evaluator, *parts, Budget(reads=0.75), batch=BATCH, work_dir=tmp_path, name="few", rounds=0, timing_rounds=0
-    )
+    options = {"name": "few", "rounds": 0, "max_steps": STEPS, "timing_rounds": 0}
+    one = calibrate_decode(evaluator, *parts, Budget(reads=0.75), batch=BATCH, work_dir=tmp_path, **options)
     assert one.policies["few"].decode.layers == {}
     assert result.fit["few"].mean_kl <= one.fit["few"].mean_kl
     assert all(each.timing is None for each in one.reported)
