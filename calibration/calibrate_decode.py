@@ -197,6 +197,9 @@ def meet(
             kept.append((abs(value), found))
             if abs(value) <= CLOSE:
                 break
+        end = low if value > 0 else high
+        if end is not None and (low is None or high is None) and end[1] == value:
+            break  # a larger factor changes nothing more
         if value > 0:
             low = (x, value)
         else:
@@ -367,7 +370,10 @@ def calibrate_decode(
     shared = [SharedPolicy(kind="shared", price=0.05, k_min=k_min) for k_min in (1, 0)]
     starts = [found for found in (meet(on_fit, rule, even, budget) for rule in shared) if found is not None]
     if not starts:
-        raise CalibrationError(_unreachable(on_fit, budget, batch))
+        raise CalibrationError(
+            f"no price was found that keeps the budget in decode steps of {batch}: give a larger --target_reads or "
+            "--max_perplexity_increase."
+        )
     start = best_of(starts, budget)
     chosen = by_layer(on_fit, _decode_rule(start), start, budget, rounds)
     same = Budget(reads=chosen.scores.avg_reads / on_fit.full().scores.avg_reads)
@@ -414,18 +420,6 @@ def calibrate_decode(
 def _decode_rule(found: Measured) -> Any:
     assert isinstance(found.candidate.policy, PhasesPolicy)
     return found.candidate.policy.decode
-
-
-def _unreachable(laboratory: DecodeLaboratory, budget: Budget, batch: int) -> str:
-    """Why no price keeps the budget."""
-    if budget.reads is None:
-        return "no price keeps the rise of perplexity: give a larger --max_perplexity_increase."
-    lowest = laboratory.decode("shared", SharedPolicy(kind="shared", price=1e6, k_min=1)).scores.avg_reads
-    share = lowest / laboratory.full().scores.avg_reads
-    return (
-        f"reads of {budget.reads:g} of the full model's were not reached in decode steps of {batch}: where each token "
-        f"keeps its first expert alone they are {share:.3f}; give a larger --target_reads."
-    )
 
 
 def _short(number: float) -> float:
