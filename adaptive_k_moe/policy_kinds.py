@@ -18,6 +18,7 @@ class PolicyKind(NamedTuple):
         label: its name in reports.
         colours: in figures, with one rule for all layers and with rules by layer.
         parameter: name of its one number; None where its rule is a list of k.
+        meaning: of that number.
         keeps_all: value of that number at which no expert is dropped: 1 of a share to reach, 0 of a ratio to have.
         uses_norms: it weighs experts by the norms of their outputs.
         sees_step: what a token runs depends on the other tokens of the step.
@@ -27,6 +28,7 @@ class PolicyKind(NamedTuple):
     label: str
     colours: tuple[str, str]
     parameter: str | None = None
+    meaning: str = ""
     keeps_all: float = 1.0
     uses_norms: bool = False
     sees_step: bool = False
@@ -35,12 +37,17 @@ class PolicyKind(NamedTuple):
 KINDS = {
     "fixed": PolicyKind(0, "fixed k", ("#000000", "#7f7f7f")),
     "entropy": PolicyKind(0, "entropy", ("#9ecae1", "#1f77b4")),
-    "top_p": PolicyKind(1, "top-p", ("#2ca02c", "#98df8a"), "p"),
-    "ratio": PolicyKind(2, "ratio", ("#d62728", "#ff9896"), "ratio", keeps_all=0.0),
-    "contribution": PolicyKind(3, "contribution", ("#9467bd", "#c5b0d5"), "p", uses_norms=True),
+    "top_p": PolicyKind(1, "top-p", ("#2ca02c", "#98df8a"), "p", "probability mass"),
+    "ratio": PolicyKind(2, "ratio", ("#d62728", "#ff9896"), "ratio", "share of the best expert's score", keeps_all=0.0),
+    "contribution": PolicyKind(
+        3, "contribution", ("#9467bd", "#c5b0d5"), "p", "share of the best experts' contribution", uses_norms=True
+    ),
     "shared": PolicyKind(4, "shared", ("#17becf", "#9edae5"), sees_step=True),
 }
 """The kinds by name; a fixed k is an entropy row with one choice."""
 
 ONE_NUMBER = tuple(name for name, kind in KINDS.items() if kind.parameter is not None)
 """Kinds whose rule is one number, and a smallest and a largest k."""
+
+PARAMETERS = tuple(dict.fromkeys(kind.parameter for kind in KINDS.values() if kind.parameter is not None))
+"""Names of their numbers."""

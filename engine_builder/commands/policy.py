@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from adaptive_k_moe.policy_kinds import KINDS, ONE_NUMBER
+from adaptive_k_moe.policy_kinds import KINDS, ONE_NUMBER, PARAMETERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,10 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     set_.add_argument("--kind", choices=list(KINDS), default="entropy")
     set_.add_argument("--thresholds", type=float, nargs="*", help="entropy: limits between the choices, rising")
     set_.add_argument("--k", type=int, nargs="+", help="entropy: one k more than thresholds; fixed: the k")
-    set_.add_argument(
-        "--p", type=float, help="top_p: probability mass; contribution: share of the best experts' contribution"
-    )
-    set_.add_argument("--ratio", type=float, help="ratio: share of the best expert's score")
+    for parameter in PARAMETERS:
+        meanings = (f"{name}: {kind.meaning}" for name, kind in KINDS.items() if kind.parameter == parameter)
+        set_.add_argument(f"--{parameter}", type=float, help="; ".join(meanings))
     set_.add_argument("--price", type=float, help="shared: what an expert must be worth to the step to be read")
     set_.add_argument("--experts", type=int, help="shared: most experts that the step reads for it, beyond k_min")
     bounded = ", ".join((*ONE_NUMBER, "shared"))
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _definition(args: argparse.Namespace) -> dict[str, Any]:
     """The policy's JSON from the flags that were given; a flag of another kind is the schema's to refuse."""
-    names = ("thresholds", "k", "p", "ratio", "price", "experts", "k_min", "k_max")
+    names = ("thresholds", "k", *PARAMETERS, "price", "experts", "k_min", "k_max")
     given = {name: getattr(args, name) for name in names}
     definition = {"kind": args.kind, **{name: value for name, value in given.items() if value is not None}}
     if args.kind == "fixed" and isinstance(args.k, list) and len(args.k) == 1:
