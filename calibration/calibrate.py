@@ -17,11 +17,11 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
 from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, CURVE_KINDS, ROUTER_KINDS, Kind
 from adaptive_k_moe.calibration.laboratory import Budget, Laboratory, Measured, static
-from adaptive_k_moe.calibration.routers import RouterTraces, can_collect, collect_routers
+from adaptive_k_moe.calibration.recording import EvaluationCache, Recording, collect, engine_fingerprint
+from adaptive_k_moe.calibration.routers import RouterRecording, can_collect, collect_routers
 from adaptive_k_moe.calibration.search import Search, default_k_values
 from adaptive_k_moe.calibration.solve import best_of
 from adaptive_k_moe.calibration.timing import Timing, time_policies
-from adaptive_k_moe.calibration.traces import EvaluationCache, Traces, collect, engine_fingerprint
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.policy import Policy
 
@@ -97,7 +97,7 @@ class Calibration:
         damage: by layer and entropy band.
         k_values: the values of k used.
         expert_norms: [L][E] that policies of the kind `contribution` were measured with; None where they cannot be.
-        fit_traces: the full model's, on the fitted part.
+        fit_recording: the full model's, on the fitted part.
     """
 
     chosen: Point
@@ -110,7 +110,7 @@ class Calibration:
     damage: Damage
     k_values: list[int]
     expert_norms: list[list[float]] | None
-    fit_traces: Traces
+    fit_recording: Recording
     fit: Windows
     heldout: Windows
 
@@ -189,7 +189,7 @@ def calibrate(
         fit: the text to choose on.
         heldout: the text to report on.
         budget: average k or rise of perplexity.
-        work_dir: keeps traces and scores.
+        work_dir: keeps recordings and scores.
         kinds: kinds to choose among, by their damage on `fit`; None is every adaptive one that the engine can be
             calibrated for.
         expert_norms: [L][E] that policies measured before go with; None measures them on `fit`.
@@ -213,11 +213,11 @@ def calibrate(
     routers = None
     if usable or any(kind in ROUTER_KINDS for kind in kinds):
         routers = _routers(evaluator, fit, work_dir / "fitted", expert_norms, report)
-    fit_traces, on_fit = _laboratory(evaluator, fit, work_dir / "fitted", "fitted", report)
+    fit_recording, on_fit = _laboratory(evaluator, fit, work_dir / "fitted", "fitted", report)
     _, on_heldout = _laboratory(evaluator, heldout, work_dir / "reported", "reported", report)
     search = Search(
         on_fit,
-        fit_traces.entropy,
+        fit_recording.entropy,
         k_values or default_k_values(full_k),
         routers=routers,
         num_bands=num_bands,
@@ -267,7 +267,7 @@ def calibrate(
         damage=search.damage,
         k_values=search.k_values,
         expert_norms=evaluator.expert_norms,
-        fit_traces=fit_traces,
+        fit_recording=fit_recording,
         fit=fit,
         heldout=heldout,
     )
@@ -280,7 +280,7 @@ def _ignore(what: str, done: int, total: int | None) -> None:
 
 def _routers(
     evaluator: Evaluator, fit: Windows, directory: Path, expert_norms: list[list[float]] | None, report: Report
-) -> RouterTraces:
+) -> RouterRecording:
     """The fitted part's routers; the norms known already, or else those measured, become the evaluator's."""
     routers = collect_routers(
         evaluator, fit, directory, progress=lambda done: report("routers and expert norms", done, len(fit))
@@ -294,24 +294,24 @@ def _routers(
 
 def _laboratory(
     evaluator: Evaluator, windows: Windows, directory: Path, part: str, report: Report
-) -> tuple[Traces, Laboratory]:
-    """One part's traces, and what measures candidates on it."""
-    traces = collect(
+) -> tuple[Recording, Laboratory]:
+    """One part's recording, and what measures candidates on it."""
+    recording = collect(
         evaluator,
         windows,
         directory,
-        progress=lambda done: report(f"traces of the {part} part", done, len(windows)),
+        progress=lambda done: report(f"recordings of the {part} part", done, len(windows)),
     )
     identity = f"{engine_fingerprint(evaluator)}:{windows.fingerprint()}"
     cache = EvaluationCache(directory / "evaluations.jsonl", identity)
     laboratory = Laboratory(
         evaluator,
         windows,
-        traces.reference,
+        recording.reference,
         cache,
         on_evaluation=lambda what: report(f"evaluating on the {part} part: {what}", len(cache), None),
     )
-    return traces, laboratory
+    return recording, laboratory
 
 
 def _curves(search: Search, kinds: Sequence[Kind], count: int, report: Report) -> list[tuple[str, Measured]]:

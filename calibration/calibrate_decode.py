@@ -30,9 +30,9 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
 from adaptive_k_moe.calibration.kinds import Kind
 from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Laboratory, Measured
+from adaptive_k_moe.calibration.recording import EvaluationCache, engine_fingerprint
 from adaptive_k_moe.calibration.solve import CLOSE, best_of, excess, keeps
 from adaptive_k_moe.calibration.timing import time_policies
-from adaptive_k_moe.calibration.traces import EvaluationCache, engine_fingerprint
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.policy import (
     FULL,

@@ -30,8 +30,8 @@ from adaptive_k_moe.calibration.evaluator import (
     log_softmax,
     take,
 )
+from adaptive_k_moe.calibration.recording import top_tokens
 from adaptive_k_moe.calibration.timing import Timing
-from adaptive_k_moe.calibration.traces import top_tokens
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.policy import PolicyTables
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from adaptive_k_moe.calibration import bootstrap
 from adaptive_k_moe.calibration.decoding import MAX_STEPS, Decoding, decode_policies, why_too_large
 from adaptive_k_moe.calibration.evaluator import TOP_TOKENS, Evaluator, Reference, Scores, kl_divergence, take
+from adaptive_k_moe.calibration.recording import top_tokens
 from adaptive_k_moe.calibration.timing import Timing, time_policies
-from adaptive_k_moe.calibration.traces import top_tokens
 from adaptive_k_moe.calibration.windows import Windows, token_class, token_texts
 from adaptive_k_moe.policy import FULL
 

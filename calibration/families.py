@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rules as numbers that a search can move, and families: policies of one kind along one number.
 
-A family's number goes from 0 (nothing saved) to 1 (everything that can be). Where the routers' traces are there, the
+A family's number goes from 0 (nothing saved) to 1 (everything that can be). Where the routers' recording is there, the
 numbers of a rule are shares of expert runs saved if routing stayed as the full model's, so a family is close to linear
 in what it saves and a budget is met in two or three passes.
 """
@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 from adaptive_k_moe.calibration.evaluator import Float64Array
 from adaptive_k_moe.calibration.kinds import PER_LAYER, Kind
 from adaptive_k_moe.calibration.laboratory import DECIMALS, Candidate
-from adaptive_k_moe.calibration.routers import RouterTraces
+from adaptive_k_moe.calibration.routers import RouterRecording
 from adaptive_k_moe.policy import EntropyChoices, EntropyPolicy, FixedPolicy, PhasesPolicy, Policy
 from adaptive_k_moe.policy_kinds import KINDS
 
@@ -187,7 +187,7 @@ class OneNumberRules(Rules):
         by_layer: a rule for each layer.
     """
 
-    def __init__(self, kind: Kind, routers: RouterTraces, lowest: int, *, by_layer: bool) -> None:
+    def __init__(self, kind: Kind, routers: RouterRecording, lowest: int, *, by_layer: bool) -> None:
         layers, full_k = routers.scores.shape[-2:]
         super().__init__(PER_LAYER[kind] if by_layer else kind, layers if by_layer else 1, lowest, full_k)
         self._number_kind = kind
@@ -278,25 +278,25 @@ class OneNumberRules(Rules):
         return dropped
 
 
-def _dropped_by_ratio(routers: RouterTraces, layer: int, high: int) -> Float64Array:  # noqa: ARG001 (as all)
+def _dropped_by_ratio(routers: RouterRecording, layer: int, high: int) -> Float64Array:  # noqa: ARG001 (as all)
     # By score, which a correction bias does not follow.
     by_size = -np.sort(-_scores(routers, layer), axis=-1)
     ratios: Float64Array = by_size / by_size[..., :1]
     return ratios
 
 
-def _dropped_by_mass(routers: RouterTraces, layer: int, high: int) -> Float64Array:  # noqa: ARG001 (as all)
+def _dropped_by_mass(routers: RouterRecording, layer: int, high: int) -> Float64Array:  # noqa: ARG001 (as all)
     scores = _scores(routers, layer)
     return (np.cumsum(scores, axis=-1) - scores) / routers.total[:, :, layer, None]
 
 
-def _dropped_by_contribution(routers: RouterTraces, layer: int, high: int) -> Float64Array:
+def _dropped_by_contribution(routers: RouterRecording, layer: int, high: int) -> Float64Array:
     weighed = _scores(routers, layer) * routers.norms[layer][routers.experts[:, :, layer]]
     shares: Float64Array = (np.cumsum(weighed, axis=-1) - weighed) / weighed[..., :high].sum(axis=-1, keepdims=True)
     return shares
 
 
-DROPPED_AT: dict[Kind, Callable[[RouterTraces, int, int], Float64Array]] = {
+DROPPED_AT: dict[Kind, Callable[[RouterRecording, int, int], Float64Array]] = {
     "ratio": _dropped_by_ratio,
     "top_p": _dropped_by_mass,
     "contribution": _dropped_by_contribution,
@@ -304,7 +304,7 @@ DROPPED_AT: dict[Kind, Callable[[RouterTraces, int, int], Float64Array]] = {
 """For each kind with one number: [W, n, K], its value at which each expert of a layer is dropped, if `high` may run."""
 
 
-def _scores(routers: RouterTraces, layer: int) -> Float64Array:
+def _scores(routers: RouterRecording, layer: int) -> Float64Array:
     """[W, n, K] of one layer."""
     return np.asarray(routers.scores[:, :, layer], np.float64)
 
@@ -367,7 +367,7 @@ def shapes(num_choices: int) -> dict[str, Callable[[float], Rule]]:
 
 
 def plain_family(kind: Kind, k_min: int) -> Family:
-    """A kind with one number without the routers' traces: its number from one end to the other."""
+    """A kind with one number without the routers' recording: its number from one end to the other."""
 
     def at(x: float) -> Candidate:
         number = abs(KINDS[kind].keeps_all - x)

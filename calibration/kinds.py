@@ -22,7 +22,7 @@ ADAPTIVE_KINDS: tuple[Kind, ...] = tuple(
 CURVE_KINDS: tuple[Kind, ...] = (*STATIC_KINDS, "random", *ADAPTIVE_KINDS)
 
 ROUTER_KINDS = {name for name in ONE_NUMBER if KINDS[name].uses_norms} | {PER_LAYER[name] for name in ONE_NUMBER}
-"""Kinds that are found with the routers' traces."""
+"""Kinds that are found with the routers' recording."""
 
 CONTAINS: dict[Kind, tuple[Kind, ...]] = {
     **{one: ("static",) for one in PER_LAYER if one != "static"},

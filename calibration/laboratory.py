@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from adaptive_k_moe.calibration.evaluator import Evaluator, Reference, Scores, random_rows
 from adaptive_k_moe.calibration.kinds import Kind
-from adaptive_k_moe.calibration.traces import EvaluationCache
+from adaptive_k_moe.calibration.recording import EvaluationCache
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.policy import FixedPolicy, Policy, PolicyTables, rules_of
 from adaptive_k_moe.policy_kinds import KINDS
@@ -85,7 +85,7 @@ class Laboratory:
     def measure(self, candidate: Candidate) -> Measured:
         """A candidate's scores, from the cache or by a pass over the text."""
         key = candidate.key()
-        if any(KINDS[rule.kind].uses_norms for rule in rules_of(candidate.policy)):
+        if any(KINDS[rule.kind].uses_norms for rule in rules_of(candidate.policy, {})):
             key += hashlib.sha256(json.dumps(self.evaluator.expert_norms).encode()).hexdigest()
         scores = self._cache.get(key)
         if scores is None:

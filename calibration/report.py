@@ -203,7 +203,7 @@ def _entropy_policy(result: Calibration) -> tuple[str, EntropyPolicy | None]:
 
 
 def _histograms(figure: Any, result: Calibration) -> None:
-    entropy = result.fit_traces.entropy
+    entropy = result.fit_recording.entropy
     num_layers = entropy.shape[-1]
     columns = min(6, num_layers)
     rows = -(-num_layers // columns)

@@ -3,7 +3,7 @@
 
 Both are read off an engine whose session also shows what the operator of each MoE layer was given: the hidden states
 and the router's logits. An expert's output is the operator's own, for a token that runs that expert alone. Collected
-once, streamed to disk, and completed where a run was cut off, as traces are.
+once, streamed to disk, and completed where a run was cut off, as recordings are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Progress
-from adaptive_k_moe.calibration.traces import engine_fingerprint, open_arrays, read_json
+from adaptive_k_moe.calibration.recording import engine_fingerprint, open_arrays, read_json
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.files import write_json
@@ -40,7 +40,7 @@ _PROBED = {name: MOE.input_index(name) for name in ("hidden_states", "router_log
 
 
 @dataclass(frozen=True, eq=False)
-class RouterTraces:
+class RouterRecording:
     """The full model's choices, in memory-mapped files. W windows of n tokens, L layers, K the trained top-k.
 
     Attributes:
@@ -64,8 +64,8 @@ def can_collect(evaluator: Evaluator) -> bool:
 
 def collect_routers(
     evaluator: Evaluator, windows: Windows, directory: Path, *, progress: Progress | None = None
-) -> RouterTraces:
-    """The routers' traces: read from `directory`, completed where a run was cut off, or made.
+) -> RouterRecording:
+    """The routers' recording: read from `directory`, completed where a run was cut off, or made.
 
     Args:
         evaluator: the engine; its session is closed meanwhile.
@@ -116,7 +116,7 @@ def collect_routers(
                 write_json(manifest, {**identity, **content})
                 if progress is not None:
                     progress(batch.windows.stop)
-    return RouterTraces(files["scores"], files["experts"], files["total"], relative_norms(sums, counts))
+    return RouterRecording(files["scores"], files["experts"], files["total"], relative_norms(sums, counts))
 
 
 def relative_norms(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -138,7 +138,7 @@ def relative_norms(sums: npt.NDArray[np.float64], counts: npt.NDArray[np.float64
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """One layer in one step of T tokens, as in `RouterTraces`; `norms` [T, K] are of the single outputs."""
+    """One layer in one step of T tokens, as in `RouterRecording`; `norms` [T, K] are of the single outputs."""
 
     scores: npt.NDArray[np.float32]
     experts: npt.NDArray[np.int32]

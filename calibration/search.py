@@ -7,7 +7,7 @@ luck of the text enters.
 
 The method for thresholds by layer:
 
-1. Measure. Each layer's tokens are cut into bands of equal size by their entropy in the full model's traces;
+1. Measure. Each layer's tokens are cut into bands of equal size by their entropy in the full model's recording;
    for each layer, band and k, one pass over the text runs only those tokens at that k.
 2. Fill. A layer's thresholds are a set of band edges; its options are points (experts saved, damage), and
    only their lower convex hull can be best. The hulls' segments of all layers, ordered by damage for each expert
@@ -56,7 +56,7 @@ from adaptive_k_moe.calibration.families import (
 )
 from adaptive_k_moe.calibration.kinds import CONTAINS, PER_LAYER, ROUTER_KINDS, Kind
 from adaptive_k_moe.calibration.laboratory import Budget, Laboratory, Measured, static
-from adaptive_k_moe.calibration.routers import RouterTraces
+from adaptive_k_moe.calibration.routers import RouterRecording
 from adaptive_k_moe.calibration.solve import best_of, keeps, solve
 from adaptive_k_moe.policy_kinds import ONE_NUMBER
 
@@ -99,7 +99,7 @@ class Search:
         entropy: npt.NDArray[np.float32],
         k_values: Sequence[int],
         *,
-        routers: RouterTraces | None = None,
+        routers: RouterRecording | None = None,
         num_bands: int = 6,
         refine_passes: int = 48,
     ) -> None:
@@ -180,7 +180,7 @@ class Search:
         return [random_family(lowest, seed=0) if kind == "random" else plain_family(kind, lowest)]
 
     def _rules_of(self, kind: Kind) -> Rules | None:
-        """What can be moved in a kind's policies; None for the control, and where that takes the routers' traces."""
+        """What can be moved in a kind's policies; None for the control, and where that takes the routers' recording."""
         if kind not in self._rules:
             self._rules[kind] = self._make_rules(kind)
         return self._rules[kind]
@@ -192,7 +192,7 @@ class Search:
         if one is not None and self._routers is not None:
             return OneNumberRules(one, self._routers, self.k_values[0], by_layer=kind != one)
         if kind in ROUTER_KINDS:
-            raise CalibrationError(f"{kind} rules by layer, and contribution, need the routers' traces.")
+            raise CalibrationError(f"{kind} rules by layer, and contribution, need the routers' recording.")
         return None
 
 

@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no_opponent", action="store_true", help="leave the fixed k by layer out of the policy file")
     parser.add_argument("--default", action="store_true", help="make it the file's default policy")
     parser.add_argument("--report", type=Path, metavar="DIR", help="write index.html, figures and results.json there")
-    parser.add_argument("--work_dir", type=Path, help="keeps traces and scores (default: OUTPUT with .work added)")
+    parser.add_argument("--work_dir", type=Path, help="keeps recordings and scores (default: OUTPUT with .work added)")
     parser.add_argument("--window", type=int, help="tokens in a window (default: 256, or what the engine takes)")
     parser.add_argument("--max_tokens", type=int, help="use about this many tokens of each text")
     parser.add_argument("--bands", type=int, default=6, help="entropy bands in each layer (default: 6)")
@@ -249,7 +249,7 @@ def _prefill(name: str | None, policies: dict[str, Any], full_k: int) -> Any:
         raise CalibrationError(
             f"there is no policy {name!r} for prompts: the engine and OUTPUT have {sorted(policies)}."
         )
-    rule = rules_of(policies[name])[0]
+    rule = rules_of(policies[name], policies)[0]
     if KINDS[rule.kind].sees_step:
         raise CalibrationError(f"policy {name!r} shares experts, which is for decode: give prompts another one.")
     return rule

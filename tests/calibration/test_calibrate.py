@@ -16,7 +16,7 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator
 from adaptive_k_moe.calibration.kinds import CURVE_KINDS
 from adaptive_k_moe.calibration.laboratory import Budget
-from adaptive_k_moe.calibration.traces import EvaluationCache, collect
+from adaptive_k_moe.calibration.recording import EvaluationCache, collect
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_config import read_policy_tables
@@ -71,10 +71,10 @@ def test_choosing_by_measurement_beats_choosing_layers_blindly(result: Calibrati
 def test_a_calibration_that_was_killed_ends_with_the_same_policy(
     evaluator: Evaluator, parts: tuple[Windows, Windows], result: Calibration, work_dir: Path, tmp_path: Path
 ) -> None:
-    # As a kill would leave it: traces cut off after four windows, and an evaluation written by half.
+    # As a kill would leave it: recordings cut off after four windows, and an evaluation written by half.
     again = tmp_path / "work"
     shutil.copytree(work_dir, again)
-    manifest = again / "fitted" / "traces.json"
+    manifest = again / "fitted" / "recording.json"
     content = json.loads(manifest.read_text())
     content["windows_done"] = 4
     manifest.write_text(json.dumps(content))

@@ -17,7 +17,7 @@ from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
 from adaptive_k_moe.calibration.families import EntropyRules
 from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, CONTAINS, STATIC_KINDS
 from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Measured, static
-from adaptive_k_moe.calibration.routers import RouterTraces
+from adaptive_k_moe.calibration.routers import RouterRecording
 from adaptive_k_moe.calibration.search import Search
 from adaptive_k_moe.calibration.solve import keeps
 from adaptive_k_moe.calibration.windows import Windows
@@ -42,7 +42,8 @@ class RoutedLaboratory:
         scores = np.take_along_axis(shares, experts, -1)
         self.norms = rng.uniform(0.3, 2.0, (LAYERS, EXPERTS))
         self.norms /= self.norms.mean(axis=1, keepdims=True)
-        self.routers = RouterTraces(scores.astype(np.float32), experts, shares.sum(-1).astype(np.float32), self.norms)
+        total = shares.sum(-1).astype(np.float32)
+        self.routers = RouterRecording(scores.astype(np.float32), experts, total, self.norms)
         self.entropy = -(shares * np.log(shares)).sum(-1).astype(np.float32)
         # [W, n, L, K + 1] damage of a token that runs k experts: each missing one costs more than the last.
         cost = scores**power * rng.uniform(0.5, 1.5, (LAYERS, 1)) * np.arange(FULL_K, 0, -1)
@@ -120,8 +121,8 @@ def test_no_kind_is_worse_than_one_it_contains_on_the_bundled_model(
 
     fit = parts[0].take(np.arange(4))
     routers = _routers(evaluator, fit, tmp_path, None, quiet)
-    traces, laboratory = _laboratory(evaluator, fit, tmp_path, "fitted", quiet)
-    search = Search(laboratory, traces.entropy, [1, 2], routers=routers, num_bands=2, refine_passes=6)
+    recording, laboratory = _laboratory(evaluator, fit, tmp_path, "fitted", quiet)
+    search = Search(laboratory, recording.entropy, [1, 2], routers=routers, num_bands=2, refine_passes=6)
     check(search, Budget(avg_k=1.5))
 
 

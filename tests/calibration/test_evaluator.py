@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adaptive_k_moe.calibration import traces
+from adaptive_k_moe.calibration import recording
 from adaptive_k_moe.calibration.bootstrap import difference, mean
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator, Reference, kl_divergence, log_softmax, random_rows
-from adaptive_k_moe.calibration.traces import top_tokens
+from adaptive_k_moe.calibration.recording import top_tokens
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.policy import FixedPolicy
 from adaptive_k_moe.runtime import LLM, SamplingParams
@@ -77,10 +77,10 @@ def test_top_tokens_name_the_first_of_equals() -> None:
 
 
 def test_figures_of_other_kernels_are_others(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = traces.engine_fingerprint(evaluator)
-    assert traces.engine_fingerprint(evaluator) == here
-    monkeypatch.setattr(traces, "instruction_set", lambda: "another")
-    assert traces.engine_fingerprint(evaluator) != here
+    here = recording.engine_fingerprint(evaluator)
+    assert recording.engine_fingerprint(evaluator) == here
+    monkeypatch.setattr(recording, "instruction_set", lambda: "another")
+    assert recording.engine_fingerprint(evaluator) != here
 
 
 def test_a_window_beyond_the_engine_is_refused(evaluator: Evaluator) -> None:

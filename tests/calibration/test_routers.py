@@ -16,7 +16,7 @@ from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator
 from adaptive_k_moe.calibration.families import OneNumberRules
 from adaptive_k_moe.calibration.hooks import gates_of
-from adaptive_k_moe.calibration.routers import DECIMALS, RouterTraces, collect_routers, relative_norms
+from adaptive_k_moe.calibration.routers import DECIMALS, RouterRecording, collect_routers, relative_norms
 from adaptive_k_moe.calibration.windows import Windows, make_windows, read_text
 from adaptive_k_moe.engine_builder import build
 
@@ -120,15 +120,15 @@ def test_an_expert_that_nobody_ran_is_an_average_one() -> None:
     assert relative_norms(np.zeros((1, 2)), np.ones((1, 2))).tolist() == [[1.0, 1.0]]
 
 
-def some_routers(scoring: str) -> tuple[RouterTraces, Any]:
-    """Traces of random routers with two layers of 12 experts, top-4, and their logits."""
+def some_routers(scoring: str) -> tuple[RouterRecording, Any]:
+    """Recording of random routers with two layers of 12 experts, top-4, and their logits."""
     rng = np.random.default_rng(3)
     logits = (rng.standard_normal((2, 60, 2, 12)) * [[1.0], [2.5]]).astype(np.float32)
     scores = oracle.sigmoid(logits) if scoring == "sigmoid" else np.apply_along_axis(oracle.softmax, -1, logits)
     experts = np.argsort(-logits, axis=-1, kind="stable")[..., :4].astype(np.int32)
     chosen = np.take_along_axis(scores, experts, -1).astype(np.float32)
     norms = rng.uniform(0.3, 2, (2, 12))
-    return RouterTraces(
+    return RouterRecording(
         chosen, experts, scores.sum(-1).astype(np.float32), norms / norms.mean(1, keepdims=True)
     ), logits
 

@@ -18,7 +18,7 @@ from adaptive_k_moe.calibration.evaluator import Scores
 from adaptive_k_moe.calibration.families import EntropyRules, OneNumberRules, choices_at, shapes
 from adaptive_k_moe.calibration.kinds import ADAPTIVE_KINDS, CURVE_KINDS, STATIC_KINDS
 from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Measured, static
-from adaptive_k_moe.calibration.routers import RouterTraces
+from adaptive_k_moe.calibration.routers import RouterRecording
 from adaptive_k_moe.calibration.search import Search, check_k_values, default_k_values
 from adaptive_k_moe.calibration.solve import solve
 from adaptive_k_moe.policy import EntropyPolicy, FixedPolicy, Policy, RatioPolicy
@@ -106,7 +106,7 @@ class RatioLaboratory(FormulaLaboratory):
         ratio = np.random.default_rng(4).uniform(0.0, 1.0, self.entropy.shape)
         scores = np.stack([1 / (1 + ratio), ratio / (1 + ratio)], axis=-1).astype(np.float32)
         experts = np.zeros(scores.shape, np.int32) + np.arange(2, dtype=np.int32)
-        self.routers = RouterTraces(scores, experts, scores.sum(-1), np.ones((LAYERS, 2)))
+        self.routers = RouterRecording(scores, experts, scores.sum(-1), np.ones((LAYERS, 2)))
         self.ratio = scores[..., 1] / scores[..., 0]
 
     def k(self, policy: Policy) -> np.ndarray:
@@ -144,7 +144,7 @@ def test_one_number_by_layer_is_close_to_the_best_there_is_and_soon_found(target
 
 @pytest.mark.parametrize("kind", ["contribution", "top_p_per_layer", "ratio_per_layer", "contribution_per_layer"])
 def test_kinds_that_need_the_routers_say_so(search: Search, kind: Any) -> None:
-    with pytest.raises(CalibrationError, match="need the routers' traces"):
+    with pytest.raises(CalibrationError, match="need the routers' recording"):
         search.find(kind, Budget(avg_k=1.5))
 
 

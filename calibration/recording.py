@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the full model did on a text, collected once and streamed to disk; and what candidates scored.
 
-Both live in one work folder and survive being killed: traces record how many windows are whole, and evaluations are
+Both live in one work folder and survive being killed: recordings record how many windows are whole, and evaluations are
 lines of a file, of which an unfinished last one is ignored. Everything is keyed by the engine's files, the
 processor's instruction set and the text's tokens, so another model, other kernels or another text never meet old
 figures.
@@ -29,7 +29,7 @@ FORMAT = 1
 """Changes whenever old files could not be read any more."""
 
 
-class Traces:
+class Recording:
     """Router entropies and predictions of the full model, in memory-mapped files. W windows of n tokens, L layers.
 
     Attributes:
@@ -42,8 +42,8 @@ class Traces:
         self.reference = reference
 
 
-def collect(evaluator: Evaluator, windows: Windows, directory: Path, *, progress: Progress | None = None) -> Traces:
-    """The full model's traces: read from `directory`, completed where a run was cut off, or made.
+def collect(evaluator: Evaluator, windows: Windows, directory: Path, *, progress: Progress | None = None) -> Recording:
+    """The full model's recording: read from `directory`, completed where a run was cut off, or made.
 
     Args:
         evaluator: the engine.
@@ -59,7 +59,7 @@ def collect(evaluator: Evaluator, windows: Windows, directory: Path, *, progress
         "top_log_probs": ((len(windows), predicted, kept), np.float32),
     }
     identity = {"format": FORMAT, "engine": engine_fingerprint(evaluator), "tokens": windows.fingerprint()}
-    manifest = directory / "traces.json"
+    manifest = directory / "recording.json"
     directory.mkdir(parents=True, exist_ok=True)
     known = read_json(manifest)
     done = int(known.get("windows_done", 0)) if {name: known.get(name) for name in identity} == identity else 0
@@ -77,7 +77,7 @@ def collect(evaluator: Evaluator, windows: Windows, directory: Path, *, progress
             write_json(manifest, {**identity, "windows_done": batch.windows.stop})
             if progress is not None:
                 progress(batch.windows.stop)
-    return Traces(files["entropy"], Reference(files["top_ids"], files["top_log_probs"]))
+    return Recording(files["entropy"], Reference(files["top_ids"], files["top_log_probs"]))
 
 
 class EvaluationCache:
