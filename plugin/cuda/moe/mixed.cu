@@ -75,7 +75,7 @@ __device__ __forceinline__ void load_weights(const uint4* row, int row_index, in
     uint32_t at[bits_of(format) / 4];
   };
   constexpr int kLanes = 16 / sizeof(Words);  // that share a vector
-  const int vector = swizzle_w<format>(row_index, (4 * chunk + quad) / kLanes);
+  const int vector = swizzle_w<format>(row_index, 4 / kLanes * chunk + quad / kLanes);
   const Words words = reinterpret_cast<const Words*>(row + vector)[quad % kLanes];
   float values[8];
   unpack_quantised<format, 8>(words.at, 0, values);
