@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_cases import Inputs, check_all, expected_routing, make_inputs
+from cuda_cases import Inputs, check_all, make_decided, make_inputs, make_unread
 from cuda_launcher import Interpreter, Layer, Result
 
 from adaptive_k_moe.plugin import route
@@ -26,17 +26,6 @@ ATTRIBUTES: list[dict[str, Any]] = [
 SHARING = (oracle.SHARED_PRICE, oracle.SHARED_EXPERTS)
 
 
-def decided(layer: Layer, seed: int, **options: Any) -> tuple[Inputs, Inputs]:
-    """A step whose reads no rounding decides."""
-    for attempt in range(seed, seed + 100_000, 1000):
-        inputs, exact = make_inputs(layer, attempt, sharing=True, **options)
-        close: list[float] = []
-        expected_routing(layer, exact, close)
-        if min(close, default=1.0) > 3e-6:
-            return inputs, exact
-    raise AssertionError("every step was close to a tie")
-
-
 def participants(inputs: Inputs, result: Result) -> np.ndarray[Any, np.dtype[np.bool_]]:
     kinds = inputs["policy_kind"]
     assert kinds is not None
@@ -50,7 +39,7 @@ def test_a_step_is_the_oracles(interpreter: Interpreter, tokens: int, experts: i
     number = TOKENS.index(tokens) + experts // 8
     for logits, attributes in (("plain", ATTRIBUTES[number % 4]), ("special", ATTRIBUTES[(number + 2) % 4])):
         layer = Layer(tokens, 8, 8, experts, element="float32", max_k=6, **attributes)
-        inputs, exact = decided(layer, number, logits=logits, bias=number % 2 == 0)
+        inputs, exact = make_decided(layer, number, logits=logits, bias=number % 2 == 0)
         check_all(layer, exact, interpreter.run(layer, inputs, seed=number))
 
 
@@ -58,7 +47,7 @@ def test_a_step_is_the_oracles(interpreter: Interpreter, tokens: int, experts: i
 def test_every_attribute(interpreter: Interpreter, attributes: dict[str, Any]) -> None:
     for tokens, experts in ((20, 64), (60, 64), (20, 256)):
         layer = Layer(tokens, 8, 8, experts, element="float32", **attributes)
-        inputs, exact = decided(layer, 1)
+        inputs, exact = make_decided(layer, 1)
         result = interpreter.run(layer, inputs)
         check_all(layer, exact, result)
         unshared = interpreter.run(layer, {**inputs, "policy_kind": np.minimum(inputs["policy_kind"], 3)})
@@ -104,13 +93,7 @@ def test_nothing_read_is_nothing_run(
 ) -> None:
     """No token runs anything: zeros come out, and no weight is touched."""
     layer = Layer(tokens, 64, 64, experts, path=path, weights=weights, activation=activation, max_k=4)
-    inputs, _ = make_inputs(layer, 0)
-    layer.policies, layer.choices = 1, 2
-    inputs |= {
-        "policy_kind": np.array([oracle.SHARED_PRICE], np.int32),
-        "thresholds": np.array([[1e6]], np.float32),
-        "k_values": np.array([[0, 4]], np.int32),
-    }
+    inputs = make_unread(layer)
     result = interpreter.run(layer, inputs)
     assert (result.k == 0).all() and (result.entropy > 0).all()
     assert len(result.active) == 0 and result.offsets[-1] == 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_cases import check_all, make_inputs
+from cuda_cases import check_all, make_decided, make_inputs, make_unread
 from cuda_launcher import Layer
 from gpu_device import DeviceLayer, Gpu
 
@@ -40,6 +40,24 @@ def test_routing_within_groups(gpu: Gpu, experts: int, n_group: int, topk_group:
     layer = Layer(9, 8, 8, experts, element="float32", scoring=scoring, n_group=n_group, topk_group=topk_group)
     for logits in ("plain", "ties", "special"):
         run_and_check(gpu, layer, experts, logits, bias=True)
+
+
+@pytest.mark.parametrize("experts", [8, 128, 512])
+@pytest.mark.parametrize("tokens", [1, 32, 33, 128, 129, 300])
+def test_tokens_that_share(gpu: Gpu, tokens: int, experts: int) -> None:
+    layer = Layer(tokens, 8, 8, experts, element="float32", max_k=6)
+    inputs, exact = make_decided(layer, tokens, logits="special")
+    check_all(layer, exact, gpu.run(layer, inputs))
+
+
+@pytest.mark.parametrize("weights", ["element", "int8"])
+@pytest.mark.parametrize("path", ["decode", "prefill"])
+@pytest.mark.parametrize("tokens", [3, 40, 140])
+def test_nothing_read_is_nothing_run(gpu: Gpu, tokens: int, path: str, weights: str) -> None:
+    layer = Layer(tokens, 64, 64, 8, path=path, weights=weights, max_k=4)
+    result = gpu.run(layer, make_unread(layer))
+    assert (result.k == 0).all() and len(result.active) == 0
+    assert (result.output == 0).all()
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 127, 128, 129, 1000])
@@ -119,12 +137,13 @@ def test_results_repeat_bit_for_bit(gpu: Gpu, weights: str, path: str) -> None:
             assert getattr(first, name).tobytes() == getattr(again, name).tobytes(), name
 
 
+@pytest.mark.parametrize("sharing", [False, True])
 @pytest.mark.parametrize("path", ["decode", "prefill"])
 @pytest.mark.parametrize("weights", ["element", "int8"])
-def test_a_captured_graph_follows_new_inputs(gpu: Gpu, weights: str, path: str) -> None:
+def test_a_captured_graph_follows_new_inputs(gpu: Gpu, weights: str, path: str, sharing: bool) -> None:
     """Capturing refuses whatever waits or allocates; replays route anew, with other counts for each expert."""
     layer = Layer(24, 128, 256, 8, weights=weights, path=path, max_k=4)
-    inputs, exact = make_inputs(layer, 0)
+    inputs, exact = make_inputs(layer, 0, sharing=sharing)
     on_device = DeviceLayer(gpu, layer, inputs)
     on_device.launch(gpu.stream)  # what happens once (loading code) happens now
     gpu.driver.synchronize(gpu.stream)
@@ -133,7 +152,7 @@ def test_a_captured_graph_follows_new_inputs(gpu: Gpu, weights: str, path: str) 
     graph = gpu.driver.end_capture(gpu.stream)
     changing = ("hidden_states", "router_logits", "policy_index", "thresholds", "k_values")
     for seed in range(1, 4):
-        fresh, _ = make_inputs(layer, seed)
+        fresh, _ = make_decided(layer, seed) if sharing else make_inputs(layer, seed)
         changed = {name: fresh[name] for name in changing}
         for name, array in changed.items():
             on_device.update(name, array)

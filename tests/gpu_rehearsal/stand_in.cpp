@@ -89,9 +89,14 @@ int adaptive_k_cuda_launch(const AdaptiveKLayer* layer, const AdaptiveKPointers*
                            void* workspace, void* stream) {
   if (adaptive_k_cuda_check(layer) != nullptr) return kInvalidValue;
   return enqueue(stream, [layer = *layer, pointers = *pointers, workspace] {
-    static const char* const formats[] = {"element", "int8", "int4"};
     static const char* const paths[] = {"", "decode", "prefill"};
-    const std::string format = formats[layer.weights];
+    adaptive_k::MoeParams params;
+    for (int32_t i = 0; i < adaptive_k::kNumAttributes<adaptive_k::Moe>; ++i)
+      adaptive_k::Moe::kAttributes[i].set(&params, layer.attributes[i]);
+    const std::string format = params.weight_format == adaptive_k::WeightFormat::kInt8 ? "int8"
+                               : params.weight_format == adaptive_k::WeightFormat::kInt4
+                                   ? "int4"
+                                   : "element";
     if (const int status = fault(format + " " + paths[adaptive_k_cuda_path(&layer)])) return status;
     const auto launch = interpreter<decltype(adaptive_k_cuda_launch)>("adaptive_k_cuda_launch");
     return launch(&layer, &pointers, workspace, nullptr) == 0 ? 0 : kLaunchFailed;

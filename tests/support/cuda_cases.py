@@ -184,6 +184,28 @@ def expected_routing(layer: Layer, exact: Inputs, close: list[float] | None = No
         )
 
 
+def make_decided(layer: Layer, seed: int, **options: Any) -> tuple[Inputs, Inputs]:
+    """As make_inputs(), a step with sharing tokens whose reads no rounding decides."""
+    for attempt in range(seed, seed + 100_000, 1000):
+        inputs, exact = make_inputs(layer, attempt, sharing=True, **options)
+        close: list[float] = []
+        expected_routing(layer, exact, close)
+        if min(close, default=1.0) > 3e-6:
+            return inputs, exact
+    raise AssertionError("every step was close to a tie")
+
+
+def make_unread(layer: Layer) -> Inputs:
+    """Inputs of a step in which every token shares and no expert pays its price."""
+    inputs, _ = make_inputs(layer, 0)
+    layer.policies, layer.choices = 1, 2
+    return inputs | {
+        "policy_kind": np.array([oracle.SHARED_PRICE], np.int32),
+        "thresholds": np.array([[1e6]], np.float32),
+        "k_values": np.array([[0, 4]], np.int32),
+    }
+
+
 def check_plan(layer: Layer, exact: Inputs, result: Result) -> None:
     """The plan is the stable sort by expert of the selections that the routing left; exact is not read."""
     tokens, ranks = np.nonzero(np.arange(layer.capacity)[None] < result.k[:, None])

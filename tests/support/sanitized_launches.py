@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from cuda_cases import check_all, make_inputs
+from cuda_cases import check_all, make_decided, make_inputs
 from cuda_launcher import Layer
 from cuda_mamba import CASES, check, make
 from gpu_device import Gpu
@@ -32,6 +32,10 @@ for seed, layer in enumerate(LAYERS):
     if "--own" in sys.argv and layer.path == "prefill" and layer.weights == "element":
         continue
     inputs, exact = make_inputs(layer, seed)
+    check_all(layer, exact, gpu.run(layer, inputs))
+for seed, (tokens, experts) in enumerate([(32, 128), (128, 64), (140, 64), (9, 512)]):  # for each sequence of launches
+    layer = Layer(tokens, 8, 8, experts, element="float32", max_k=4)
+    inputs, exact = make_decided(layer, seed)
     check_all(layer, exact, gpu.run(layer, inputs))
 for seed, case in enumerate(CASES):
     element = ("float16", "bfloat16", "float32")[seed % 3]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from cuda_cases import check_all, make_inputs
+from cuda_cases import check_all, make_decided, make_inputs
 from cuda_launcher import Interpreter, Layer
 from cuda_mamba import CASES, check, make, run
 
@@ -25,9 +25,16 @@ LAYERS = [
     Layer(9, 8, 8, 64, path="prefill", scoring="sigmoid", n_group=64, topk_group=12, max_k=8, activation="geglu"),
 ]
 
+# Tokens and experts of steps with sharing tokens, for each sequence of launches.
+SHARING = [(32, 128), (128, 64), (140, 64), (9, 512)]
+
 interpreter = Interpreter(sys.argv[1])
 for seed, layer in enumerate(LAYERS):
     inputs, exact = make_inputs(layer, seed, logits=("plain", "ties", "special")[seed % 3], bias=seed % 2 == 0)
+    check_all(layer, exact, interpreter.run(layer, inputs, seed=seed))
+for seed, (tokens, experts) in enumerate(SHARING):
+    layer = Layer(tokens, 8, 8, experts, element="float32", max_k=4)
+    inputs, exact = make_decided(layer, seed)
     check_all(layer, exact, interpreter.run(layer, inputs, seed=seed))
 for seed, case in enumerate(CASES):
     element = ("float16", "bfloat16", "float32")[seed % 3]
