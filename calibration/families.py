@@ -21,7 +21,7 @@ from adaptive_k_moe.calibration.evaluator import Float64Array
 from adaptive_k_moe.calibration.kinds import PER_LAYER, Kind
 from adaptive_k_moe.calibration.laboratory import DECIMALS, Candidate
 from adaptive_k_moe.calibration.routers import RouterRecording
-from adaptive_k_moe.policy import EntropyChoices, EntropyPolicy, FixedPolicy, PhasesPolicy, Policy
+from adaptive_k_moe.policy import ByLoadPolicy, EntropyChoices, EntropyPolicy, FixedPolicy, PhasesPolicy, Policy
 from adaptive_k_moe.policy_kinds import KINDS
 
 Family = Callable[[float], Candidate]
@@ -216,7 +216,7 @@ class OneNumberRules(Rules):
             return self.fixed(policy.k)
         if isinstance(policy, EntropyPolicy):
             return self.fixed(policy.choices(place, self.full_k).k[0])
-        assert not isinstance(policy, PhasesPolicy)  # contained kinds alone come here
+        assert not isinstance(policy, PhasesPolicy | ByLoadPolicy)  # contained kinds alone come here
         rule = policy.choices(place, self.full_k)
         low, high = rule.k_min, rule.k_max or self.full_k
         if low == high:

@@ -59,7 +59,7 @@ class ExpertLoad:
 
     def reads_of_step(self) -> npt.NDArray[np.int32]:
         """[L] experts that ran for some token since the last call; for the thread that runs the steps."""
-        reads = np.count_nonzero(self._counters != self._before, axis=1).astype(np.int32)
+        reads: npt.NDArray[np.int32] = np.count_nonzero(self._counters != self._before, axis=1).astype(np.int32)
         self._before[:] = self._counters
         return reads
 

@@ -77,13 +77,19 @@ def instruction_set() -> str:
     return name
 
 
+# Of the inputs whose type the description names; those of weights are looked at on their own.
+_DTYPES: dict[str, type[np.generic]] = {"element": np.float32, "float32": np.float32, "int32": np.int32}
+
+
 def _inputs(given: dict[str, Any], activation: str = "silu") -> list[Array | None]:
     """The arrays in the table's order, None where one is absent; contents are never converted."""
     arrays: list[Array | None] = []
     for tensor in MOE.inputs:
         value = given.get(tensor.name)
         name = tensor.gated_name if activation in GATED_ACTIVATIONS else tensor.name
-        dtype = {"element": np.float32, "float32": np.float32, "int32": np.int32}.get(tensor.type)
+        dtype: type[np.generic] | None = {"element": np.float32, "float32": np.float32, "int32": np.int32}.get(
+            tensor.type
+        )
         arrays.append(value if value is None or dtype is None else _input(name, value, dtype))
     return arrays
 
