@@ -61,7 +61,7 @@ def test_holds_every_architecture_and_ptx(library: Path) -> None:
 def test_no_kernel_spills(table: dict[str, dict[str, dict[str, int]]]) -> None:
     """Nothing on a stack. Routing may have a frame of a few bytes: its double-precision division is a call."""
     assert set(table) == ARCHITECTURES
-    allowed = {"route_and_plan_kernel": 16}
+    allowed = {"route_and_plan_kernel": 16, "route_by_block": 8}
     spilling = [
         (arch, name, entry["stack"])
         for arch, kernels in table.items()

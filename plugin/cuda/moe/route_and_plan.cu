@@ -23,7 +23,7 @@ static_assert(sizeof(OneBlockShared) <= 48 << 10, "no attribute is needed");
 
 // One block: its warps take the tokens in turn, unless they have been routed; those that share take
 // a second turn; then all of it plans.
-__global__ void __launch_bounds__(kPlanThreads)
+__global__ void __launch_bounds__(kPlanThreads, 1)
     route_and_plan_kernel(RouteArguments routing, PlanArguments planning, bool routed) {
   auto& shared = shared_memory<OneBlockShared>();
   const int warp = threadIdx.x / 32;
