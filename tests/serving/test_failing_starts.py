@@ -25,6 +25,7 @@ from adaptive_k_moe import cli
 from adaptive_k_moe.client import Client
 from adaptive_k_moe.errors import DependencyError, ServerError
 from adaptive_k_moe.model_repository import TritonServer, triton_wheel
+from adaptive_k_moe.model_repository.contract import MODELS
 from adaptive_k_moe.model_repository.installation import find_tritonserver
 from adaptive_k_moe.model_repository.python_library import python_library
 
@@ -159,7 +160,7 @@ def test_the_stub_loads_this_interpreters_own_library(
     assert library is not None
     with TritonServer(engine_dir, log_file=tmp_path / "log", **ANY_PORTS) as server:
         stubs = _stubs(server)
-        assert len(stubs) == 2
+        assert len(stubs) == len(MODELS)
         for stub in stubs.values():
             loaded = set(re.findall(r"\S*/libpython3\S*", Path(f"/proc/{stub}/maps").read_text()))
             assert loaded == {str(library.resolve())}
