@@ -441,7 +441,7 @@ class Engine:
             request.followed[name] = request.followed.get(name, 0) + num_tokens
             tokens[request] = tokens.get(request, 0) + num_tokens
         if result.reads is not None:
-            experts = float(result.reads.mean())
+            experts = sum(result.reads.tolist()) / len(result.reads)
             for request, num_tokens in tokens.items():
                 request.expert_reads = request.expert_reads or ExpertReads()
                 request.expert_reads.add(experts, num_tokens, len(step.input_ids))

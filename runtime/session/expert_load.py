@@ -52,6 +52,7 @@ class ExpertLoad:
         self._counters = np.zeros((len(operators), num_experts), np.uint32)
         self._seen = self._counters.copy()
         self._before = self._counters.copy()
+        self._ran = np.empty(self._counters.shape, np.bool_)
         self._lock = threading.Lock()
         self._totals = np.zeros(self._counters.shape, np.int64)
         signed = self._counters.view(np.int32)
@@ -59,8 +60,10 @@ class ExpertLoad:
 
     def reads_of_step(self) -> npt.NDArray[np.int32]:
         """[L] experts that ran for some token since the last call; for the thread that runs the steps."""
-        reads: npt.NDArray[np.int32] = np.count_nonzero(self._counters != self._before, axis=1).astype(np.int32)
-        self._before[:] = self._counters
+        # Once a step: without temporaries, which would cost as much as the rest of a small model's bookkeeping.
+        np.not_equal(self._counters, self._before, out=self._ran)
+        reads: npt.NDArray[np.int32] = np.add.reduce(self._ran, axis=1, dtype=np.int32)
+        self._before[...] = self._counters
         return reads
 
     def read(self) -> npt.NDArray[np.int64]:
