@@ -166,6 +166,12 @@ def near_a_limit(rule: Rule, feed: dict[str, np.ndarray]) -> bool:
         entropy = -np.where(probs > 0, probs * np.log(probs), 0).sum(1)
         scores = probs if rule.scoring == "softmax" else 1 / (1 + np.exp(-logits))
         keys = scores + feed.get("correction_bias", np.zeros(1))
+        if rule.n_group > 1 and rule.scoring == "sigmoid":
+            # Two groups whose sums are as good as equal, of other terms: the order of rounding decides.
+            best = np.sort(keys.reshape(len(keys), rule.n_group, -1), 2)[..., -2:]
+            apart = np.abs(best.sum(2)[:, :, None] - best.sum(2)[:, None])
+            if ((apart < 1e-6) & (best[:, :, None] != best[:, None]).any(3)).any():
+                return True
         ranked = np.take_along_axis(scores, np.argsort(-keys, 1, kind="stable"), 1)
         mass = np.cumsum(ranked / ranked.sum(1, keepdims=True), 1)
         ratio = scores / scores.max(1, keepdims=True)
