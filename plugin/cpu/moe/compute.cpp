@@ -267,10 +267,6 @@ class Layer {
   std::vector<Tile>* h_tiles_ = nullptr;
 };
 
-}  // namespace
-
-namespace {
-
 // The policy tables of a call, in the types of the rules.
 struct Policies {
   const int32_t* index;
