@@ -2,6 +2,9 @@
 #if defined(__linux__) && defined(__x86_64__)
 #include <sys/syscall.h>
 #endif
+#if defined(ADAPTIVE_K_X86)
+#include <cpuid.h>
+#endif
 #include <unistd.h>
 
 #include <cstdlib>
@@ -15,10 +18,18 @@ namespace {
 
 #if defined(ADAPTIVE_K_X86)
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+
+// Compilers of this project's age do not know the name to ask for.
+bool has_avx_vnni() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & (1u << 4)) != 0;
+}
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
+
+bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
 // Linux keeps the tiles' registers from a process until it asks for them.
 bool has_amx() {
@@ -27,6 +38,7 @@ bool has_amx() {
   constexpr int kTileData = 18;               // XFEATURE_XTILEDATA
   return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
          __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         __builtin_cpu_supports("amx-int8") &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
@@ -38,14 +50,17 @@ InstructionSet choose() {
   const char* forced = std::getenv("ADAPTIVE_K_ISA");
   const std::string isa = forced == nullptr ? "" : forced;
 #if defined(ADAPTIVE_K_X86)
-  if ((isa.empty() || isa == "amx") && has_amx()) return InstructionSet::kAmx;
-  if ((isa.empty() || isa == "avx512") && has_avx512()) return InstructionSet::kAvx512;
-  if ((isa.empty() || isa == "avx2") && has_avx2()) return InstructionSet::kAvx2;
+  const auto wanted = [&](const char* name) { return isa.empty() || isa == name; };
+  if (wanted("amx") && has_amx()) return InstructionSet::kAmx;
+  if (wanted("avx512_vnni") && has_avx512_vnni()) return InstructionSet::kAvx512Vnni;
+  if (wanted("avx512") && has_avx512()) return InstructionSet::kAvx512;
+  if (wanted("avx_vnni") && has_avx_vnni()) return InstructionSet::kAvxVnni;
+  if (wanted("avx2") && has_avx2()) return InstructionSet::kAvx2;
 #endif
   if (isa.empty() || isa == "portable") return InstructionSet::kPortable;
   throw std::invalid_argument("ADAPTIVE_K_ISA is '" + isa +
                               "', which this machine or build does not have; use portable, avx2, "
-                              "avx512 or amx, or leave it unset");
+                              "avx_vnni, avx512, avx512_vnni or amx, or leave it unset");
 }
 
 }  // namespace
@@ -56,7 +71,7 @@ InstructionSet instruction_set() {
 }
 
 const char* instruction_set_name() {
-  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+  constexpr const char* kNames[] = {"portable", "avx2", "avx_vnni", "avx512", "avx512_vnni", "amx"};
   return kNames[static_cast<int>(instruction_set())];
 }
 

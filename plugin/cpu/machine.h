@@ -6,11 +6,11 @@
 
 namespace adaptive_k::cpu {
 
-enum class InstructionSet { kPortable, kAvx2, kAvx512, kAmx };
+enum class InstructionSet { kPortable, kAvx2, kAvxVnni, kAvx512, kAvx512Vnni, kAmx };
 
 // The set in use: the best that this machine runs, or the one that the environment variable
-// ADAPTIVE_K_ISA names (portable, avx2, avx512, amx). Throws std::invalid_argument when it cannot
-// be had.
+// ADAPTIVE_K_ISA names (portable, avx2, avx_vnni, avx512, avx512_vnni, amx). Throws
+// std::invalid_argument when it cannot be had.
 InstructionSet instruction_set();
 const char* instruction_set_name();
 

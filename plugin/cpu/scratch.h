@@ -43,7 +43,8 @@ struct Scratch {
   std::vector<float> weights;    // [tokens, capacity]
   Plan plan;
   FloatBuffer x;  // packed rows of hidden states
-  FloatBuffer h;  // packed rows of the experts' hidden values
+  FloatBuffer h;  // packed rows of the experts' hidden values, or floats that are to be packed
+  FloatBuffer packed_h;
   std::vector<Tile> x_tiles, h_tiles;
 };
 

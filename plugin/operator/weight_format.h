@@ -31,6 +31,16 @@ constexpr Word kWeightFormatWords[] = {
 };
 constexpr WordList words_of(WeightFormat) { return kWeightFormatWords; }
 
+// What products take of activations: the numbers as they are, or int8 with a scale for each block
+// of neighbours, rounded as they are read. Integer weights alone are multiplied with integers.
+enum class ActivationFormat : int32_t { kAsHiddenStates, kInt8 };
+
+constexpr Word kActivationFormatWords[] = {
+    {"", static_cast<int32_t>(ActivationFormat::kAsHiddenStates)},
+    {"int8", static_cast<int32_t>(ActivationFormat::kInt8)},
+};
+constexpr WordList words_of(ActivationFormat) { return kActivationFormatWords; }
+
 // A group of weights that share a scale is a whole row or a multiple of this many.
 constexpr int32_t kGroupMultiple = 32;
 

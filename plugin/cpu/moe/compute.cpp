@@ -119,7 +119,8 @@ class Layer {
       : params_(params),
         hidden_(args.sizes.hidden),
         intermediate_(args.sizes.intermediate),
-        kernels_(kernels(format)),
+        kernels_(kernels(format, params.activation_format)),
+        integers_(params.activation_format == ActivationFormat::kInt8),
         scratch_(scratch),
         plan_(scratch.plan),
         gated_(is_gated(params.activation)),
@@ -127,7 +128,6 @@ class Layer {
             (gated_ ? 2 : 1) * intermediate_, hidden_, args.sizes.group_size),
         down_(format, args.inputs[MoeInput::kDown], args.inputs.floats(MoeInput::kDownScales),
               hidden_, intermediate_, args.sizes.group_size),
-        padded_hidden_(round_up(hidden_, kernels_.lanes)),
         padded_intermediate_(round_up(intermediate_, kernels_.lanes)) {}
 
   void run(const float* hidden_states, float* output) {
@@ -140,6 +140,7 @@ class Layer {
         expert_bytes * (plan_.num_experts_used + plan_.num_rows() / kRowsPerRead) < kSerialBytes;
     gather(hidden_states);
     project_up();
+    pack_hidden();
     project_down(output);
   }
 
@@ -148,36 +149,70 @@ class Layer {
     return reinterpret_cast<char*>(buffer.reserve(divide_up(bytes, sizeof(float))));
   }
 
-  // Packs the tokens' rows in the order of the plan; a lone whole row is used where it lies.
-  void gather(const float* hidden_states) {
+  // Of a row that the matrix is multiplied with, packed.
+  int64_t packed_bytes(const Matrix& matrix) const {
+    if (integers_) return ActivationBlocks(matrix.K, matrix.group_size).row_bytes();
+    return round_up(matrix.K, kernels_.lanes) * kernels_.activation_bytes;
+  }
+
+  // Packs rows for the matrix, tile by tile; row(i) is the i-th of the plan's.
+  template <typename Row>
+  void pack(const Matrix& matrix, FloatBuffer& buffer, std::vector<Tile>* packed, bool serial,
+            const Row& row) {
     const std::vector<Plan::TileRange>& tiles = plan_.tiles;
-    x_tiles_ = &scratch_.x_tiles;
-    h_tiles_ = &scratch_.h_tiles;
-    x_tiles_->resize(tiles.size());
-    h_tiles_->resize(tiles.size());
-    const bool in_place = padded_hidden_ == hidden_ && kernels_.activation_bytes == sizeof(float);
+    const int64_t row_bytes = packed_bytes(matrix);
+    const bool in_place = row_bytes == matrix.K * static_cast<int64_t>(sizeof(float)) && !integers_;
     bool all_in_place = in_place;
     for (const Plan::TileRange& tile : tiles) all_in_place = all_in_place && tile.rows == 1;
-    const int64_t x_bytes = padded_hidden_ * kernels_.activation_bytes;
-    const int64_t h_bytes = padded_intermediate_ * kernels_.activation_bytes;
-    char* packed = all_in_place ? nullptr : reserve(scratch_.x, plan_.num_rows() * x_bytes);
-    char* h = reserve(scratch_.h, plan_.num_rows() * h_bytes);
-    for (size_t i = 0; i < tiles.size(); ++i)
-      (*h_tiles_)[i] = {h + tiles[i].first_row * h_bytes, tiles[i].rows};
-    const int64_t grain = std::max<int64_t>(1, 8192 / hidden_);
-    parallel_for(tiles.size(), grain, serial_ || all_in_place, [&](int64_t i) {
+    char* room = all_in_place ? nullptr : reserve(buffer, plan_.num_rows() * row_bytes);
+    packed->resize(tiles.size());
+    const int64_t grain = std::max<int64_t>(1, 8192 / matrix.K);
+    parallel_for(tiles.size(), grain, serial || all_in_place, [&](int64_t i) {
       const Plan::TileRange& tile = tiles[i];
       const float* rows[kMaxTileRows];
-      for (int r = 0; r < tile.rows; ++r)
-        rows[r] = hidden_states + plan_.row_token[tile.first_row + r] * hidden_;
-      if (tile.rows == 1 && in_place) {
-        (*x_tiles_)[i] = {rows[0], 1};
+      for (int r = 0; r < tile.rows; ++r) rows[r] = row(tile.first_row + r);
+      if (tile.rows == 1 && in_place) {  // a lone whole row is used where it lies
+        (*packed)[i] = {rows[0], 1};
         return;
       }
-      char* to = packed + tile.first_row * x_bytes;
-      kernels_.pack(rows, tile.rows, hidden_, to);
-      (*x_tiles_)[i] = {to, tile.rows};
+      char* to = room + tile.first_row * row_bytes;
+      kernels_.pack(rows, tile.rows, matrix.K, matrix.group_size, to);
+      (*packed)[i] = {to, tile.rows};
     });
+  }
+
+  void gather(const float* hidden_states) {
+    x_tiles_ = &scratch_.x_tiles;
+    h_tiles_ = &scratch_.h_tiles;
+    pack(up_, scratch_.x, x_tiles_, serial_,
+         [&](int64_t row) { return hidden_states + plan_.row_token[row] * hidden_; });
+    const int64_t h_bytes =
+        integers_ ? intermediate_ * static_cast<int64_t>(sizeof(float)) : packed_bytes(down_);
+    h_ = reserve(scratch_.h, plan_.num_rows() * h_bytes);
+    h_tiles_->resize(plan_.tiles.size());
+    for (size_t i = 0; i < plan_.tiles.size(); ++i)
+      (*h_tiles_)[i] = {h_ + plan_.tiles[i].first_row * h_bytes, plan_.tiles[i].rows};
+  }
+
+  // Hidden values that have to be whole before they are packed.
+  void pack_hidden() {
+    if (!integers_) return;
+    const auto* rows = reinterpret_cast<const float*>(h_);
+    pack(down_, scratch_.packed_h, h_tiles_, serial_,
+         [&](int64_t row) { return rows + row * intermediate_; });
+  }
+
+  // Applies the activation to a panel of one tile and writes its neurons, from `first` on.
+  void activate(const float* c, int64_t c_stride, int64_t first, const Tile& tile) const {
+    void* to = const_cast<void*>(tile.x);
+    if (!integers_) {
+      kernels_.activate(params_.activation, c, c_stride, tile.rows, first, intermediate_,
+                        padded_intermediate_, to);
+      return;
+    }
+    for (int r = 0; r < tile.rows; ++r)
+      kernels_.activate(params_.activation, c + r * c_stride, c_stride, 1, first, intermediate_,
+                        intermediate_, static_cast<float*>(to) + r * intermediate_);
   }
 
   // c [rows of the block, weight rows] = products of the block's rows of `tiles`.
@@ -209,9 +244,7 @@ class Layer {
       for (int t = 0; t < block.num_tiles; ++t) {
         const Tile& tile = (*h_tiles_)[block.first_tile + t];
         for (int64_t p = begin; p < end; ++p)
-          kernels_.activate(params_.activation, c + (p - begin) * kPanelRows, weights.size(),
-                            tile.rows, p * neurons, intermediate_, padded_intermediate_,
-                            const_cast<void*>(tile.x));
+          activate(c + (p - begin) * kPanelRows, weights.size(), p * neurons, tile);
         c += tile.rows * weights.size();
       }
     });
@@ -257,14 +290,16 @@ class Layer {
   const MoeParams& params_;
   const int64_t hidden_, intermediate_;
   const Kernels& kernels_;
+  const bool integers_;
   Scratch& scratch_;
   const Plan& plan_;
   const bool gated_;
   const Matrix up_, down_;
-  const int64_t padded_hidden_, padded_intermediate_;
+  const int64_t padded_intermediate_;
   bool serial_ = false;
   std::vector<Tile>* x_tiles_ = nullptr;
   std::vector<Tile>* h_tiles_ = nullptr;
+  char* h_ = nullptr;
 };
 
 // The policy tables of a call, in the types of the rules.
@@ -387,7 +422,7 @@ void moe(const MoeParams& params, const MoeArguments& args, float* output, int32
   }
 
   const WeightFormat format = stored_format(params.weight_format, WeightFormat::kFloat32);
-  const Kernels& layer_kernels = kernels(format);
+  const Kernels& layer_kernels = kernels(format, params.activation_format);
   Layer layer(params, format, args, scratch);
   const float* const hidden_states = args.inputs.floats(MoeInput::kHiddenStates);
   int64_t begin = 0;

@@ -44,6 +44,7 @@ struct Moe {
       attribute<&MoeParams::topk_group>("topk_group"),
       attribute<&MoeParams::max_k>("max_k"),
       attribute<&MoeParams::weight_format>("weight_format"),
+      attribute<&MoeParams::activation_format>("activation_format"),
       attribute<&MoeParams::has_expert_norms>("has_expert_norms"),
   };
 

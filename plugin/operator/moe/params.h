@@ -58,6 +58,7 @@ struct MoeParams {
   int32_t topk_group = 1;
   int32_t max_k = 0;  // 0: min(num_experts, kMaxK)
   WeightFormat weight_format = WeightFormat::kAsHiddenStates;
+  ActivationFormat activation_format = ActivationFormat::kAsHiddenStates;
   bool has_expert_norms = false;  // which of the optional inputs the last one is
 };
 
@@ -108,6 +109,9 @@ inline const char* check_attributes(const MoeParams& params, int32_t num_experts
     return "topk_group must be between 1 and n_group";
   if (num_experts > 0 && num_experts % params.n_group != 0)
     return "n_group must divide the number of experts";
+  if (params.activation_format != ActivationFormat::kAsHiddenStates &&
+      !is_quantised(params.weight_format))
+    return "activation_format must be empty unless weight_format is int8 or int4";
   if (!std::isfinite(params.routed_scaling_factor))
     return "routed_scaling_factor is not a finite number";
   return nullptr;

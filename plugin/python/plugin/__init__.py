@@ -69,7 +69,7 @@ def openvino_extension_path() -> Path:
 
 
 def instruction_set() -> str:
-    """The instruction set of the loops in use: portable, avx2, avx512 or amx.
+    """The instruction set of the loops in use: portable, avx2, avx_vnni, avx512, avx512_vnni or amx.
 
     The environment variable ADAPTIVE_K_ISA forces one, if set before the first call.
     """
@@ -207,6 +207,7 @@ def moe(
     gate_up_scales: npt.ArrayLike | None = None,
     down_scales: npt.ArrayLike | None = None,
     weight_bits: int = 8,
+    activation_format: str = "",
     correction_bias: npt.ArrayLike | None = None,
     expert_norms: npt.ArrayLike | None = None,
     activation: str = "swiglu",
@@ -236,6 +237,8 @@ def moe(
         down_scales: [E, H, I / group size], of the same group size.
         weight_bits: 8, or 4 where two values share an int8, the one with the even index in the low half; the last
             dimension of weights is then half as long.
+        activation_format: "int8" multiplies integer weights with activations that are rounded to int8, with a scale
+            for each block of 128 neighbours (or fewer, where the weights' groups are smaller); "" rounds nothing.
         correction_bias: See `route`.
         expert_norms: See `route`.
         activation: "swiglu", "geglu" (gated), "silu", "gelu", "gelu_tanh", "relu" or "relu2".
@@ -271,6 +274,7 @@ def moe(
         activation=activation,
         scoring=scoring,
         weight_format=weight_format,
+        activation_format=activation_format,
         norm_topk_prob=norm_topk_prob,
         routed_scaling_factor=routed_scaling_factor,
         n_group=n_group,

@@ -13,65 +13,12 @@
 //
 // No function of the standard library is instantiated here: compiled for this instruction set, it
 // might stand in for another file's at link time.
-#include <immintrin.h>
-
-#include <cstdint>
-#include <cstring>
-
-#include "cpu/moe/kernels/kernels.h"
-#include "cpu/scratch.h"
+#include "cpu/moe/kernels/amx_tiles.h"
 
 namespace adaptive_k::cpu {
 namespace {
 
-constexpr int kTile = 16;   // weight rows of a tile, pairs of elements, the most tokens
 constexpr int kDepth = 32;  // elements of K in a tile
-constexpr int kGroups = kPanelRows / kTile;
-constexpr int kMaxBlockRows = 256;
-constexpr int kLine = 64;  // bytes
-
-// The intrinsics for tiles do not tell the compiler that they read memory: what is written for them
-// has to be written by now.
-inline void written(const void* data) { asm volatile("" : : "r"(data) : "memory"); }
-
-// The tiles' shapes, for as long as this lives. They are the thread's own state, and other
-// libraries that use tiles set theirs before they do.
-class Configuration {
- public:
-  ~Configuration() { _tile_release(); }
-
-  // For two tiles of B with so many tokens.
-  void set(int tokens0, int tokens1) {
-    if (tokens0 == tokens_[0] && tokens1 == tokens_[1]) return;
-    tokens_[0] = tokens0;
-    tokens_[1] = tokens1;
-    struct alignas(64) {
-      uint8_t palette = 1;
-      uint8_t start_row = 0;
-      uint8_t reserved[14] = {};
-      uint16_t row_bytes[16] = {};
-      uint8_t rows[16] = {};
-    } data;
-    static_assert(sizeof data == 64);
-    // C 0 to 3, A 4 and 5, B 6 and 7.
-    for (int i = 0; i < 8; ++i) {
-      data.rows[i] = kTile;
-      data.row_bytes[i] = i == 4 || i == 5 ? kLine : tokens_[i % 2] * 4;
-    }
-    written(&data);
-    _tile_loadconfig(&data);
-  }
-
- private:
-  int tokens_[2] = {};
-};
-
-// Where a tile's 16 rows lie, and how far it is to the tile that is next along K; in bytes.
-struct Operand {
-  const char* data;
-  int64_t stride;
-  int64_t step;
-};
 
 // kA tiles of weights times kB tiles of tokens: c = or c += the sums. c[i][j] is 16 by 16 floats,
 // of which the tile's tokens are the first of each row.
@@ -111,18 +58,6 @@ void multiply_tiles(const Operand* a, const Operand* b, int steps, bool add, flo
 constexpr decltype(&multiply_tiles<1, 1>) kMultiplyTiles[2][2] = {
     {multiply_tiles<1, 1>, multiply_tiles<1, 2>}, {multiply_tiles<2, 1>, multiply_tiles<2, 2>}};
 
-// Memory of the calling thread, for as long as the thread pool lives.
-struct Buffers {
-  FloatBuffer sums;
-  FloatBuffer weights;
-};
-
-Buffers& buffers() {
-  static thread_local Buffers* own = nullptr;
-  if (own == nullptr) own = new Buffers;
-  return *own;
-}
-
 // Copies 16 weight rows as tiles, [steps][16][32], with zeros to the end of the last. For rows that
 // a tile cannot be read from: those whose end is not a tile's, or that are not evenly apart.
 void pack_weights(const uint16_t* const* rows, int length, uint16_t* packed) {
@@ -133,12 +68,6 @@ void pack_weights(const uint16_t* const* rows, int length, uint16_t* packed) {
                          _mm512_maskz_loadu_epi16(mask, rows[r] + k));
     }
   }
-}
-
-bool evenly_apart(const uint16_t* const* rows) {
-  for (int r = 2; r < kTile; ++r)
-    if (rows[r] - rows[r - 1] != rows[1] - rows[0]) return false;
-  return true;
 }
 
 // One part of K of all tiles, for one or two groups of 16 weight rows. acc is
@@ -173,47 +102,6 @@ void multiply_panel(const Tile* tiles, int num_tiles, const uint16_t* const* row
     }
     configuration->set(tiles[t].rows, tiles[t + count - 1].rows);
     kMultiplyTiles[groups - 1][count - 1](a, b, steps, offset > 0, c);
-  }
-}
-
-// Turns the rows of 16 by 16 numbers of 32 bits into columns.
-void transpose(__m512i* v) {
-  __m512i w[16];
-  for (int i = 0; i < 16; i += 2) {
-    w[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    w[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  // v[i + j], i a multiple of 4: column 4 q + j of rows i to i + 3, for each quarter q.
-  for (int i = 0; i < 16; i += 4) {
-    v[i] = _mm512_unpacklo_epi64(w[i], w[i + 2]);
-    v[i + 1] = _mm512_unpackhi_epi64(w[i], w[i + 2]);
-    v[i + 2] = _mm512_unpacklo_epi64(w[i + 1], w[i + 3]);
-    v[i + 3] = _mm512_unpackhi_epi64(w[i + 1], w[i + 3]);
-  }
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even01 = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88);
-    const __m512i odd01 = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xDD);
-    const __m512i even23 = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
-    const __m512i odd23 = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xDD);
-    w[j] = _mm512_shuffle_i32x4(even01, even23, 0x88);
-    w[8 + j] = _mm512_shuffle_i32x4(even01, even23, 0xDD);
-    w[4 + j] = _mm512_shuffle_i32x4(odd01, odd23, 0x88);
-    w[12 + j] = _mm512_shuffle_i32x4(odd01, odd23, 0xDD);
-  }
-  std::memcpy(v, w, sizeof w);
-}
-
-// c[i * num_rows + r] from the sums [groups][tiles][16][16].
-void unpack(const float* acc, const Tile* tiles, int num_tiles, int num_rows, float* c) {
-  for (int t = 0; t < num_tiles; ++t) {
-    for (int r = 0; r < num_rows; r += kTile) {
-      const float* tile = acc + (r / kTile * num_tiles + t) * kTile * kTile;
-      __m512i v[kTile];
-      for (int i = 0; i < kTile; ++i) v[i] = _mm512_loadu_si512(tile + i * kTile);
-      transpose(v);
-      for (int i = 0; i < tiles[t].rows; ++i) _mm512_storeu_si512(c + i * num_rows + r, v[i]);
-    }
-    c += tiles[t].rows * num_rows;
   }
 }
 
@@ -258,7 +146,7 @@ void store_pairs(__m512i* v, int m, int pairs, uint32_t* to) {
   for (int p = 0; p < pairs; ++p) _mm512_mask_storeu_epi32(to + p * m, mask, v[p]);
 }
 
-void pack(const float* const* rows, int m, int64_t K, void* packed) {
+void pack(const float* const* rows, int m, int64_t K, int64_t /*group_size*/, void* packed) {
   uint32_t* to = static_cast<uint32_t*>(packed);
   const auto load = [](const float* from, int64_t count) {
     const unsigned all = (1u << kTile) - 1;

@@ -5,21 +5,27 @@
 
 namespace adaptive_k::cpu {
 
-const Kernels& kernels(WeightFormat format) {
+const Kernels& kernels(WeightFormat weights, ActivationFormat activations) {
+  const bool integers = activations == ActivationFormat::kInt8;
 #if defined(ADAPTIVE_K_X86)
   switch (instruction_set()) {
     case InstructionSet::kAmx:
-      return format == WeightFormat::kBFloat16 ? kAmxKernels : kAvx512Kernels;
+      if (integers) return kAmxIntegerKernels;
+      return weights == WeightFormat::kBFloat16 ? kAmxKernels : kAvx512Kernels;
+    case InstructionSet::kAvx512Vnni:
+      return integers ? kAvx512VnniIntegerKernels : kAvx512Kernels;
     case InstructionSet::kAvx512:
-      return kAvx512Kernels;
+      return integers ? kAvx512IntegerKernels : kAvx512Kernels;
+    case InstructionSet::kAvxVnni:
+      return integers ? kAvxVnniIntegerKernels : kAvx2Kernels;
     case InstructionSet::kAvx2:
-      return kAvx2Kernels;
+      return integers ? kAvx2IntegerKernels : kAvx2Kernels;
     case InstructionSet::kPortable:
       break;
   }
 #endif
-  (void)format;
-  return kPortableKernels;
+  (void)weights;
+  return integers ? kPortableIntegerKernels : kPortableKernels;
 }
 
 }  // namespace adaptive_k::cpu

@@ -13,6 +13,12 @@
 //
 // Activations are packed: a tile of m <= tile_rows rows is stored [padded K / lanes][m][lanes],
 // zeros after K.
+//
+// With activations in int8 both operands are integers. A row of activations is taken in blocks,
+// each with a scale (quantise.h). The products of a block are summed as integers, which is exact;
+// times the scales they are added as above, over rising blocks. A tile of m rows is stored as its
+// values, [m][stride], then [m][blocks] scales and [m][blocks] sums of values (AMX has the values
+// in another order).
 #pragma once
 
 #include <cstdint>
@@ -52,6 +58,28 @@ struct Weights {
   int64_t group_size;
 };
 
+// The length of most blocks of activations.
+constexpr int kActivationBlock = 128;
+
+// The blocks in which a row of K activations becomes int8: of 128, and never across the weights'
+// groups. The last may be shorter.
+struct ActivationBlocks {
+  int64_t K, length, count;
+  int64_t stride;  // bytes of a row's values
+
+  ActivationBlocks(int64_t K, int64_t group_size)
+      : K(K),
+        length(group_size >= K || group_size % kActivationBlock == 0 ? kActivationBlock
+               : group_size < kActivationBlock                       ? group_size
+                                                                     : 32),
+        count((K + length - 1) / length),
+        stride((K + 63) / 64 * 64) {}
+
+  int64_t length_of(int64_t block) const { return block + 1 < count ? length : K - block * length; }
+  // Of a packed row, with scales and sums.
+  int64_t row_bytes() const { return (stride + 8 * count + 63) / 64 * 64; }
+};
+
 struct Kernels {
   const char* name;
   int lanes;
@@ -59,8 +87,8 @@ struct Kernels {
   int max_block_rows;    // the most token rows that are worth multiplying together
   int activation_bytes;  // of a packed element: 4 is float32, of which a lone row needs no packing
 
-  // Packs m rows of K floats into one tile.
-  void (*pack)(const float* const* rows, int m, int64_t K, void* packed);
+  // Packs m rows of K floats into one tile, for weights in groups of group_size (K without).
+  void (*pack)(const float* const* rows, int m, int64_t K, int64_t group_size, void* packed);
 
   // c[i * num_rows + r] = dot(row i of the tiles, weight row r), r < num_rows. Weights are read
   // once, straight from where they lie. cache_bytes is the size of the second-level cache:
@@ -70,7 +98,9 @@ struct Kernels {
 
   // Applies the activation to a panel of a tile's products, whose rows are c_stride apart, and
   // writes its neurons, from number `first` on, into the packed tile of padded length padded_I.
-  // Neurons at or beyond I become zeros; the last panel's call fills the padding.
+  // Neurons at or beyond I become zeros; the last panel's call fills the padding. Where activations
+  // become int8, a block of which is more than a panel, the tile is one of floats that are not
+  // padded, of one row, for pack().
   void (*activate)(Activation activation, const float* c, int64_t c_stride, int rows, int64_t first,
                    int64_t I, int64_t padded_I, void* tile);
 
@@ -79,15 +109,16 @@ struct Kernels {
   void (*combine)(const float* const* y, const float* weights, int k, int n, float* out);
 };
 
-// Those of the instruction set in use (machine.h) for weights of a format; AMX has kernels of its
-// own for bfloat16 alone and takes the others of AVX-512.
-const Kernels& kernels(WeightFormat format);
+// Those of the instruction set in use (machine.h) for weights and activations of these formats. A
+// set takes those of a lesser one where it has none of its own: AMX has none for floats but
+// bfloat16, and the VNNI sets have them for integers alone.
+const Kernels& kernels(WeightFormat weights, ActivationFormat activations);
 
-extern const Kernels kPortableKernels;
+extern const Kernels kPortableKernels, kPortableIntegerKernels;
 #if defined(ADAPTIVE_K_X86)
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx512Kernels;
-extern const Kernels kAmxKernels;
+extern const Kernels kAvx2Kernels, kAvx2IntegerKernels, kAvxVnniIntegerKernels;
+extern const Kernels kAvx512Kernels, kAvx512IntegerKernels, kAvx512VnniIntegerKernels;
+extern const Kernels kAmxKernels, kAmxIntegerKernels;
 #endif
 
 }  // namespace adaptive_k::cpu

@@ -53,12 +53,51 @@ struct Simd {
   }
 };
 
+struct Integers {
+  typedef int32_t I __attribute__((vector_size(16)));
+  static constexpr int kBytes = 16;
+  struct B {
+    int8_t at[kBytes];
+  };
+  template <typename W>
+  static constexpr int32_t kOffset = 0;
+
+  static B load(const int8_t* p) {
+    B b;
+    std::memcpy(b.at, p, sizeof b.at);
+    return b;
+  }
+  static B load(const Int4Pair* p) {
+    B b;
+    for (int i = 0; i < kBytes; ++i)
+      b.at[i] = static_cast<int8_t>(((p[i / 2].bits >> i % 2 * 4 & 15) ^ 8) - 8);
+    return b;
+  }
+  // Blocks are multiples of 16.
+  template <typename W>
+  static B load(const W* p, int /*count*/) {
+    return load(p);
+  }
+  static B load_activations(const int8_t* p, int /*count*/ = kBytes) { return load(p); }
+  static I first(int32_t x) { return I{x, 0, 0, 0}; }
+  template <typename W>
+  static I dot(I sums, const B& weights, const B& activations) {
+    for (int lane = 0; lane < 4; ++lane)
+      for (int i = lane * 4; i < lane * 4 + 4; ++i) sums[lane] += weights.at[i] * activations.at[i];
+    return sums;
+  }
+  static Simd::V convert(I x) { return __builtin_convertvector(x, Simd::V); }
+};
+
 }  // namespace
 }  // namespace adaptive_k::cpu
 
-#include "cpu/moe/kernels/impl.h"
+#include "cpu/moe/kernels/integer_impl.h"
 
 namespace adaptive_k::cpu {
 const Kernels kPortableKernels = {"portable", kLanes,   kTileRows, kMaxBlockRows, sizeof(float),
                                   pack,       multiply, activate,  combine};
+const Kernels kPortableIntegerKernels = {"portable",        1,        kIntegerTileRows,
+                                         kMaxBlockRows,     1,        pack_integers,
+                                         multiply_integers, activate, combine};
 }  // namespace adaptive_k::cpu

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+// Integers by AVX2 or, where kVnni says so, AVX-VNNI, for integer_impl.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/moe/kernels/kernels.h"
+
+namespace adaptive_k::cpu {
+namespace {
+
+struct Integers {
+  using I = __m256i;
+  using B = __m256i;
+  static constexpr int kBytes = 32;
+  // VNNI multiplies unsigned with signed numbers, and so does vpmaddubsw: int4 come as 0 to 15, and
+  // int8 with VNNI as 0 to 255. Two products of such an int8 could pass the 16 bits of a sum that
+  // vpmaddubsw has, so without VNNI signs move to the activation.
+  template <typename W>
+  static constexpr int32_t kOffset = !std::is_same_v<W, int8_t> ? 8
+                                     : kVnni                    ? 128
+                                                                : 0;
+
+  static B load(const int8_t* p) {
+    const B values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return kVnni ? _mm256_xor_si256(values, _mm256_set1_epi8(-128)) : values;
+  }
+  // Two nibbles of a byte become two bytes of 16 bits, the low one first.
+  static B load(const Int4Pair* p) {
+    const __m256i pairs =
+        _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m256i apart = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
+    return _mm256_xor_si256(_mm256_and_si256(apart, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+  }
+  // The other half of fewer weights meets activations of zero.
+  static B load(const int8_t* p, int count) {
+    if (count == kBytes) return load(p);
+    const B values = _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return kVnni ? _mm256_xor_si256(values, _mm256_set1_epi8(-128)) : values;
+  }
+  static B load(const Int4Pair* p, int /*count: groups are multiples of 32*/) { return load(p); }
+  static B load_activations(const int8_t* p) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static B load_activations(const int8_t* p, int count) {
+    if (count == kBytes) return load_activations(p);
+    return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static I first(int32_t x) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(x)); }
+  template <typename W>
+  static I dot(I sums, B weights, B activations) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sums, weights, activations);
+#else
+    if constexpr (std::is_same_v<W, int8_t>) {
+      activations = _mm256_sign_epi8(activations, weights);
+      weights = _mm256_abs_epi8(weights);
+    }
+    const __m256i pairs = _mm256_maddubs_epi16(weights, activations);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+#endif
+  }
+  static __m256 convert(I x) { return _mm256_cvtepi32_ps(x); }
+};
+
+}  // namespace
+}  // namespace adaptive_k::cpu

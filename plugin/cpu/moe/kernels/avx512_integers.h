@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// Integers by AVX-512 or, where kVnni says so, its VNNI, for integer_impl.h; see avx2_integers.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cpu/moe/kernels/kernels.h"
+
+namespace adaptive_k::cpu {
+namespace {
+
+struct Integers {
+  using I = __m512i;
+  using B = __m512i;
+  static constexpr int kBytes = 64;
+  template <typename W>
+  static constexpr int32_t kOffset = !std::is_same_v<W, int8_t> ? 8
+                                     : kVnni                    ? 128
+                                                                : 0;
+
+  static B load(const int8_t* p) {
+    const B values = _mm512_loadu_si512(p);
+    return kVnni ? _mm512_xor_si512(values, _mm512_set1_epi8(-128)) : values;
+  }
+  static B load(const Int4Pair* p) {
+    return nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  // What follows fewer weights meets activations of zero.
+  static B load(const int8_t* p, int count) {
+    const B values = _mm512_maskz_loadu_epi8(first_bytes(count), p);
+    return kVnni ? _mm512_xor_si512(values, _mm512_set1_epi8(-128)) : values;
+  }
+  static B load(const Int4Pair* p, int count) {
+    return nibbles(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_bytes(count / 2)), p));
+  }
+  static B load_activations(const int8_t* p) { return _mm512_loadu_si512(p); }
+  static B load_activations(const int8_t* p, int count) {
+    return _mm512_maskz_loadu_epi8(first_bytes(count), p);
+  }
+  static I first(int32_t x) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(x)); }
+  template <typename W>
+  static I dot(I sums, B weights, B activations) {
+#if defined(__AVX512VNNI__)
+    return _mm512_dpbusd_epi32(sums, weights, activations);
+#else
+    if constexpr (std::is_same_v<W, int8_t>) {
+      activations = _mm512_mask_sub_epi8(activations, _mm512_movepi8_mask(weights),
+                                         _mm512_setzero_si512(), activations);
+      weights = _mm512_abs_epi8(weights);
+    }
+    const __m512i pairs = _mm512_maddubs_epi16(weights, activations);
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+  }
+  static __m512 convert(I x) { return _mm512_cvtepi32_ps(x); }
+
+ private:
+  static __mmask64 first_bytes(int count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
+  // Two nibbles of a byte become two bytes of 16 bits, the low one first.
+  static B nibbles(__m256i bytes) {
+    const __m512i pairs = _mm512_cvtepu8_epi16(bytes);
+    const __m512i eights = _mm512_set1_epi8(8);
+    // ((pairs | pairs << 4) & 15) ^ 8: the first by one ternary operation.
+    const __m512i apart =
+        _mm512_ternarylogic_epi64(pairs, _mm512_slli_epi16(pairs, 4), _mm512_set1_epi8(15), 0xA8);
+    return _mm512_xor_si512(apart, eights);
+  }
+};
+
+}  // namespace
+}  // namespace adaptive_k::cpu

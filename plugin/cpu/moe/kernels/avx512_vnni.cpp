@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cpu/moe/kernels/avx512.h"
+
+namespace adaptive_k::cpu {
+namespace {
+constexpr bool kVnni = true;
+}
+}  // namespace adaptive_k::cpu
+
+#include "cpu/moe/kernels/avx512_integers.h"
+#include "cpu/moe/kernels/integer_impl.h"
+
+namespace adaptive_k::cpu {
+const Kernels kAvx512VnniIntegerKernels = {"avx512_vnni",     1,        kIntegerTileRows,
+                                           kMaxBlockRows,     1,        pack_integers,
+                                           multiply_integers, activate, combine};
+}  // namespace adaptive_k::cpu
