@@ -7,7 +7,7 @@
 // a time, into the first-level cache.
 //
 // Activations are packed as B is read: the values of a tile of m <= 16 rows are stored [stride / 4]
-// [m][4], zeros after K, its scales [blocks][m].
+// [m][4], zeros after K, its scales [blocks][m]. Few rows are packed and multiplied as without AMX.
 #include <type_traits>
 
 #include "cpu/moe/kernels/amx_tiles.h"
@@ -61,18 +61,44 @@ struct Columns {
   int tokens;
 };
 
+// The sums of a block, until they are scaled and added.
+template <int kA, int kB>
+struct Sums {
+  alignas(kLine) int32_t at[kA][kB][kTile * kTile];
+  __m512 x[kB];  // the tokens' scales
+  int64_t group = 0;
+
+  // c += a row of each tile, scaled.
+  void add_rows(int row, int count, const float* const* scales, float* const (*c)[2]) const {
+    for (int r = row; r < row + count; ++r) {
+      for (int i = 0; i < kA; ++i) {
+        for (int j = 0; j < kB; ++j) {
+          __m512 v = _mm512_cvtepi32_ps(_mm512_load_si512(at[i][j] + r * kTile));
+          if (scales != nullptr) v = _mm512_mul_ps(v, _mm512_set1_ps(scales[i * kTile + r][group]));
+          float* to = c[i][j] + r * kTile;
+          _mm512_store_ps(to, _mm512_fmadd_ps(v, x[j], _mm512_load_ps(to)));
+        }
+      }
+    }
+  }
+};
+
 // kA tiles of weights times kB tiles of tokens over some blocks: c += the sums, scaled. scales are
-// those of the weight rows, from the first block's group on, or null.
+// those of the weight rows, or null where groups have none. While the tiles of a block are
+// multiplied, the sums of the one before are added.
 template <int kA, int kB>
 void multiply_blocks(const Operand* a, const Columns* columns, const ActivationBlocks& blocks,
                      int64_t first, int64_t end, int depth, const float* const* scales,
                      int64_t group_size, float* const (*c)[2]) {
-  alignas(kLine) int32_t sums[kA][kB][kTile * kTile];
+  Sums<kA, kB> sums[2];
   __mmask16 mask[kB];
   for (int j = 0; j < kB; ++j) mask[j] = static_cast<__mmask16>((1u << columns[j].tokens) - 1);
   int64_t s = 0;
   for (int64_t block = first; block < end; ++block) {
     const int64_t last = s + (blocks.length_of(block) + depth - 1) / depth;
+    Sums<kA, kB>& own = sums[block & 1];
+    const Sums<kA, kB>& before = sums[~block & 1];
+    int added = block == first ? kTile : 0;
     _tile_zero(0);
     if constexpr (kB == 2) _tile_zero(1);
     if constexpr (kA == 2) _tile_zero(2);
@@ -90,28 +116,23 @@ void multiply_blocks(const Operand* a, const Columns* columns, const ActivationB
         _tile_dpbssd(2, 5, 6);
       }
       if constexpr (kA == 2 && kB == 2) _tile_dpbssd(3, 5, 7);
-    }
-    _tile_stored(0, sums[0][0], kLine);
-    if constexpr (kB == 2) _tile_stored(1, sums[0][1], kLine);
-    if constexpr (kA == 2) _tile_stored(2, sums[1][0], kLine);
-    if constexpr (kA == 2 && kB == 2) _tile_stored(3, sums[1][1], kLine);
-    written(sums);
-    __m512 x[kB];
-    for (int j = 0; j < kB; ++j)
-      x[j] =
-          _mm512_maskz_loadu_ps(mask[j], columns[j].scales + (block - first) * columns[j].tokens);
-    const int64_t group = scales == nullptr ? 0 : block * blocks.length / group_size;
-    for (int i = 0; i < kA; ++i) {
-      for (int r = 0; r < kTile; ++r) {
-        for (int j = 0; j < kB; ++j) {
-          __m512 v = _mm512_cvtepi32_ps(_mm512_load_si512(sums[i][j] + r * kTile));
-          if (scales != nullptr) v = _mm512_mul_ps(v, _mm512_set1_ps(scales[i * kTile + r][group]));
-          float* to = c[i][j] + r * kTile;
-          _mm512_store_ps(to, _mm512_fmadd_ps(v, x[j], _mm512_load_ps(to)));
-        }
+      if (added < kTile) {
+        before.add_rows(added, kTile / 2, scales, c);
+        added += kTile / 2;
       }
     }
+    if (added < kTile) before.add_rows(added, kTile - added, scales, c);
+    _tile_stored(0, own.at[0][0], kLine);
+    if constexpr (kB == 2) _tile_stored(1, own.at[0][1], kLine);
+    if constexpr (kA == 2) _tile_stored(2, own.at[1][0], kLine);
+    if constexpr (kA == 2 && kB == 2) _tile_stored(3, own.at[1][1], kLine);
+    written(&own);
+    for (int j = 0; j < kB; ++j)
+      own.x[j] =
+          _mm512_maskz_loadu_ps(mask[j], columns[j].scales + (block - first) * columns[j].tokens);
+    own.group = scales == nullptr ? 0 : block * blocks.length / group_size;
   }
+  sums[(end - 1) & 1].add_rows(0, kTile, scales, c);
 }
 
 constexpr decltype(&multiply_blocks<1, 1>) kMultiplyBlocks[2][2] = {
@@ -122,7 +143,7 @@ template <typename W>
 void multiply_panel(const Tile* tiles, int num_tiles, const W* const* rows,
                     const float* const* scales, int64_t group_size, int groups,
                     const ActivationBlocks& blocks, int64_t first, int64_t end,
-                    Configuration* configuration, float* acc) {
+                    const W* const* next_rows, Configuration* configuration, float* acc) {
   const int depth = depth_of(blocks);
   const int64_t offset = first * blocks.length;
   const int length =
@@ -133,6 +154,9 @@ void multiply_panel(const Tile* tiles, int num_tiles, const W* const* rows,
     if (std::is_same_v<W, int8_t> && length % depth == 0 && evenly_apart(of_group)) {
       a[g] = {reinterpret_cast<const char*>(of_group[0] + offset),
               (of_group[1] - of_group[0]) * static_cast<int64_t>(sizeof(W)), depth};
+      for (int r = 0; r < kTile; ++r)
+        for (int k = 0; k < length; k += kLine)
+          __builtin_prefetch(next_rows[g * kTile + r] + offset + k, 0, 2);
     } else {
       float* room = buffers().weights.reserve(kPanelRows * kPart / 4) + g * kTile * kPart / 4;
       auto* packed = reinterpret_cast<int8_t*>(room);
@@ -183,8 +207,9 @@ void multiply_rows(const Tile* tiles, int num_tiles, const Weights& weights, int
     const int row = static_cast<int>(by_panel ? i / parts : i % panels) * kPanelRows;
     const int groups = num_rows - row < kPanelRows ? 1 : kGroups;
     const int64_t end = first + part_blocks < blocks.count ? first + part_blocks : blocks.count;
+    const W* const* next = rows + (row + kPanelRows < num_rows ? row + kPanelRows : row);
     multiply_panel(tiles, num_tiles, rows + row, grouped ? weights.scales + row : nullptr,
-                   weights.group_size, groups, blocks, first, end, &configuration,
+                   weights.group_size, groups, blocks, first, end, next, &configuration,
                    acc + static_cast<int64_t>(row) * num_tiles * kTile);
   }
   if (!grouped) {
@@ -199,15 +224,25 @@ void multiply_rows(const Tile* tiles, int num_tiles, const Weights& weights, int
   unpack(acc, tiles, num_tiles, num_rows, c);
 }
 
+// Few tokens are bound by reading, which the vector kernels do faster.
+constexpr int kFewTokens = 4;
+
 void multiply(const Tile* tiles, int num_tiles, const Weights& weights, int64_t K,
               int64_t cache_bytes, float* c) {
-  if (weights.format == WeightFormat::kInt8)
+  // Tiles of one block are about as large as one another: one of so few is alone.
+  if (tiles[0].rows <= kFewTokens)
+    kAvx512VnniIntegerKernels.multiply(tiles, num_tiles, weights, K, cache_bytes, c);
+  else if (weights.format == WeightFormat::kInt8)
     multiply_rows<int8_t>(tiles, num_tiles, weights, K, cache_bytes, c);
   else
     multiply_rows<Int4Pair>(tiles, num_tiles, weights, K, cache_bytes, c);
 }
 
 void pack(const float* const* rows, int m, int64_t K, int64_t group_size, void* packed) {
+  if (m <= kFewTokens) {
+    kAvx512VnniIntegerKernels.pack(rows, m, K, group_size, packed);
+    return;
+  }
   const ActivationBlocks blocks(K, group_size);
   auto* values = static_cast<uint32_t*>(packed);
   auto* scales = reinterpret_cast<float*>(static_cast<char*>(packed) + m * blocks.stride);

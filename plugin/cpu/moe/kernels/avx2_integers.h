@@ -49,7 +49,7 @@ struct Integers {
     if (count == kBytes) return load_activations(p);
     return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static I first(int32_t x) { return _mm256_zextsi128_si256(_mm_cvtsi32_si128(x)); }
+  static I zero() { return _mm256_setzero_si256(); }
   template <typename W>
   static I dot(I sums, B weights, B activations) {
 #if defined(__AVXVNNI__)
@@ -63,7 +63,30 @@ struct Integers {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
   }
-  static __m256 convert(I x) { return _mm256_cvtepi32_ps(x); }
+  // Four floats, of as many weight rows.
+  struct Four {
+    __m128 v;
+
+    static Four zero() { return {_mm_setzero_ps()}; }
+    // Of each row the sum of all lanes, and `offset`.
+    static Four of_sums(const I* rows, int32_t offset) {
+      return {_mm_cvtepi32_ps(_mm_add_epi32(reduce(rows), _mm_set1_epi32(offset)))};
+    }
+    Four times(float a, float b, float c, float d) const {
+      return {_mm_mul_ps(v, _mm_setr_ps(a, b, c, d))};
+    }
+    Four times_plus(float factor, Four other) const {
+      return {_mm_fmadd_ps(v, _mm_set1_ps(factor), other.v)};
+    }
+    void store(float* to) const { _mm_storeu_ps(to, v); }
+  };
+
+ private:
+  static __m128i reduce(const I* rows) {
+    const I h =
+        _mm256_hadd_epi32(_mm256_hadd_epi32(rows[0], rows[1]), _mm256_hadd_epi32(rows[2], rows[3]));
+    return _mm_add_epi32(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1));
+  }
 };
 
 }  // namespace

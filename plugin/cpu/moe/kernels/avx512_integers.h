@@ -40,7 +40,7 @@ struct Integers {
   static B load_activations(const int8_t* p, int count) {
     return _mm512_maskz_loadu_epi8(first_bytes(count), p);
   }
-  static I first(int32_t x) { return _mm512_zextsi128_si512(_mm_cvtsi32_si128(x)); }
+  static I zero() { return _mm512_setzero_si512(); }
   template <typename W>
   static I dot(I sums, B weights, B activations) {
 #if defined(__AVX512VNNI__)
@@ -55,9 +55,36 @@ struct Integers {
     return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #endif
   }
-  static __m512 convert(I x) { return _mm512_cvtepi32_ps(x); }
+  // Four floats, of as many weight rows.
+  struct Four {
+    __m128 v;
+
+    static Four zero() { return {_mm_setzero_ps()}; }
+    // Of each row the sum of all lanes, and `offset`.
+    static Four of_sums(const I* rows, int32_t offset) {
+      return {_mm_cvtepi32_ps(_mm_add_epi32(reduce(rows), _mm_set1_epi32(offset)))};
+    }
+    Four times(float a, float b, float c, float d) const {
+      return {_mm_mul_ps(v, _mm_setr_ps(a, b, c, d))};
+    }
+    Four times_plus(float factor, Four other) const {
+      return {_mm_fmadd_ps(v, _mm_set1_ps(factor), other.v)};
+    }
+    void store(float* to) const { _mm_storeu_ps(to, v); }
+  };
 
  private:
+  static __m128i reduce(const I* rows) {
+    const auto pairs = [](I a, I b) {
+      return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    };
+    const I even = pairs(rows[0], rows[2]), odd = pairs(rows[1], rows[3]);
+    const I all =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(even, odd), _mm512_unpackhi_epi32(even, odd));
+    const __m256i half =
+        _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  }
   static __mmask64 first_bytes(int count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
   // Two nibbles of a byte become two bytes of 16 bits, the low one first.
   static B nibbles(__m256i bytes) {

@@ -2,12 +2,11 @@
 // Products of integer weights with activations rounded to int8 (ActivationFormat::kInt8), over the
 // SIMD types `Simd` (impl.h) and `Integers` that the including file defines beforehand.
 //
-// Integers has: I (a vector of int32 with as many lanes as Simd::V), B (a vector of bytes), kBytes
-// (of a B), kOffset<W> (what load() adds to a weight), load(const int8_t*) and load(const
-// Int4Pair*) (kBytes weights, in the order of the row), load(p, count) (the first `count`, a
-// multiple of 16; what counts nothing follows), load_activations(p, count) likewise, first(int32_t)
-// (in the first lane, zeros after it), dot<W>(I, B weights, B activations), which adds to each lane
-// the products of its own four or so bytes, and convert(I) to V.
+// Integers has: I (a vector of int32), B (a vector of bytes), kBytes (of a B), kOffset<W> (what
+// load() adds to a weight), load(const int8_t*) and load(const Int4Pair*) (kBytes weights, in the
+// order of the row), load(p, count) (the first `count`, a multiple of 16; what follows counts
+// nothing), load_activations(p, count) likewise, zero(), dot<W>(I, B weights, B activations), which
+// adds the products to some lanes, and Four, floats of four weight rows.
 #pragma once
 
 #include "cpu/moe/kernels/impl.h"
@@ -23,7 +22,8 @@ struct IntegerTile {
   const int32_t* sums;   // [rows][blocks]
 };
 
-// M token rows times R weight rows: c = the sums. next_rows are those that are needed next.
+// M token rows times R weight rows, a multiple of 4: c = the sums. next_rows are those that are
+// needed next.
 template <int M, int R, bool kGrouped, typename W>
 void multiply_integers(const IntegerTile& tile, const ActivationBlocks& blocks,
                        const W* const* rows, const float* const* scales, int64_t group_size,
@@ -31,11 +31,12 @@ void multiply_integers(const IntegerTile& tile, const ActivationBlocks& blocks,
   constexpr int kUnit = Integers::kBytes;
   constexpr int kWhole = kActivationBlock / kUnit;
   constexpr int kLine = std::is_same_v<W, int8_t> ? 64 : 128;  // weights in a cache line
-  V acc[M][R];
+  using Four = typename Integers::Four;
+  Four acc[M][R / 4];
   ADAPTIVE_K_UNROLL
   for (int m = 0; m < M; ++m) {
     ADAPTIVE_K_UNROLL
-    for (int r = 0; r < R; ++r) acc[m][r] = Simd::zero();
+    for (int r = 0; r < R / 4; ++r) acc[m][r] = Four::zero();
   }
   int64_t group = 0, group_end = group_size;
   for (int64_t b = 0; b < blocks.count; ++b) {
@@ -46,51 +47,49 @@ void multiply_integers(const IntegerTile& tile, const ActivationBlocks& blocks,
     }
     const int64_t length = blocks.length_of(b);
     const int8_t* x[M];
-    V scale[M];
-    int32_t offset[M];
     ADAPTIVE_K_UNROLL
-    for (int m = 0; m < M; ++m) {
-      x[m] = tile.values + m * blocks.stride + begin;
-      scale[m] = Simd::broadcast(tile.scales[m * blocks.count + b]);
-      offset[m] = -Integers::kOffset<W> * tile.sums[m * blocks.count + b];
-    }
+    for (int m = 0; m < M; ++m) x[m] = tile.values + m * blocks.stride + begin;
     const auto multiply = [&](auto dots) ADAPTIVE_K_INLINE {
       ADAPTIVE_K_UNROLL
-      for (int r = 0; r < R; ++r) {
-        for (int64_t k = begin; k < begin + length; k += kLine)
-          __builtin_prefetch(at(next_rows[r], k), 0, 3);
-        typename Integers::I sums[M];
+      for (int r = 0; r < R; r += 4) {
+        typename Integers::I sums[M][4];
         ADAPTIVE_K_UNROLL
-        for (int m = 0; m < M; ++m) sums[m] = Integers::first(offset[m]);
-        dots(at(rows[r], begin), sums);
+        for (int j = 0; j < 4; ++j) {
+          for (int64_t k = begin; k < begin + length; k += kLine)
+            __builtin_prefetch(at(next_rows[r + j], k), 0, 3);
+          ADAPTIVE_K_UNROLL
+          for (int m = 0; m < M; ++m) sums[m][j] = Integers::zero();
+          dots(at(rows[r + j], begin), [&](int m, const auto& w, const auto& v) ADAPTIVE_K_INLINE {
+            sums[m][j] = Integers::template dot<W>(sums[m][j], w, v);
+          });
+        }
         ADAPTIVE_K_UNROLL
         for (int m = 0; m < M; ++m) {
-          V v = Integers::convert(sums[m]);
-          if constexpr (kGrouped) v = Simd::mul(v, Simd::broadcast(scales[r][group]));
-          acc[m][r] = Simd::fma(v, scale[m], acc[m][r]);
+          const int64_t at_block = m * blocks.count + b;
+          Four v = Four::of_sums(sums[m], -Integers::kOffset<W> * tile.sums[at_block]);
+          if constexpr (kGrouped)
+            v = v.times(scales[r][group], scales[r + 1][group], scales[r + 2][group],
+                        scales[r + 3][group]);
+          acc[m][r / 4] = v.times_plus(tile.scales[at_block], acc[m][r / 4]);
         }
       }
     };
     if (length == kActivationBlock) {
-      multiply([&](const W* w, auto& sums) ADAPTIVE_K_INLINE {
+      multiply([&](const W* w, const auto& dot) ADAPTIVE_K_INLINE {
         ADAPTIVE_K_UNROLL
         for (int u = 0; u < kWhole; ++u) {
           const auto weights = Integers::load(at(w, u * kUnit));
           ADAPTIVE_K_UNROLL
-          for (int m = 0; m < M; ++m)
-            sums[m] = Integers::template dot<W>(sums[m], weights,
-                                                Integers::load_activations(x[m] + u * kUnit));
+          for (int m = 0; m < M; ++m) dot(m, weights, Integers::load_activations(x[m] + u * kUnit));
         }
       });
     } else {
-      multiply([&](const W* w, auto& sums) ADAPTIVE_K_INLINE {
+      multiply([&](const W* w, const auto& dot) ADAPTIVE_K_INLINE {
         for (int64_t u = 0; u < length; u += kUnit) {
           const int count = static_cast<int>(length - u < kUnit ? length - u : kUnit);
           const auto weights = Integers::load(at(w, u), count);
           ADAPTIVE_K_UNROLL
-          for (int m = 0; m < M; ++m)
-            sums[m] = Integers::template dot<W>(sums[m], weights,
-                                                Integers::load_activations(x[m] + u, count));
+          for (int m = 0; m < M; ++m) dot(m, weights, Integers::load_activations(x[m] + u, count));
         }
       });
     }
@@ -99,17 +98,17 @@ void multiply_integers(const IntegerTile& tile, const ActivationBlocks& blocks,
   for (int m = 0; m < M; ++m) {
     ADAPTIVE_K_UNROLL
     for (int r = 0; r < R; r += 4) {
-      float sums[4];
-      Simd::reduce4(&acc[m][r], sums);
-      for (int j = 0; j < 4; ++j)
-        c[m * c_stride + r + j] = kGrouped ? sums[j] : sums[j] * scales[r + j][0];
+      Four v = acc[m][r / 4];
+      if constexpr (!kGrouped)
+        v = v.times(scales[r][0], scales[r + 1][0], scales[r + 2][0], scales[r + 3][0]);
+      v.store(c + m * c_stride + r);
     }
   }
 }
 
 // The tokens in a register tile, and how many weight rows 1 to that many leave registers for.
 constexpr int kIntegerTileRows = kLanes == 16 ? 4 : 2;
-constexpr int integer_group_for(int m) { return kLanes == 16 && m <= 2 ? kWideGroup : kGroup; }
+constexpr int integer_group_for(int m) { return m == 1 ? kWideGroup : kGroup; }
 
 template <bool kGrouped, typename W, int... kRows>
 constexpr auto integer_tiles(std::integer_sequence<int, kRows...>) {

@@ -17,8 +17,9 @@
 // With activations in int8 both operands are integers. A row of activations is taken in blocks,
 // each with a scale (quantise.h). The products of a block are summed as integers, which is exact;
 // times the scales they are added as above, over rising blocks. A tile of m rows is stored as its
-// values, [m][stride], then [m][blocks] scales and [m][blocks] sums of values (AMX has the values
-// in another order).
+// values, [m][stride], then [m][blocks] scales and [m][blocks] sums of values (for more than a few
+// rows AMX has another order). All instruction sets have the same order of additions, so that with
+// fused multiply-adds they give the same bits.
 #pragma once
 
 #include <cstdint>

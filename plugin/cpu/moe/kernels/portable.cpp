@@ -79,14 +79,29 @@ struct Integers {
     return load(p);
   }
   static B load_activations(const int8_t* p, int /*count*/ = kBytes) { return load(p); }
-  static I first(int32_t x) { return I{x, 0, 0, 0}; }
+  static I zero() { return I{0, 0, 0, 0}; }
   template <typename W>
   static I dot(I sums, const B& weights, const B& activations) {
     for (int lane = 0; lane < 4; ++lane)
       for (int i = lane * 4; i < lane * 4 + 4; ++i) sums[lane] += weights.at[i] * activations.at[i];
     return sums;
   }
-  static Simd::V convert(I x) { return __builtin_convertvector(x, Simd::V); }
+  struct Four {
+    Simd::V v;
+
+    static Four zero() { return {Simd::zero()}; }
+    static Four of_sums(const I* rows, int32_t offset) {
+      I sums;
+      for (int r = 0; r < 4; ++r)
+        sums[r] = rows[r][0] + rows[r][1] + rows[r][2] + rows[r][3] + offset;
+      return {__builtin_convertvector(sums, Simd::V)};
+    }
+    Four times(float a, float b, float c, float d) const { return {v * Simd::V{a, b, c, d}}; }
+    Four times_plus(float factor, Four other) const {
+      return {Simd::fma(v, Simd::broadcast(factor), other.v)};
+    }
+    void store(float* to) const { Simd::store(to, v); }
+  };
 };
 
 }  // namespace
