@@ -79,7 +79,7 @@ void multiply_panel(const Tile* tiles, int num_tiles, const uint16_t* const* row
   for (int g = 0; g < groups; ++g) {
     const uint16_t* part[kTile];
     for (int r = 0; r < kTile; ++r) part[r] = rows[g * kTile + r] + offset;
-    if (length % kDepth == 0 && evenly_apart(part)) {
+    if (num_tiles <= 2 && length % kDepth == 0 && evenly_apart(part)) {
       a[g] = {reinterpret_cast<const char*>(part[0]),
               (part[1] - part[0]) * static_cast<int64_t>(sizeof(uint16_t)), kLine};
     } else {

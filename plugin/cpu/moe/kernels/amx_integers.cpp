@@ -16,10 +16,20 @@
 namespace adaptive_k::cpu {
 namespace {
 
+// Elements of K that are taken together: what of two tiles of weights and two of tokens stays in
+// the first-level cache.
+constexpr int kPartLength = 512;
+// For more tiles of tokens, int8 weights are copied as int4 are: rows lie in each other's way
+// there.
+constexpr int kTilesInPlace = 2;
+
 // Elements of K in a tile: blocks are whole tiles.
 int depth_of(const ActivationBlocks& blocks) { return blocks.length % kLine == 0 ? kLine : 32; }
 
 __mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
+
+const int8_t* at(const int8_t* row, int64_t k) { return row + k; }
+const Int4Pair* at(const Int4Pair* row, int64_t k) { return row + k / 2; }
 
 // 64 weights of a row from element k on, of which `count` are there; zeros after them.
 __m512i load(const int8_t* row, int64_t k, int64_t count) {
@@ -151,19 +161,25 @@ void multiply_panel(const Tile* tiles, int num_tiles, const W* const* rows,
   Operand a[kGroups];
   for (int g = 0; g < groups; ++g) {
     const W* const* of_group = rows + g * kTile;
-    if (std::is_same_v<W, int8_t> && length % depth == 0 && evenly_apart(of_group)) {
+    if (std::is_same_v<W, int8_t> && num_tiles <= kTilesInPlace && length % depth == 0 &&
+        evenly_apart(of_group)) {
       a[g] = {reinterpret_cast<const char*>(of_group[0] + offset),
               (of_group[1] - of_group[0]) * static_cast<int64_t>(sizeof(W)), depth};
-      for (int r = 0; r < kTile; ++r)
-        for (int k = 0; k < length; k += kLine)
-          __builtin_prefetch(next_rows[g * kTile + r] + offset + k, 0, 2);
     } else {
-      float* room = buffers().weights.reserve(kPanelRows * kPart / 4) + g * kTile * kPart / 4;
+      float* room =
+          buffers().weights.reserve(kPanelRows * kPartLength / 4) + g * kTile * kPartLength / 4;
       auto* packed = reinterpret_cast<int8_t*>(room);
       pack_weights(of_group, offset, length, depth, packed);
       written(packed);
       a[g] = {reinterpret_cast<const char*>(packed), depth, kTile * depth};
     }
+  }
+  // Rows of integers are so short that the processor's own prefetching comes late. With more tiles
+  // this would crowd out their loads.
+  if (num_tiles <= kTilesInPlace) {
+    for (int r = 0; r < groups * kTile; ++r)
+      for (int k = 0; k < length; k += std::is_same_v<W, int8_t> ? kLine : 2 * kLine)
+        __builtin_prefetch(at(next_rows[r], offset + k), 0, 2);
   }
   for (int t = 0; t < num_tiles; t += 2) {
     const int count = num_tiles - t > 1 ? 2 : 1;
@@ -195,7 +211,7 @@ void multiply_rows(const Tile* tiles, int num_tiles, const Weights& weights, int
   const int64_t sums = static_cast<int64_t>(num_rows) * num_tiles * kTile;
   float* acc = buffers().sums.reserve(sums);
   std::memset(acc, 0, sums * sizeof(float));
-  const int64_t part_blocks = kPart / blocks.length;
+  const int64_t part_blocks = kPartLength / blocks.length;
   const int64_t parts = (blocks.count + part_blocks - 1) / part_blocks;
   const int64_t panels = (num_rows + kPanelRows - 1) / kPanelRows;
   // As for bfloat16: where all activations stay in the second-level cache, each weight row is read
@@ -207,7 +223,7 @@ void multiply_rows(const Tile* tiles, int num_tiles, const Weights& weights, int
     const int row = static_cast<int>(by_panel ? i / parts : i % panels) * kPanelRows;
     const int groups = num_rows - row < kPanelRows ? 1 : kGroups;
     const int64_t end = first + part_blocks < blocks.count ? first + part_blocks : blocks.count;
-    const W* const* next = rows + (row + kPanelRows < num_rows ? row + kPanelRows : row);
+    const W* const* next = rows + (row + 2 * kPanelRows <= num_rows ? row + kPanelRows : row);
     multiply_panel(tiles, num_tiles, rows + row, grouped ? weights.scales + row : nullptr,
                    weights.group_size, groups, blocks, first, end, next, &configuration,
                    acc + static_cast<int64_t>(row) * num_tiles * kTile);
