@@ -7,7 +7,9 @@ attention back from a file. The builder runs the same pass to check that a model
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -16,6 +18,24 @@ from adaptive_k_moe.model_config import PretrainedConfig
 
 ENGINE_XML = "rank0.xml"
 """The engine's file in its directory; its weights lie beside it."""
+
+ROUTER_LOGITS = "router_logits"
+"""What the names of the routers' products end with."""
+
+
+def keep_routers_float32(xml: Path) -> None:
+    """Mark the routers' products in an engine's file, so that they stay float32 where the rest becomes bfloat16.
+
+    A router decides which experts run, and near a tie bfloat16 would decide otherwise. The mark is OpenVINO's own
+    ("precise"); its Python interface can read it and not set it, so that it is written into the file.
+    """
+    tree = ElementTree.parse(xml)
+    for layer in tree.iter("layer"):
+        if layer.get("type") == "MatMul" and layer.get("name", "").endswith(ROUTER_LOGITS):
+            info = ElementTree.Element("rt_info")
+            ElementTree.SubElement(info, "attribute", {"name": "precise", "version": "0"})
+            layer.insert(1, info)  # after its data
+    tree.write(xml, encoding="utf-8", xml_declaration=True)
 
 
 def use_paged_attention(graph: Any, model: PretrainedConfig) -> None:

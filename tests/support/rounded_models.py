@@ -44,8 +44,13 @@ def rounded(weight: torch.Tensor, bits: int, group: int | None, scales: torch.dt
     return stacked.gather(0, best.expand(1, *rows.shape))[0].reshape(weight.shape)
 
 
-def quantise_reference(bits: int, group: int | None, scales: torch.dtype, model: Any) -> None:
-    """Replace the weights that a build quantises in a model of `transformers`."""
+def quantise_reference(
+    bits: int, group: int | None, scales: torch.dtype, model: Any, *, vocabulary: bool = False
+) -> None:
+    """Replace the weights that a build quantises in a model of `transformers`.
+
+    With `vocabulary` also embedding and head, as a build for CPUs does: int8, a scale a row, whatever `bits` is.
+    """
     excluded = ("lm_head", "shared_expert_gate", "gate")
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -54,3 +59,6 @@ def quantise_reference(bits: int, group: int | None, scales: torch.dtype, model:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 3 and ".experts." in name:
                 parameter.copy_(rounded(parameter, bits, group, scales))
+        tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # one where they are tied
+        for table in tables if vocabulary else ():
+            table.copy_(rounded(table, 8, None, scales))
