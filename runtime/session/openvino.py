@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.engine_config import EngineConfig
-from adaptive_k_moe.engine_format.openvino import ENGINE_XML, use_paged_attention
+from adaptive_k_moe.engine_format.openvino import ENGINE_XML, HEAD_INPUT, split_head, use_paged_attention
 from adaptive_k_moe.errors import DependencyError, EngineError, PolicyError
 from adaptive_k_moe.model_config import KvCacheDtype, PretrainedConfig
 from adaptive_k_moe.policy import KIND_CONTRIBUTION, PolicyTables
@@ -58,6 +58,7 @@ class OpenVinoSession:
         self._config = config
         self._ov = _import_openvino()
         self._request: Any = None
+        self._head: Any = None
         self._compile(Path(engine_dir), num_threads, kv_cache_dtype, prepare)
         self._allocate_cache(kv_cache_max_tokens)
         self._allocate_states()
@@ -111,7 +112,10 @@ class OpenVinoSession:
             # Shared, not copied: `arrays` keeps them alive until the step is over.
             self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=array.ndim > 0))
         self._request.infer()
-        logits, k, entropy = (self._request.get_tensor(name).data.copy() for name in ("logits", "k", "entropy"))
+        if self._head is not None:
+            self._head.infer([self._request.get_tensor(HEAD_INPUT)])
+        logits = (self._head or self._request).get_tensor("logits").data.copy()
+        k, entropy = (self._request.get_tensor(name).data.copy() for name in ("k", "entropy"))
         return StepOutput(logits.reshape(-1, self.vocab_size), k, entropy, self._expert_load.reads_of_step())
 
     def set_policies(self, tables: PolicyTables) -> None:
@@ -135,7 +139,7 @@ class OpenVinoSession:
 
     def close(self) -> None:
         """See `Session.close`."""
-        self._request = None
+        self._request = self._head = None
 
     def _compile(
         self,
@@ -159,6 +163,11 @@ class OpenVinoSession:
             self._expert_load = ExpertLoad(graph, self._config.pretrained_config.moe.num_experts)
             if prepare is not None:
                 prepare(graph)
+            if options["INFERENCE_PRECISION_HINT"] == "bf16" and options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] != "0":
+                head = split_head(graph)
+                self._head = core.compile_model(
+                    head, "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"}
+                ).create_infer_request()
             self._request = core.compile_model(graph, "CPU", options).create_infer_request()
             # A model without rotary embedding takes no positions, one without attention no blocks.
             self._inputs = {port.get_any_name() for port in self._request.get_compiled_model().inputs}

@@ -38,6 +38,7 @@ def rounded(weight: torch.Tensor, bits: int, group: int | None, scales: torch.dt
     candidates = []
     for shrink in (1.0,) if bits == 8 else (1.0, 0.95, 0.9, 0.85):
         scale = (largest * shrink / (127 if bits == 8 else 7)).to(scales).float()
+        scale[scale == 0] = 1  # the padding token's row in an embedding
         candidates.append((rows / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale)
     stacked = torch.stack(candidates)
     best = (stacked - rows).square().double().sum(-1, keepdim=True).argmin(0, keepdim=True)
