@@ -15,8 +15,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 WeightOnlyPrecision = Literal["int8", "int4"]
 """The weight formats that a build quantises to."""
 
-_QUANT_ALGOS: dict[str, tuple[WeightOnlyPrecision, int]] = {"W8A16": ("int8", 8), "W4A16": ("int4", 4)}
-"""Weight format and bits of each ``quant_algo``."""
+QuantAlgo = Literal["W8A16", "W8A8", "W4A16", "W4A8"]
+"""Bits of the weights and of the activations that they are multiplied with."""
+
+KvCacheDtype = Literal["auto", "float32", "bfloat16", "int8"]
+"""Of the cached keys and values; "auto" is what the engine's attention computes in."""
 
 
 class RopeConfig(FileModel):
@@ -146,28 +149,42 @@ class MoeConfig(FileModel):
 
 
 class QuantizationConfig(FileModel):
-    """Weights stored as integers; activations keep the model's dtype. The words are TensorRT-LLM's.
+    """Weights stored as integers. The words are TensorRT-LLM's.
 
     Attributes:
-        quant_algo: "W8A16", int8 with a scale for each row, or "W4A16", int4 with one for each group.
+        quant_algo: "W8..." is int8 with a scale for each row, "W4..." int4 with one for each group. "...A16" leaves
+            activations as they are; "...A8" lets them be rounded to int8 as a product reads them, by token and group.
         group_size: neighbours along a row that share a scale; None is the whole row.
-        exclude_modules: the linear layers that keep the model's dtype (the router: float32), as do embedding,
-            norms, convolutions and biases.
+        exclude_modules: what keeps the model's dtype (the router: float32), as do norms, convolutions and biases.
+            Embedding and head, where they are not named here, are int8 with a scale for each row whatever
+            `quant_algo` is. (Engines of earlier releases have their embedding in the model's dtype and do not name it.)
     """
 
-    quant_algo: Literal["W8A16", "W4A16"]
+    quant_algo: QuantAlgo
     group_size: int | None = Field(default=None, ge=1)
-    exclude_modules: list[str] = ["lm_head", "router", "shared_expert_gate"]
+    exclude_modules: list[str] = ["lm_head", "vocab_embedding", "router", "shared_expert_gate"]
 
     @property
     def bits(self) -> int:
         """Bits of a weight."""
-        return _QUANT_ALGOS[self.quant_algo][1]
+        return 8 if self.quant_algo.startswith("W8") else 4
 
     @property
-    def weight_format(self) -> str:
+    def weight_format(self) -> WeightOnlyPrecision:
         """How a weight is stored: the operator's attribute."""
-        return _QUANT_ALGOS[self.quant_algo][0]
+        return "int8" if self.bits == 8 else "int4"
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Activations may be rounded to int8."""
+        return self.quant_algo.endswith("A8")
+
+    @property
+    def vocabulary(self) -> QuantizationConfig | None:
+        """How embedding and head are stored; None is in the model's dtype."""
+        if "vocab_embedding" in self.exclude_modules or "lm_head" in self.exclude_modules:
+            return None
+        return QuantizationConfig(quant_algo="W8A16")
 
 
 class PretrainedConfig(FileModel):

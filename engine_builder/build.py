@@ -28,7 +28,7 @@ from adaptive_k_moe.engine_config import (
     write_engine_config,
 )
 from adaptive_k_moe.errors import BuildError
-from adaptive_k_moe.model_config import Dtype, PretrainedConfig, WeightOnlyPrecision
+from adaptive_k_moe.model_config import Dtype, PretrainedConfig, QuantAlgo, WeightOnlyPrecision
 from adaptive_k_moe.policy import PolicySet, read_policy_file
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def build(
     target: Target = "openvino",
     dtype: Dtype | None = None,
     weight_only_precision: WeightOnlyPrecision | None = None,
+    quant_algo: QuantAlgo | None = None,
     group_size: int | None = None,
     policy: str | Path | PolicySet | None = None,
     max_batch_size: int = 16,
@@ -75,7 +76,9 @@ def build(
         target: "openvino" (any CPU), "tensorrt" (the GPU at hand) or "onnx" (the specification, for a plain
             ONNX Runtime).
         dtype: of the weights; None is the checkpoint's own, or the nearest that the target has.
-        weight_only_precision: store weights as "int8" or "int4"; None does not.
+        weight_only_precision: store weights as "int8" or "int4"; None does not unless `quant_algo` says so.
+        quant_algo: bits of weights and activations, "W8A16", "W8A8", "W4A16" or "W4A8"; None is that of
+            `weight_only_precision`, with activations rounded to int8 for "openvino" and kept for the other targets.
         group_size: int4 that share a scale: 128, 64 or 32; None is the largest that fits the model.
         policy: policy file or set; None gives the engine `full` alone.
         max_batch_size: most sequences in one step.
@@ -103,7 +106,7 @@ def build(
     output = check_output(output, source, force=force)
     sizes = Sizes(max_batch_size, max_input_len, max_seq_len, max_num_tokens)
     given = policy if isinstance(policy, PolicySet) else read_policy_file(policy) if policy else PolicySet()
-    plan = _plan(source, target, dtype, weight_only_precision, group_size, sizes, given)
+    plan = _plan(source, target, dtype, weight_only_precision, quant_algo, group_size, sizes, given)
     model, build_config = plan.model, plan.build_config
     if target == "tensorrt":
         from adaptive_k_moe.engine_builder.targets.tensorrt import require_tensorrt
@@ -153,6 +156,7 @@ def dry_run(
     *,
     dtype: Dtype | None = None,
     weight_only_precision: WeightOnlyPrecision | None = None,
+    quant_algo: QuantAlgo | None = None,
     group_size: int | None = None,
     max_batch_size: int = 16,
     max_input_len: int | None = None,
@@ -168,6 +172,7 @@ def dry_run(
         checkpoint_dir: Hugging Face checkpoint.
         dtype: "float16" or "bfloat16"; None is the checkpoint's own, or float16.
         weight_only_precision: as for `build`.
+        quant_algo: as for `build`.
         group_size: as for `build`.
         max_batch_size: most sequences in one step.
         max_input_len: as for `build`.
@@ -187,7 +192,9 @@ def dry_run(
     check_arguments(BuildError, str | PathLike, checkpoint_dir=checkpoint_dir)
     check_arguments(BuildError, Callable | None, progress=progress)
     sizes = Sizes(max_batch_size, max_input_len, max_seq_len, max_num_tokens)
-    plan = _plan(Path(checkpoint_dir), "tensorrt", dtype, weight_only_precision, group_size, sizes, PolicySet())
+    plan = _plan(
+        Path(checkpoint_dir), "tensorrt", dtype, weight_only_precision, quant_algo, group_size, sizes, PolicySet()
+    )
     total, done = plan.model.num_hidden_layers + 3, 0
 
     def report(part: str) -> None:
@@ -230,6 +237,7 @@ def _plan(
     target: Target,
     dtype: Dtype | None,
     weight_only_precision: WeightOnlyPrecision | None,
+    quant_algo: QuantAlgo | None,
     group_size: int | None,
     sizes: Sizes,
     policies: PolicySet,
@@ -237,17 +245,15 @@ def _plan(
     check_arguments(BuildError, Target, target=target)
     check_arguments(BuildError, Dtype | None, dtype=dtype)
     check_arguments(BuildError, WeightOnlyPrecision | None, weight_only_precision=weight_only_precision)
+    check_arguments(BuildError, QuantAlgo | None, quant_algo=quant_algo)
     check_arguments(BuildError, int, max_batch_size=sizes.max_batch_size)
     check_arguments(BuildError, int | None, group_size=group_size, **sizes._asdict())
     hf_config = HfConfig.read(source)
     hf_config.require("quantization_config", None)
     architecture = architecture_of(hf_config)
     model = architecture.read_config(hf_config, _dtype(hf_config, target, dtype))
-    if weight_only_precision is not None:
-        quantization = plan_weight_only(model, weight_only_precision, group_size)
-        model = model.model_copy(update={"quantization": quantization})
-    elif group_size is not None:
-        raise BuildError("group_size is for --use_weight_only with --weight_only_precision int4.")
+    quantization = plan_weight_only(model, target, weight_only_precision, quant_algo, group_size)
+    model = model.model_copy(update={"quantization": quantization})
     policies = model.fit_policies(policies)
     build_config = _build_config(model, target, sizes, max(model.largest_k(policies).values()))
     return _Plan(source, architecture, model, build_config, policies)

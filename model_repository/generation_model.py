@@ -215,5 +215,6 @@ def _open_engine(engine_dir: Path, parameters: dict[str, str]) -> LLM:
         except ValueError:
             raise EngineError(f"the model's parameter {name} is {value!r}: give a whole number.") from None
 
-    kv_cache = KvCacheConfig(max_tokens=number(KV_CACHE_PARAMETER))
+    dtype: Any = parameters.get("kv_cache_dtype") or "auto"  # checked by the configuration itself
+    kv_cache = KvCacheConfig(max_tokens=number(KV_CACHE_PARAMETER), dtype=dtype)
     return LLM(engine_dir, num_threads=number("num_threads"), kv_cache_config=kv_cache)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adaptive_k_moe.errors import ServerError
+from adaptive_k_moe.model_config import KvCacheDtype
 from adaptive_k_moe.model_repository.contract import ENSEMBLE, KV_CACHE_PARAMETER, MODELS, render_config
 
 
@@ -17,6 +18,7 @@ def write_model_repository(
     *,
     num_threads: int | None = None,
     kv_cache_max_tokens: int | None = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
     parameters: Mapping[str, str] | None = None,
     decoupled: bool = True,
 ) -> None:
@@ -27,6 +29,7 @@ def write_model_repository(
         engine_dir: the engine; its absolute path is written.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None leaves it to the runtime.
+        kv_cache_dtype: of keys and values.
         parameters: more parameters of the model that holds the engine.
         decoupled: as in `render_config`.
 
@@ -38,6 +41,8 @@ def write_model_repository(
         engine["num_threads"] = str(num_threads)
     if kv_cache_max_tokens is not None:
         engine[KV_CACHE_PARAMETER] = str(kv_cache_max_tokens)
+    if kv_cache_dtype != "auto":
+        engine["kv_cache_dtype"] = kv_cache_dtype
     try:
         for model in MODELS:
             version = directory / model / "1"

@@ -21,6 +21,7 @@ from typing import IO
 from adaptive_k_moe.arguments import check_arguments
 from adaptive_k_moe.engine_config import read_engine_config
 from adaptive_k_moe.errors import ServerError
+from adaptive_k_moe.model_config import KvCacheDtype
 from adaptive_k_moe.model_repository.contract import MODELS
 from adaptive_k_moe.model_repository.installation import find_tritonserver
 from adaptive_k_moe.model_repository.observation_options import ObservationOptions
@@ -59,6 +60,7 @@ class TritonServer:
         log_verbose: Triton's verbosity, 0 is none.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None leaves it to the runtime.
+        kv_cache_dtype: of keys and values: "float32", "bfloat16" or "int8"; "auto" is what attention computes in.
         decoupled: let requests stream and have several answers; if not, unary calls are allowed (see `serve`).
         observation: what the server writes down of its requests besides metrics; None is nothing.
         ready_timeout: seconds that the server may take to load the engine.
@@ -83,6 +85,7 @@ class TritonServer:
         log_verbose: int = 0,
         num_threads: int | None = None,
         kv_cache_max_tokens: int | None = None,
+        kv_cache_dtype: KvCacheDtype = "auto",
         decoupled: bool = True,
         observation: ObservationOptions | None = None,
         ready_timeout: float = 600.0,
@@ -95,6 +98,7 @@ class TritonServer:
         check_arguments(ServerError, str | os.PathLike | None, **paths)
         check_arguments(ServerError, int, log_verbose=log_verbose)
         check_arguments(ServerError, int | None, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens)
+        check_arguments(ServerError, KvCacheDtype, kv_cache_dtype=kv_cache_dtype)
         check_arguments(ServerError, ObservationOptions | None, observation=observation)
         check_arguments(ServerError, float, ready_timeout=ready_timeout)
         self.engine_dir = Path(engine_dir)
@@ -106,6 +110,7 @@ class TritonServer:
         self._log_verbose = log_verbose
         self._num_threads = num_threads
         self._kv_cache_max_tokens = kv_cache_max_tokens
+        self._kv_cache_dtype = kv_cache_dtype
         self._decoupled = decoupled
         self._observation = observation or ObservationOptions()
         self._ready_timeout = ready_timeout
@@ -167,6 +172,7 @@ class TritonServer:
                 self.engine_dir,
                 num_threads=self._num_threads,
                 kv_cache_max_tokens=self._kv_cache_max_tokens,
+                kv_cache_dtype=self._kv_cache_dtype,
                 parameters=self._observation.to_parameters(),
                 decoupled=self._decoupled,
             )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from adaptive_k_moe.arguments import check_arguments, check_fields
 from adaptive_k_moe.errors import AdaptiveKError, EngineError, PolicyError, RequestError
+from adaptive_k_moe.model_config import KvCacheDtype
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.chat_template import Message
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits, Prompt
@@ -46,9 +47,11 @@ class KvCacheConfig:
     Attributes:
         max_tokens: tokens that it holds, over all sequences; None is enough for a full batch of longest
             sequences, within what the session allows.
+        dtype: of keys and values: "float32", "bfloat16" or "int8"; "auto" is what the engine's attention computes in.
     """
 
     max_tokens: int | None = None
+    dtype: KvCacheDtype = "auto"
 
     def __post_init__(self) -> None:
         check_fields(self, EngineError)
@@ -67,7 +70,7 @@ class LLM:
         engine_dir: a directory written by `adaptive-k build`.
         max_batch_size: most sequences in a step; None is the engine's own.
         max_num_tokens: most tokens in a step; None is the engine's own.
-        kv_cache_config: the KV cache's size.
+        kv_cache_config: the KV cache's size and dtype.
         num_threads: CPU threads of the model; None lets the session choose.
         tokenizer: instead of the engine's own: a directory with a tokenizer.json, or an object.
         skip_tokenizer_init: use no tokenizer; prompts are token ids and answers have no text.
@@ -104,11 +107,13 @@ class LLM:
             loaded = tokenizer
         elif not skip_tokenizer_init:
             loaded = Tokenizer.from_dir(engine_dir)
+        kv_cache = kv_cache_config or KvCacheConfig()
         session = create_session(
             engine_dir,
             config,
             num_threads=num_threads,
-            kv_cache_max_tokens=(kv_cache_config or KvCacheConfig()).max_tokens,
+            kv_cache_max_tokens=kv_cache.max_tokens,
+            kv_cache_dtype=kv_cache.dtype,
         )
         self._open(session, config, limits, loaded, config.policy_tables(), lambda: read_policy_tables(engine_dir))
 

@@ -7,7 +7,10 @@ attention back from a file. The builder runs the same pass to check that a model
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -16,6 +19,50 @@ from adaptive_k_moe.model_config import PretrainedConfig
 
 ENGINE_XML = "rank0.xml"
 """The engine's file in its directory; its weights lie beside it."""
+
+
+def keep_float32(xml: Path, products: Collection[str]) -> None:
+    """Mark products in an engine's file, so that they stay float32 where the rest becomes bfloat16.
+
+    A router decides which experts run, and near a tie bfloat16 would decide otherwise.
+    The mark is OpenVINO's own ("precise"). Its Python interface can read it and not set it, so it is written here.
+
+    Args:
+        xml: the engine's file.
+        products: names of its products.
+    """
+    tree = ElementTree.parse(xml)
+    for layer in tree.iter("layer"):
+        if layer.get("type") == "MatMul" and layer.get("name") in products:
+            info = ElementTree.Element("rt_info")
+            ElementTree.SubElement(info, "attribute", {"name": "precise", "version": "0"})
+            layer.insert(1, info)  # after its data
+    tree.write(xml, encoding="utf-8", xml_declaration=True)
+
+
+HEAD_INPUT = "head_input"
+"""What a graph without its head puts out: [N, H]."""
+
+
+def split_head(graph: Any) -> Any:
+    """Take the head, which makes logits, out of a graph, in place, and return it as a graph of its own.
+
+    The graph puts out `HEAD_INPUT` instead of the logits, and the head takes it.
+    """
+    from openvino import Model
+    from openvino import opset13 as op
+
+    result = graph.output("logits").get_node()
+    product = result.input(0).get_source_output().get_node()
+    rows = product.input(0).get_source_output()
+    taken = op.parameter(rows.get_partial_shape(), rows.get_element_type(), HEAD_INPUT)
+    product.input(0).replace_source_output(taken.output(0))
+    head = Model([result], [taken], "head")
+    graph.remove_result(result)
+    given = op.result(rows)
+    rows.set_names({*rows.get_names(), HEAD_INPUT})
+    graph.add_results([given])
+    return head
 
 
 def use_paged_attention(graph: Any, model: PretrainedConfig) -> None:

@@ -21,8 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: the checkpoint's"
     )
     parser.add_argument("--use_weight_only", action="store_true", help="quantise the weights")
+    parser.add_argument("--weight_only_precision", choices=["int8", "int4"], help="of quantised weights; default: int8")
     parser.add_argument(
-        "--weight_only_precision", choices=["int8", "int4"], default="int8", help="of quantised weights; default: int8"
+        "--quant_algo",
+        choices=["W8A16", "W8A8", "W4A16", "W4A8"],
+        help="quantise to these bits of weights and activations; default with --use_weight_only: A8 for openvino, "
+        "A16 for the other targets",
     )
     parser.add_argument(
         "--group_size", type=int, help="int4 that share a scale: 128, 64 or 32; default: the most that fits the model"
@@ -98,9 +102,11 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """What a build and a dry run are asked alike."""
+    precision = args.weight_only_precision or (None if args.quant_algo else "int8")
     return {
         "dtype": args.dtype,
-        "weight_only_precision": args.weight_only_precision if args.use_weight_only else None,
+        "weight_only_precision": precision if args.use_weight_only else None,
+        "quant_algo": args.quant_algo,
         "group_size": args.group_size,
         "max_batch_size": args.max_batch_size,
         "max_input_len": args.max_input_len,

@@ -16,12 +16,21 @@ import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto
 
+from adaptive_k_moe.engine_config import Target
 from adaptive_k_moe.errors import BuildError
-from adaptive_k_moe.model_config import PretrainedConfig, QuantizationConfig
+from adaptive_k_moe.model_config import PretrainedConfig, QuantAlgo, QuantizationConfig, WeightOnlyPrecision
 from adaptive_k_moe.plugin.description import WEIGHT_FORMATS
 
 GROUP_SIZES = (128, 64, 32)
 """The sizes of groups that the kernels and TensorRT have, the usual one first."""
+
+QUANT_ALGOS: dict[tuple[WeightOnlyPrecision, str], QuantAlgo] = {
+    ("int8", "A16"): "W8A16",
+    ("int8", "A8"): "W8A8",
+    ("int4", "A16"): "W4A16",
+    ("int4", "A8"): "W4A8",
+}
+"""By the weights' precision and the activations'."""
 
 # Scales that are tried for each group, as shares of the one by which the largest value is kept: with few bits
 # cutting it off costs less than it saves the others. The one with the least squared error is taken.
@@ -35,29 +44,59 @@ _SCALE_TYPES: dict[str, Any] = {"float32": np.float32, "float16": np.float16, "b
 Array = npt.NDArray[Any]
 
 
-def plan_weight_only(model: PretrainedConfig, precision: str, group_size: int | None) -> QuantizationConfig:
-    """How a model's weights are quantised.
+def plan_weight_only(
+    model: PretrainedConfig,
+    target: Target,
+    precision: WeightOnlyPrecision | None,
+    quant_algo: QuantAlgo | None,
+    group_size: int | None,
+) -> QuantizationConfig | None:
+    """How a model's weights are quantised; None is not at all.
 
     Args:
         model: its sizes.
-        precision: "int8", one scale a row, or "int4", one scale a group.
+        target: what will run the engine.
+        precision: "int8", one scale a row, or "int4", one scale a group; None is what `quant_algo` says.
+        quant_algo: None is the target's: weights of `precision`, and activations rounded to int8 for "openvino", of
+            the model's dtype for the others.
         group_size: of int4; None is the largest of `GROUP_SIZES` that divides the rows of every product.
 
     Raises:
-        BuildError: the model's rows are of lengths that the kernels do not read in this format.
+        BuildError: the model's rows are of lengths that the kernels do not read in this format, or what is asked for
+            does not go together.
     """
-    if precision == "int8":
+    on_cpu = target == "openvino"
+    if quant_algo is None:
+        if precision is None:
+            if group_size is not None:
+                raise BuildError("group_size is for --use_weight_only with --weight_only_precision int4.")
+            return None
+        activations: str = "A8" if on_cpu else "A16"
+        quant_algo = QUANT_ALGOS[precision, activations]
+    asked = QuantizationConfig(quant_algo=quant_algo)
+    if asked.rounds_activations and not on_cpu:
+        raise BuildError(
+            f"quant_algo {quant_algo} is for --target openvino: the {target} target multiplies with activations of "
+            f"the engine's dtype, which is {QUANT_ALGOS[asked.weight_format, 'A16']}."
+        )
+    if precision not in (None, asked.weight_format):
+        raise BuildError(
+            f"quant_algo {quant_algo} has {asked.weight_format} weights, not {precision}: give one of them."
+        )
+    # A GPU's kernels look an embedding's rows up in the engine's dtype, and TensorRT-LLM leaves the head in it.
+    excluded = ["router", "shared_expert_gate"] if on_cpu else asked.exclude_modules
+    if asked.bits == 8:
         if group_size is not None:
             raise BuildError("group_size is for --weight_only_precision int4: int8 has one scale for each row.")
         _require_divisor(model, "int8", WEIGHT_FORMATS["int8"].row_multiple)
-        return QuantizationConfig(quant_algo="W8A16")
+        return QuantizationConfig(quant_algo=quant_algo, exclude_modules=excluded)
     if group_size is None:
         rows = _row_lengths(model).values()
         group_size = next((size for size in GROUP_SIZES if not any(row % size for row in rows)), GROUP_SIZES[-1])
     elif group_size not in GROUP_SIZES:
         raise BuildError(f"group_size is {group_size}: it is one of {', '.join(map(str, sorted(GROUP_SIZES)))}.")
     _require_divisor(model, "int4", group_size)
-    return QuantizationConfig(quant_algo="W4A16", group_size=group_size)
+    return QuantizationConfig(quant_algo=quant_algo, group_size=group_size, exclude_modules=excluded)
 
 
 def _require_divisor(model: PretrainedConfig, precision: str, divisor: int) -> None:

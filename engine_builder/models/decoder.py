@@ -107,6 +107,7 @@ class Decoder:
         self.tensors = tensors
         self.graph = graph
         self.experts = ExpertTensors(tensors, model, self.hub_moe, self.hub_expert)
+        self.vocabulary = model.quantization and model.quantization.vocabulary
         self._shared: dict[str, str] = {}
         self._scales: dict[str, str] = {}
         self._stored_dtypes: dict[str, str] = {}
@@ -266,16 +267,29 @@ class Decoder:
         if m.rope is not None:
             self.make_rope(m.rope)
 
-        embedding = self.stored(self.embedding_name, (m.vocab_size, m.hidden_size))
-        hidden = self.as_float(g.node("Gather", [embedding, input_ids], "embeddings", axis=0))
+        hidden = self.make_embedding(input_ids)
         progress("embedding")
         for layer in range(m.num_hidden_layers):
             hidden = self.make_layer(layer, hidden)
             progress(f"layer {layer}")
-        self.make_head(hidden, embedding)
+        self.make_head(hidden)
         progress("head")
 
     # Parts of the graph, in order. ---------------------------------------------------------------
+
+    def make_embedding(self, input_ids: str) -> str:
+        """The tokens' rows of the embedding: [B, S, H]."""
+        g, name = self.graph, self.embedding_name
+        if self.vocabulary is None:
+            embedding = self.stored(name, (self.model.vocab_size, self.model.hidden_size))
+            return self.as_float(g.node("Gather", [embedding, input_ids], "embeddings", axis=0))
+        # Rows are looked up as integers: whole, the embedding in floats would be the largest tensor there is.
+        embedding, scales = self.stored_integers(name, (self.model.vocab_size, self.model.hidden_size), self.vocabulary)
+        rows = g.node(
+            "Cast", [g.node("Gather", [embedding, input_ids], "embeddings.rows", axis=0)], "embeddings.float", to=1
+        )
+        own = self.as_float(g.node("Gather", [scales, input_ids], "embeddings.scales", axis=0))
+        return g.node("Mul", [rows, g.node("Unsqueeze", [own, g.constant([-1])], "embeddings.scale")], "embeddings")
 
     def make_rope(self, rope: RopeConfig) -> None:
         """Cosines and sines of the step's positions, shared by all layers: [B, S, D / 2]."""
@@ -461,19 +475,20 @@ class Decoder:
         product = g.node("Mul", [active, up], f"{name}.product")
         return self.linear(f"{name}.down_proj", product, mlp.intermediate_size, size, bias=mlp.bias)
 
-    def make_head(self, hidden: str, embedding: str) -> None:
+    def make_head(self, hidden: str) -> None:
         """Final norm and logits for the rows asked for, and the k and entropy of every token and layer."""
         g, m = self.graph, self.model
         # The norm is a row's own, so the rows that nobody asks logits for are dropped before it.
         rows = g.node("Reshape", [hidden, g.constant([-1, m.hidden_size])], "rows")
         rows = g.node("Gather", [rows, "logits_indices"], "rows.asked", axis=0)
         rows = self.make_norm(self.norm_name.removesuffix(".weight"), rows)
-        if m.tie_word_embeddings:
-            weight = self.as_float(embedding, transposed=True)
-            g.node("MatMul", [rows, weight], "logits")
+        name = self.embedding_name if m.tie_word_embeddings else self.lm_head_name
+        shape = (m.vocab_size, m.hidden_size)
+        if self.vocabulary is not None:
+            weight = self.quantised(name, shape, self.vocabulary)
         else:
-            head = self.lm_head_name.removesuffix(".weight")
-            self.linear(head, rows, m.hidden_size, m.vocab_size, output="logits", weight_only=False)
+            weight = self.as_float(name if m.tie_word_embeddings else self.stored(name, shape), transposed=True)
+        g.node("MatMul", [rows, weight], "logits")
         g.output("logits", "float32", ["num_logits", m.vocab_size])
         for output, dtype, columns in (("k", "int32", self._k), ("entropy", "float32", self._entropy)):
             spread = [g.node("Unsqueeze", [column, g.constant([1])], f"{column}.column") for column in columns]
@@ -529,13 +544,19 @@ class Decoder:
 
     def quantised(self, name: str, shape: tuple[int, int], quantization: QuantizationConfig) -> str:
         """A checkpoint tensor stored as integers, as float32 and transposed."""
-        values = self.tensors.read(self.in_checkpoint(name), shape)
-        integers, scales = self.graph.quantised_weight(name, quantization, self.model.dtype, shape, [values])
+        integers, scales = self.stored_integers(name, shape, quantization)
         blocks: dict[str, Any] = {"axis": 0}
         if quantization.group_size is not None:
             blocks = {"axis": 1, "block_size": quantization.group_size}
         weight = self.graph.node("DequantizeLinear", [integers, self.as_float(scales)], f"{name}.values", **blocks)
         return self.graph.node("Transpose", [weight], f"{name}.T", perm=[1, 0])
+
+    def stored_integers(self, name: str, shape: tuple[int, int], quantization: QuantizationConfig) -> tuple[str, str]:
+        """A checkpoint tensor stored as integers, once, and their scales."""
+        if name not in self._scales:
+            values = self.tensors.read(self.in_checkpoint(name), shape)
+            _, self._scales[name] = self.graph.quantised_weight(name, quantization, self.model.dtype, shape, [values])
+        return name, self._scales[name]
 
     def expert_weight(self, name: str, shape: tuple[int, int, int], pieces: Iterator[Array]) -> str:
         """One of the operator's weights, in the engine's dtype or, with its scales beside it, as integers."""

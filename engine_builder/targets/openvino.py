@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -11,7 +12,7 @@ from onnx import TensorProto, helper
 from adaptive_k_moe.engine_builder.graph import keep_states_in_place
 from adaptive_k_moe.engine_builder.graph.moe_function import OP_TYPE
 from adaptive_k_moe.engine_config import BuildConfig
-from adaptive_k_moe.engine_format.openvino import ENGINE_XML, use_paged_attention
+from adaptive_k_moe.engine_format.openvino import ENGINE_XML, keep_float32, use_paged_attention
 from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.model_config import PretrainedConfig
 from adaptive_k_moe.plugin import openvino_extension_path
@@ -19,6 +20,7 @@ from adaptive_k_moe.plugin.description import MOE
 
 # The places of the experts' weights among the operator's inputs.
 _EXPERTS = MOE.input_index("up"), MOE.input_index("down")
+_ROUTER_LOGITS = MOE.input_index("router_logits")
 
 
 def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: BuildConfig) -> None:
@@ -41,9 +43,11 @@ def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: B
         core = ov.Core()
         core.add_extension(str(openvino_extension_path()))
         graph = core.read_model(source)
+        routers = _transpose_in_routers(graph)
         # No float16 compression: the dtype was the user's choice.
         ov.save_model(graph, directory / ENGINE_XML, compress_to_fp16=False)
         del graph
+        keep_float32(directory / ENGINE_XML, routers)
         source.unlink()
         source.with_name(source.name + ".data").unlink()
         # The session does this at every load; a model that it cannot do is refused now.
@@ -51,6 +55,27 @@ def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: B
     except RuntimeError as error:  # OpenVINO's own: a full disk, a graph that it does not read
         reason = str(error).strip().splitlines()[-1]
         raise BuildError(f"OpenVINO cannot write the engine (is the disk full?): {reason}") from error
+
+
+def _transpose_in_routers(graph: Any) -> list[str]:
+    """Let the routers' products transpose their weight themselves, as what OpenVINO fuses would lose its mark.
+
+    Returns:
+        The products' names.
+    """
+    from openvino import opset13 as op
+
+    names = []
+    for layer in [node for node in graph.get_ops() if node.get_type_name() == OP_TYPE]:
+        product = layer.input(_ROUTER_LOGITS).get_source_output().get_node()
+        tokens, transpose = (each.get_source_output() for each in product.inputs())
+        weight = transpose.get_node().input(0).get_source_output()
+        names.append(product.get_friendly_name())
+        own = op.matmul(tokens, weight, transpose_a=False, transpose_b=True, name=names[-1])
+        own.output(0).set_names(product.output(0).get_names())
+        for consumer in list(product.output(0).get_target_inputs()):
+            consumer.replace_source_output(own.output(0))
+    return names
 
 
 def _use_operators(path: Path) -> None:

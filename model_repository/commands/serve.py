@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that the KV cache holds over all sequences (default: a full batch of longest ones, if they fit)",
     )
     parser.add_argument(
+        "--kv_cache_dtype",
+        choices=["auto", "float32", "bfloat16", "int8"],
+        default="auto",
+        help="of cached keys and values; auto, the default, is what the engine's attention computes in",
+    )
+    parser.add_argument(
         "--no_decoupled",
         action="store_true",
         help="models for unary calls: one answer a request and no streams, as TensorRT-LLM's decoupled_mode False",
@@ -104,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         log_verbose=args.log_verbose,
         num_threads=args.num_threads,
         kv_cache_max_tokens=args.kv_cache_max_tokens,
+        kv_cache_dtype=args.kv_cache_dtype,
         decoupled=not args.no_decoupled,
         observation=observation,
     )

@@ -27,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--kv_cache_max_tokens", type=int, metavar="N", help="tokens that the KV cache holds")
     parser.add_argument(
+        "--kv_cache_dtype",
+        choices=["auto", "float32", "bfloat16", "int8"],
+        default="auto",
+        help="of cached keys and values; auto, the default, is what the engine's attention computes in",
+    )
+    parser.add_argument(
         "--show_k",
         action="store_true",
         help="print each token with its mean k over the layers, then k by layer",
@@ -39,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from adaptive_k_moe.runtime import LLM, KvCacheConfig
 
     prompt, params = read_prompt(args), SamplingParams(**given_options(args))
-    kv_cache = KvCacheConfig(max_tokens=args.kv_cache_max_tokens)
+    kv_cache = KvCacheConfig(max_tokens=args.kv_cache_max_tokens, dtype=args.kv_cache_dtype)
     with LLM(args.engine_dir, num_threads=args.num_threads, kv_cache_config=kv_cache) as llm:
         output: RequestOutput | None = None
         for output in llm.generate_async(

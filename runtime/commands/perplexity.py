@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="times that each policy is measured; the median time counts (default: 3)",
     )
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--kv_cache_dtype",
+        choices=["auto", "float32", "bfloat16", "int8"],
+        default="auto",
+        help="of cached keys and values; auto, the default, is what the engine's attention computes in",
+    )
     parser.add_argument("--output", metavar="FILE.json", help="write the figures there, too")
 
 
@@ -39,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from adaptive_k_moe.errors import RequestError
     from adaptive_k_moe.files import write_json
     from adaptive_k_moe.policy import FULL
-    from adaptive_k_moe.runtime import LLM
+    from adaptive_k_moe.runtime import LLM, KvCacheConfig
     from adaptive_k_moe.runtime.perplexity import measure_policies
 
     try:
@@ -50,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         raise RequestError(f"{args.text} is not UTF-8 text.") from None
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
-    with LLM(args.engine_dir, num_threads=args.num_threads) as llm:
+    kv_cache = KvCacheConfig(dtype=args.kv_cache_dtype)
+    with LLM(args.engine_dir, num_threads=args.num_threads, kv_cache_config=kv_cache) as llm:
         assert llm.tokenizer is not None
         token_ids = llm.tokenizer.encode(text)[: args.max_tokens]
         window = min(512, llm.config.build_config.longest_prompt) if args.window is None else args.window

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.errors import EngineError
+from adaptive_k_moe.model_config import KvCacheDtype
 from adaptive_k_moe.runtime.session.base import Session, StepInput, StepOutput
 
 __all__ = ["Session", "StepInput", "StepOutput", "create_session"]
@@ -18,6 +19,7 @@ def create_session(
     *,
     num_threads: int | None = None,
     kv_cache_max_tokens: int | None = None,
+    kv_cache_dtype: KvCacheDtype = "auto",
 ) -> Session:
     """Load an engine with the session of its target.
 
@@ -26,6 +28,7 @@ def create_session(
         config: what `read_engine_config` returned for it.
         num_threads: CPU threads of a session that computes on them; None is all that the process may use.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None is the session's choice.
+        kv_cache_dtype: of keys and values; "auto" is what the engine's attention computes in.
 
     Raises:
         EngineError: the target has no session (an "onnx" engine is for ONNX Runtime), or loading failed.
@@ -34,10 +37,21 @@ def create_session(
     if target == "openvino":
         from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
 
-        return OpenVinoSession(engine_dir, config, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens)
+        return OpenVinoSession(
+            engine_dir,
+            config,
+            num_threads=num_threads,
+            kv_cache_max_tokens=kv_cache_max_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+        )
     if target == "tensorrt":
         from adaptive_k_moe.runtime.session.tensorrt import TensorRtSession
 
+        if kv_cache_dtype != "auto":
+            raise EngineError(
+                f"kv_cache_dtype {kv_cache_dtype} is for the openvino target: a TensorRT engine's cache has the dtype "
+                "that it was built with, which is auto."
+            )
         return TensorRtSession(engine_dir, config, kv_cache_max_tokens=kv_cache_max_tokens)
     raise EngineError(
         f"{engine_dir} was built for the target {target!r}, which has no runtime here: build with --target openvino."

@@ -11,14 +11,18 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.engine_config import EngineConfig
-from adaptive_k_moe.engine_format.openvino import ENGINE_XML, use_paged_attention
+from adaptive_k_moe.engine_format.openvino import ENGINE_XML, HEAD_INPUT, split_head, use_paged_attention
 from adaptive_k_moe.errors import DependencyError, EngineError, PolicyError
+from adaptive_k_moe.model_config import KvCacheDtype, PretrainedConfig
 from adaptive_k_moe.policy import KIND_CONTRIBUTION, PolicyTables
 from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
 from adaptive_k_moe.runtime.session.expert_load import ExpertLoad
 
 # Memory that the KV cache takes at most unless the caller says how many tokens it must hold.
 _DEFAULT_CACHE_BYTES = 4 << 30
+
+# Neighbours of a token's activations that share a scale where they are rounded to int8.
+_ACTIVATION_GROUP = 32
 
 # Tokens of a block in a model that caches no keys and values.
 _EMPTY_BLOCK_SIZE = 32
@@ -33,11 +37,12 @@ class OpenVinoSession:
         num_threads: threads of the engine; None is one for each core that the process may use.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None is enough for
             `max_batch_size` sequences of `max_seq_len`, within 4 GiB.
+        kv_cache_dtype: of keys and values; "auto" is what attention computes in.
         prepare: changes the graph before it is compiled; `output` reads what it lets the graph put out.
 
     Raises:
         DependencyError: OpenVINO is not installed.
-        EngineError: the engine cannot be loaded or compiled.
+        EngineError: the engine cannot be loaded or compiled, or has no cache of the dtype asked for.
     """
 
     def __init__(
@@ -47,12 +52,14 @@ class OpenVinoSession:
         *,
         num_threads: int | None = None,
         kv_cache_max_tokens: int | None = None,
+        kv_cache_dtype: KvCacheDtype = "auto",
         prepare: Callable[[Any], None] | None = None,
     ) -> None:
         self._config = config
         self._ov = _import_openvino()
         self._request: Any = None
-        self._compile(Path(engine_dir), num_threads, prepare)
+        self._head: Any = None
+        self._compile(Path(engine_dir), num_threads, kv_cache_dtype, prepare)
         self._allocate_cache(kv_cache_max_tokens)
         self._allocate_states()
 
@@ -105,7 +112,10 @@ class OpenVinoSession:
             # Shared, not copied: `arrays` keeps them alive until the step is over.
             self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=array.ndim > 0))
         self._request.infer()
-        logits, k, entropy = (self._request.get_tensor(name).data.copy() for name in ("logits", "k", "entropy"))
+        if self._head is not None:
+            self._head.infer([self._request.get_tensor(HEAD_INPUT)])
+        logits = (self._head or self._request).get_tensor("logits").data.copy()
+        k, entropy = (self._request.get_tensor(name).data.copy() for name in ("k", "entropy"))
         return StepOutput(logits.reshape(-1, self.vocab_size), k, entropy, self._expert_load.reads_of_step())
 
     def set_policies(self, tables: PolicyTables) -> None:
@@ -129,17 +139,20 @@ class OpenVinoSession:
 
     def close(self) -> None:
         """See `Session.close`."""
-        self._request = None
+        self._request = self._head = None
 
-    def _compile(self, engine_dir: Path, num_threads: int | None, prepare: Callable[[Any], None] | None) -> None:
+    def _compile(
+        self,
+        engine_dir: Path,
+        num_threads: int | None,
+        kv_cache_dtype: KvCacheDtype,
+        prepare: Callable[[Any], None] | None,
+    ) -> None:
         from adaptive_k_moe.plugin import openvino_extension_path
 
         core = self._ov.Core()
         options = {
-            # The engine's numbers are float32 whatever the machine has; weights stay as they were built.
-            "INFERENCE_PRECISION_HINT": "f32",
-            "KV_CACHE_PRECISION": "f32",
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+            **precision_options(self._config.pretrained_config, kv_cache_dtype, core),
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": str(num_threads or 0),
         }
@@ -150,6 +163,11 @@ class OpenVinoSession:
             self._expert_load = ExpertLoad(graph, self._config.pretrained_config.moe.num_experts)
             if prepare is not None:
                 prepare(graph)
+            if options["INFERENCE_PRECISION_HINT"] == "bf16" and options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] != "0":
+                head = split_head(graph)
+                self._head = core.compile_model(
+                    head, "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"}
+                ).create_infer_request()
             self._request = core.compile_model(graph, "CPU", options).create_infer_request()
             # A model without rotary embedding takes no positions, one without attention no blocks.
             self._inputs = {port.get_any_name() for port in self._request.get_compiled_model().inputs}
@@ -163,9 +181,11 @@ class OpenVinoSession:
         build, ov = self._config.build_config, self._ov
         ports = [port for port in self._request.get_compiled_model().inputs if "_cache." in port.get_any_name()]
         shapes = {port: [dim.get_length() for dim in list(port.get_partial_shape())[1:]] for port in ports}
-        # [blocks, KV heads, tokens of a block, head_dim]. A model without attention has blocks of no bytes:
-        # they still say how many tokens its sequences may have.
-        self._block_size = int(next(iter(shapes.values()))[1]) if shapes else _EMPTY_BLOCK_SIZE
+        # [blocks, KV heads, tokens of a block, head_dim]. With int8, values have their scales at the end of each
+        # token's row, and keys have more rows, for scales by channel: only values tell how many tokens there are.
+        # A model without attention has blocks of no bytes: they still say how many tokens its sequences may have.
+        sizes = [shape[1] for port, shape in shapes.items() if port.get_any_name().startswith("value_cache.")]
+        self._block_size = int(sizes[0]) if sizes else _EMPTY_BLOCK_SIZE
         block_bytes = sum(int(np.prod(shape)) * port.get_element_type().size for port, shape in shapes.items())
         per_sequence = -(-build.max_seq_len // self._block_size)
         if max_tokens is None:
@@ -199,6 +219,38 @@ class OpenVinoSession:
                 self._states[f"{name}.{layer}"] = _empty_floats(self.num_state_slots, *shape)
         for name, array in self._states.items():
             self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
+
+
+def precision_options(model: PretrainedConfig, kv_cache_dtype: KvCacheDtype, core: Any) -> dict[str, str]:
+    """What OpenVINO is told about the precision of products, attention and KV cache.
+
+    An engine of dtype float32 computes in float32 on every machine, and so does one whose integers are to meet exact
+    activations (A16). Others take bfloat16 where the processor has it. Of A8, OpenVINO rounds activations to int8
+    where it computes in float32: products in bfloat16, with AMX, are faster in prefill and as fast in decode.
+
+    Args:
+        model: the engine's.
+        kv_cache_dtype: as asked for.
+        core: OpenVINO's, which knows the processor.
+
+    Raises:
+        EngineError: attention has no cache of this dtype.
+    """
+    quantization = model.quantization
+    rounds = quantization is not None and quantization.rounds_activations
+    half = model.dtype == "bfloat16" and (quantization is None or rounds)
+    half = half and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    computed: KvCacheDtype = "bfloat16" if half else "float32"
+    if kv_cache_dtype not in ("auto", "int8", computed):
+        raise EngineError(
+            f"attention of this engine computes in {computed} on this machine and has no KV cache in {kv_cache_dtype}: "
+            f"kv_cache_dtype is auto, {computed} or int8."
+        )
+    return {
+        "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
+        "KV_CACHE_PRECISION": "u8" if kv_cache_dtype == "int8" else "bf16" if half else "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_ACTIVATION_GROUP if rounds else 0),
+    }
 
 
 def _import_openvino() -> Any:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from adaptive_k_moe.engine_builder import build
-from adaptive_k_moe.model_config import Dtype
+from adaptive_k_moe.model_config import Dtype, QuantAlgo
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
 from checkpoints import Shape, make_checkpoint
@@ -23,17 +23,17 @@ GREEDY = SamplingParams(max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=
 
 
 def assert_engine_equals_transformers(checkpoint: Path, precision: tuple[str, int, int | None], dtype: Dtype) -> None:
-    name, bits, group = precision
+    _, bits, group = precision
     engine = checkpoint.with_name("engine")
     # A step of 24 tokens: longer prompts go through in chunks beside the others' decode.
-    config = build(
-        checkpoint, engine, weight_only_precision=name, group_size=group, max_num_tokens=24, max_batch_size=3
-    )
+    # A16: the activations are the reference's.
+    algorithm: QuantAlgo = "W8A16" if bits == 8 else "W4A16"
+    config = build(checkpoint, engine, quant_algo=algorithm, group_size=group, max_num_tokens=24, max_batch_size=3)
     assert config.pretrained_config.dtype == dtype
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, config.pretrained_config.vocab_size, n).tolist() for n in (1, 33, 7, 64)]
     model = reference_model(checkpoint)
-    quantise_reference(bits, group, getattr(torch, dtype), model)
+    quantise_reference(bits, group, getattr(torch, dtype), model, vocabulary=True)
     with LLM(engine, skip_tokenizer_init=True) as llm:
         outputs = llm.generate(prompts, GREEDY)
     for prompt, output in zip(prompts, outputs, strict=True):

@@ -38,14 +38,20 @@ def rounded(weight: torch.Tensor, bits: int, group: int | None, scales: torch.dt
     candidates = []
     for shrink in (1.0,) if bits == 8 else (1.0, 0.95, 0.9, 0.85):
         scale = (largest * shrink / (127 if bits == 8 else 7)).to(scales).float()
+        scale[scale == 0] = 1  # the padding token's row in an embedding
         candidates.append((rows / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale)
     stacked = torch.stack(candidates)
     best = (stacked - rows).square().double().sum(-1, keepdim=True).argmin(0, keepdim=True)
     return stacked.gather(0, best.expand(1, *rows.shape))[0].reshape(weight.shape)
 
 
-def quantise_reference(bits: int, group: int | None, scales: torch.dtype, model: Any) -> None:
-    """Replace the weights that a build quantises in a model of `transformers`."""
+def quantise_reference(
+    bits: int, group: int | None, scales: torch.dtype, model: Any, *, vocabulary: bool = False
+) -> None:
+    """Replace the weights that a build quantises in a model of `transformers`.
+
+    With `vocabulary` also embedding and head, as a build for CPUs does: int8, a scale a row, whatever `bits` is.
+    """
     excluded = ("lm_head", "shared_expert_gate", "gate")
     with torch.no_grad():
         for name, module in model.named_modules():
@@ -54,3 +60,6 @@ def quantise_reference(bits: int, group: int | None, scales: torch.dtype, model:
         for name, parameter in model.named_parameters():
             if parameter.ndim == 3 and ".experts." in name:
                 parameter.copy_(rounded(parameter, bits, group, scales))
+        tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}  # one where they are tied
+        for table in tables if vocabulary else ():
+            table.copy_(rounded(table, 8, None, scales))
