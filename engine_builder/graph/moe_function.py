@@ -21,13 +21,16 @@ DOMAIN = "adaptive_k"
 OP_TYPE = MOE.name
 
 
-def moe_attributes(moe: MoeConfig, *, max_k: int, weight_format: str, expert_norms: bool = False) -> dict[str, Any]:
+def moe_attributes(
+    moe: MoeConfig, *, max_k: int, weight_format: str, activation_format: str = "", expert_norms: bool = False
+) -> dict[str, Any]:
     """The operator's attributes for a model's MoE layers.
 
     Args:
         moe: the router's rule and the activation.
         max_k: most experts a token may run.
         weight_format: the weights' type.
+        activation_format: "int8" where products may round activations to that; "" where not.
         expert_norms: whether the operator's last input is `expert_norms`.
     """
     return {
@@ -39,6 +42,7 @@ def moe_attributes(moe: MoeConfig, *, max_k: int, weight_format: str, expert_nor
         "topk_group": moe.topk_group,
         "max_k": max_k,
         "weight_format": weight_format,
+        "activation_format": activation_format,
         "has_expert_norms": int(expert_norms),
     }
 

@@ -438,7 +438,11 @@ class Decoder:
             [f"{name}.output", f"{name}.k", f"{name}.entropy"],
             domain=DOMAIN,
             **moe_attributes(
-                m.moe, max_k=self.build_config.capacity(m), weight_format=m.weight_format, expert_norms=True
+                m.moe,
+                max_k=self.build_config.capacity(m),
+                weight_format=m.weight_format,
+                activation_format="int8" if m.quantization and m.quantization.rounds_activations else "",
+                expert_norms=True,
             ),
         )
         self._k.append(k)
