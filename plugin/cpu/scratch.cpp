@@ -36,6 +36,13 @@ float* FloatBuffer::reserve(int64_t count) {
   return data_;
 }
 
+float* thread_floats(int64_t count) {
+  static thread_local FloatBuffer* buffer = nullptr;
+  if (buffer == nullptr) buffer = new FloatBuffer;  // lives as long as the thread pool
+  constexpr int64_t kReadAhead = 16;                // of Kernels::combine
+  return buffer->reserve(count + kReadAhead);
+}
+
 RoutingScratch RoutingBuffers::get(int32_t num_experts, int32_t n_group) {
   const size_t floats = 2 * static_cast<size_t>(num_experts) + n_group;
   if (floats_.size() < floats) floats_.resize(floats);

@@ -29,6 +29,10 @@ class FloatBuffer {
   int64_t capacity_ = 0;
 };
 
+// Room for a task's intermediate results, the thread's own. Only a task without nested parallelism
+// may hold it.
+float* thread_floats(int64_t count);
+
 class RoutingBuffers {
  public:
   RoutingScratch get(int32_t num_experts, int32_t n_group);

@@ -1,16 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cpu/moe/compute.h"
 
-#include <tbb/blocked_range.h>
-#include <tbb/parallel_for.h>
-#include <tbb/task_arena.h>
-
 #include <algorithm>
 #include <vector>
 
-#include "cpu/machine.h"
 #include "cpu/moe/kernels/kernels.h"
 #include "cpu/moe/plan.h"
+#include "cpu/moe/products.h"
 #include "cpu/scratch.h"
 #include "operator/moe/routing.h"
 #include "operator/moe/sharing.h"
@@ -22,95 +18,8 @@ namespace {
 // the calling thread: handing it out would cost more than it saves.
 constexpr int64_t kSerialBytes = 192 << 10;
 constexpr int64_t kRowsPerRead = 16;
-// Weight bytes that are worth a task of their own.
-constexpr int64_t kTaskBytes = 64 << 10;
-// The most panels that a task takes: activations come into the second-level cache once for all.
-constexpr int64_t kMaxPanels = 8;
 // Tokens are taken in chunks whose intermediate results stay below about this many floats.
 constexpr int64_t kChunkFloats = 64 << 20;
-
-int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// Calls body(i) for i in [0, n), `grain` calls to a task.
-template <typename Body>
-void parallel_for(int64_t n, int64_t grain, bool serial, const Body& body) {
-  if (serial || n <= grain) {
-    for (int64_t i = 0; i < n; ++i) body(i);
-    return;
-  }
-  tbb::parallel_for(
-      tbb::blocked_range<int64_t>(0, n, grain),
-      [&](const tbb::blocked_range<int64_t>& range) {
-        for (int64_t i = range.begin(); i < range.end(); ++i) body(i);
-      },
-      tbb::simple_partitioner());
-}
-
-// One of the layer's weights: for each expert `rows` rows of K values.
-struct Matrix {
-  WeightFormat format;
-  const void* values;
-  const float* scales;  // null unless quantised
-  int64_t rows, K;
-  int64_t group_size;
-
-  Matrix(WeightFormat format, const void* values, const float* scales, int64_t rows, int64_t K,
-         int64_t group_size)
-      : format(format),
-        values(values),
-        scales(scales),
-        rows(rows),
-        K(K),
-        group_size(group_size == 0 ? K : group_size) {}
-
-  int64_t row_bytes() const { return K * bits_of(format) / 8; }
-};
-
-// The weight rows of an expert that a task multiplies with. Missing rows repeat the last, so that
-// the kernels need no edge case.
-class WeightRows {
- public:
-  WeightRows(const Matrix& matrix, int64_t expert)
-      : matrix_(matrix), first_row_(expert * matrix.rows), row_bytes_(matrix.row_bytes()) {}
-
-  void add(int64_t first, int64_t count, int64_t end) {
-    for (int64_t r = 0; r < count; ++r, ++size_) {
-      const int64_t row = first_row_ + std::min(first + r, end - 1);
-      rows_[size_] = static_cast<const char*>(matrix_.values) + row * row_bytes_;
-      if (matrix_.scales != nullptr)
-        scales_[size_] = matrix_.scales + row * (matrix_.K / matrix_.group_size);
-    }
-  }
-  int size() const { return size_; }
-  Weights weights() const {
-    return {matrix_.format, size_, rows_, matrix_.scales == nullptr ? nullptr : scales_,
-            matrix_.group_size};
-  }
-  int64_t K() const { return matrix_.K; }
-
- private:
-  const Matrix& matrix_;
-  int64_t first_row_, row_bytes_;
-  const void* rows_[kMaxPanels * kPanelRows];
-  const float* scales_[kMaxPanels * kPanelRows];
-  int size_ = 0;
-};
-
-// How many of `units` pieces of work of unit_bytes a task takes, so that tasks are worth their cost
-// and there are enough of them to keep all threads busy to the end.
-int64_t units_per_task(int64_t units, int64_t unit_bytes, int64_t at_most) {
-  const int64_t threads = tbb::this_task_arena::max_concurrency();
-  const int64_t worth = divide_up(kTaskBytes, unit_bytes);
-  return std::clamp<int64_t>(std::max(units / (8 * threads), worth), 1, at_most);
-}
-
-// Token rows that are multiplied together: as many as let a part of their activations fill half the
-// second-level cache.
-int block_rows(const Kernels& kernels) {
-  const int64_t fit = second_level_cache_bytes() / 2 / (int64_t{kPart} * kernels.activation_bytes);
-  return static_cast<int>(std::clamp<int64_t>(fit, 24, kernels.max_block_rows));
-}
 
 // One call of the operator on one chunk of tokens.
 class Layer {
@@ -120,7 +29,6 @@ class Layer {
         hidden_(args.sizes.hidden),
         intermediate_(args.sizes.intermediate),
         kernels_(kernels(format, params.activation_format)),
-        integers_(params.activation_format == ActivationFormat::kInt8),
         scratch_(scratch),
         plan_(scratch.plan),
         gated_(is_gated(params.activation)),
@@ -149,19 +57,14 @@ class Layer {
     return reinterpret_cast<char*>(buffer.reserve(divide_up(bytes, sizeof(float))));
   }
 
-  // Of a row that the matrix is multiplied with, packed.
-  int64_t packed_bytes(const Matrix& matrix) const {
-    if (integers_) return ActivationBlocks(matrix.K, matrix.group_size).row_bytes();
-    return round_up(matrix.K, kernels_.lanes) * kernels_.activation_bytes;
-  }
-
   // Packs rows for the matrix, tile by tile; row(i) is the i-th of the plan's.
   template <typename Row>
   void pack(const Matrix& matrix, FloatBuffer& buffer, std::vector<Tile>* packed, bool serial,
             const Row& row) {
     const std::vector<Plan::TileRange>& tiles = plan_.tiles;
-    const int64_t row_bytes = packed_bytes(matrix);
-    const bool in_place = row_bytes == matrix.K * static_cast<int64_t>(sizeof(float)) && !integers_;
+    const int64_t row_bytes = packed_row_bytes(kernels_, matrix);
+    const bool in_place =
+        row_bytes == matrix.K * static_cast<int64_t>(sizeof(float)) && !kernels_.rounds_to_int8;
     bool all_in_place = in_place;
     for (const Plan::TileRange& tile : tiles) all_in_place = all_in_place && tile.rows == 1;
     char* room = all_in_place ? nullptr : reserve(buffer, plan_.num_rows() * row_bytes);
@@ -171,7 +74,7 @@ class Layer {
       const Plan::TileRange& tile = tiles[i];
       const float* rows[kMaxTileRows];
       for (int r = 0; r < tile.rows; ++r) rows[r] = row(tile.first_row + r);
-      if (tile.rows == 1 && in_place) {  // a lone whole row is used where it lies
+      if (needs_no_packing(kernels_, matrix, tile.rows)) {
         (*packed)[i] = {rows[0], 1};
         return;
       }
@@ -186,8 +89,9 @@ class Layer {
     h_tiles_ = &scratch_.h_tiles;
     pack(up_, scratch_.x, x_tiles_, serial_,
          [&](int64_t row) { return hidden_states + plan_.row_token[row] * hidden_; });
-    const int64_t h_bytes =
-        integers_ ? intermediate_ * static_cast<int64_t>(sizeof(float)) : packed_bytes(down_);
+    const int64_t h_bytes = kernels_.rounds_to_int8
+                                ? intermediate_ * static_cast<int64_t>(sizeof(float))
+                                : packed_row_bytes(kernels_, down_);
     h_ = reserve(scratch_.h, plan_.num_rows() * h_bytes);
     h_tiles_->resize(plan_.tiles.size());
     for (size_t i = 0; i < plan_.tiles.size(); ++i)
@@ -196,7 +100,7 @@ class Layer {
 
   // Hidden values that have to be whole before they are packed.
   void pack_hidden() {
-    if (!integers_) return;
+    if (!kernels_.rounds_to_int8) return;
     const auto* rows = reinterpret_cast<const float*>(h_);
     pack(down_, scratch_.packed_h, h_tiles_, serial_,
          [&](int64_t row) { return rows + row * intermediate_; });
@@ -205,7 +109,7 @@ class Layer {
   // Applies the activation to a panel of one tile and writes its neurons, from `first` on.
   void activate(const float* c, int64_t c_stride, int64_t first, const Tile& tile) const {
     void* to = const_cast<void*>(tile.x);
-    if (!integers_) {
+    if (!kernels_.rounds_to_int8) {
       kernels_.activate(params_.activation, c, c_stride, tile.rows, first, intermediate_,
                         padded_intermediate_, to);
       return;
@@ -279,18 +183,9 @@ class Layer {
     });
   }
 
-  // Room for intermediate results. Only a task without nested parallelism may hold it.
-  static float* thread_floats(int64_t count) {
-    static thread_local FloatBuffer* buffer = nullptr;
-    if (buffer == nullptr) buffer = new FloatBuffer;  // lives as long as the thread pool
-    constexpr int64_t kReadAhead = 16;                // of Kernels::combine
-    return buffer->reserve(count + kReadAhead);
-  }
-
   const MoeParams& params_;
   const int64_t hidden_, intermediate_;
   const Kernels& kernels_;
-  const bool integers_;
   Scratch& scratch_;
   const Plan& plan_;
   const bool gated_;

@@ -187,7 +187,7 @@ void combine(const float* const* y, const float* weights, int k, int n, float* o
 
 }  // namespace
 
-const Kernels kAmxKernels = {"amx", kDepth,   kTile,    kMaxBlockRows, sizeof(uint16_t),
-                             pack,  multiply, activate, combine};
+const Kernels kAmxKernels = {"amx", kDepth, kTile,    kMaxBlockRows, sizeof(uint16_t),
+                             false, pack,   multiply, activate,      combine};
 
 }  // namespace adaptive_k::cpu

@@ -293,7 +293,7 @@ void combine(const float* const* y, const float* weights, int k, int n, float* o
 
 }  // namespace
 
-const Kernels kAmxIntegerKernels = {"amx", 1,        kTile,    kMaxBlockRows, 1,
-                                    pack,  multiply, activate, combine};
+const Kernels kAmxIntegerKernels = {"amx", 1,    kTile,    kMaxBlockRows, 1,
+                                    true,  pack, multiply, activate,      combine};
 
 }  // namespace adaptive_k::cpu

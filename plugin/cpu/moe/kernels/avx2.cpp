@@ -11,9 +11,9 @@ constexpr bool kVnni = false;
 #include "cpu/moe/kernels/integer_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kAvx2Kernels = {"avx2", kLanes,   kTileRows, kMaxBlockRows, sizeof(float),
-                              pack,   multiply, activate,  combine};
-const Kernels kAvx2IntegerKernels = {
-    "avx2",   1,      kIntegerTileRows, kMaxBlockRows, 1, pack_integers, multiply_integers,
-    activate, combine};
+const Kernels kAvx2Kernels = {"avx2", kLanes, kTileRows, kMaxBlockRows, sizeof(float),
+                              false,  pack,   multiply,  activate,      combine};
+const Kernels kAvx2IntegerKernels = {"avx2",   1,      kIntegerTileRows, kMaxBlockRows,
+                                     1,        true,   pack_integers,    multiply_integers,
+                                     activate, combine};
 }  // namespace adaptive_k::cpu

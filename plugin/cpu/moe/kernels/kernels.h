@@ -87,6 +87,7 @@ struct Kernels {
   int tile_rows;
   int max_block_rows;    // the most token rows that are worth multiplying together
   int activation_bytes;  // of a packed element: 4 is float32, of which a lone row needs no packing
+  bool rounds_to_int8;   // activations, in blocks
 
   // Packs m rows of K floats into one tile, for weights in groups of group_size (K without).
   void (*pack)(const float* const* rows, int m, int64_t K, int64_t group_size, void* packed);

@@ -110,9 +110,9 @@ struct Integers {
 #include "cpu/moe/kernels/integer_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kPortableKernels = {"portable", kLanes,   kTileRows, kMaxBlockRows, sizeof(float),
-                                  pack,       multiply, activate,  combine};
-const Kernels kPortableIntegerKernels = {"portable",        1,        kIntegerTileRows,
-                                         kMaxBlockRows,     1,        pack_integers,
-                                         multiply_integers, activate, combine};
+const Kernels kPortableKernels = {"portable", kLanes, kTileRows, kMaxBlockRows, sizeof(float),
+                                  false,      pack,   multiply,  activate,      combine};
+const Kernels kPortableIntegerKernels = {"portable", 1,      kIntegerTileRows, kMaxBlockRows,
+                                         1,          true,   pack_integers,    multiply_integers,
+                                         activate,   combine};
 }  // namespace adaptive_k::cpu
