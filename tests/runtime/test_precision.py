@@ -18,6 +18,7 @@ from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
 from adaptive_k_moe.runtime.session.openvino import OpenVinoSession, precision_options
 
 from checkpoints import make_mixtral
+from reference import has_bfloat16
 
 # Two blocks of the cache and more in each sequence, beside one another.
 PROMPTS = [np.random.default_rng(seed).integers(3, 101, length).tolist() for seed, length in enumerate((70, 3, 41))]
@@ -57,12 +58,6 @@ class Engines:
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Engines:
     return Engines(tmp_path_factory.mktemp("precision"))
-
-
-def has_bfloat16() -> bool:
-    import openvino
-
-    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def config_of(engine: Path) -> EngineConfig:
