@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-r"""What int8 and int4 weights cost in quality and take in bytes: perplexity and KL divergence to float32 weights.
+r"""What each precision costs in quality and takes in bytes: perplexity and KL divergence to the float32 engine.
 
     python benchmarks/weight_only.py --checkpoint_dir examples/models/mixtral-small \
         --text examples/models/mixtral-small/heldout.txt
 
-Each precision is a build for the target "onnx", run by ONNX Runtime with every expert of the trained top-k and
-float32 arithmetic: the figures are those of the stored weights, not of a GPU. Intervals are 95 %, by bootstrap
-over the windows, paired with the float32 run.
+Each row is a build for the target "openvino", run on this machine's processor with every expert of the trained top-k.
+A window goes through in steps of 16 tokens, so that most keys and values are read from the cache. With
+``--target onnx`` the builds are run by ONNX Runtime in float32 arithmetic: the figures are then those of the stored
+weights alone. Intervals are 95 %, by bootstrap over the windows, paired with the float32 run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import argparse
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +26,41 @@ from rich.table import Table
 
 from adaptive_k_moe.calibration.bootstrap import mean, perplexity_change
 from adaptive_k_moe.engine_builder import build
-from adaptive_k_moe.engine_config import EngineConfig
+from adaptive_k_moe.engine_config import EngineConfig, Target
+from adaptive_k_moe.model_config import Dtype, KvCacheDtype, QuantAlgo
 from adaptive_k_moe.runtime.perplexity import negative_log_likelihood
+from adaptive_k_moe.runtime.session import StepInput, create_session
 from adaptive_k_moe.runtime.tokenizer import Tokenizer
 
 from _results import write_results
 
-PRECISIONS = (None, "int8", "int4")
+CHUNK = 16
+"""Tokens of a window in a step."""
+
+
+class Precision(NamedTuple):
+    """What a row of the table is: options of a build, and of the cache."""
+
+    dtype: Dtype
+    quant_algo: QuantAlgo | None = None
+    kv_cache_dtype: KvCacheDtype = "auto"
+
+
+PRECISIONS: dict[Target, list[Precision]] = {
+    "openvino": [
+        Precision("float32"),
+        Precision("float32", None, "int8"),
+        Precision("bfloat16"),
+        Precision("bfloat16", None, "int8"),
+        Precision("float32", "W8A16"),
+        Precision("float32", "W8A8"),
+        Precision("bfloat16", "W8A8"),
+        Precision("float32", "W4A16"),
+        Precision("float32", "W4A8"),
+        Precision("bfloat16", "W4A8"),
+    ],
+    "onnx": [Precision("float32"), Precision("float32", "W8A16"), Precision("float32", "W4A16")],
+}
 
 Logits = npt.NDArray[np.float32]
 
@@ -40,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint_dir", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--target", choices=["openvino", "onnx"], default="openvino", help="default: %(default)s")
     parser.add_argument("--window", type=int, default=128, help="tokens in a window; default: %(default)s")
     parser.add_argument("--max_windows", type=int, default=200, help="default: %(default)s")
     parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)))
@@ -50,33 +80,38 @@ def main() -> None:
     windows = np.array(ids[: count * args.window]).reshape(count, args.window)
     rows: list[dict[str, Any]] = []
     full: list[Logits] = []
-    for precision in PRECISIONS:
+    for precision in PRECISIONS[args.target]:
         with tempfile.TemporaryDirectory() as scratch:
             engine = Path(scratch) / "engine"
             config = build(
                 args.checkpoint_dir,
                 engine,
-                target="onnx",
-                dtype="float32",
-                weight_only_precision=precision,
+                target=args.target,
+                dtype=precision.dtype,
+                quant_algo=precision.quant_algo,
                 max_seq_len=args.window,
             )
-            logits = read(engine, config, windows, args.num_threads)
+            reading = read_session if args.target == "openvino" else read
+            logits = reading(engine, config, windows, args.num_threads, precision.kv_cache_dtype)
         full = full or logits
-        rows.append({**describe(config), **compare(logits, full, windows)})
+        rows.append({**describe(config, precision), **compare(logits, full, windows)})
     show(rows)
-    content = {"model": args.checkpoint_dir.name, "text": args.text.name, "windows": count, "window": args.window}
+    content = {
+        "model": args.checkpoint_dir.name,
+        "target": args.target,
+        "text": args.text.name,
+        "windows": count,
+        "window": args.window,
+    }
     write_results(args.output, {**content, "rows": rows})
 
 
-def describe(config: EngineConfig) -> dict[str, Any]:
-    """A build's weights and their size."""
-    quantization, size = config.pretrained_config.quantization, config.files["model.onnx.data"].size
-    name = "float32"
-    if quantization is not None:
-        groups = f"groups of {quantization.group_size}" if quantization.group_size else "a scale a row"
-        name = f"int{quantization.bits}, {groups}"
-    return {"weights": name, "bytes": size}
+def describe(config: EngineConfig, precision: Precision) -> dict[str, Any]:
+    """A build's precision and the size of its weights."""
+    quantization, files = config.pretrained_config.quantization, config.files
+    groups = quantization.group_size if quantization is not None else None
+    size = sum(entry.size for name, entry in files.items() if name in ("rank0.bin", "model.onnx.data"))
+    return {**precision._asdict(), "group_size": groups, "bytes": size}
 
 
 def compare(logits: list[Logits], full: list[Logits], windows: npt.NDArray[Any]) -> dict[str, Any]:
@@ -96,8 +131,41 @@ def compare(logits: list[Logits], full: list[Logits], windows: npt.NDArray[Any])
     }
 
 
-def read(engine: Path, config: EngineConfig, windows: npt.NDArray[Any], num_threads: int) -> list[Logits]:
-    """Logits of every window, [n, V] each."""
+def read_session(
+    engine: Path, config: EngineConfig, windows: npt.NDArray[Any], num_threads: int, kv_cache_dtype: KvCacheDtype
+) -> list[Logits]:
+    """Logits of every window, [n, V] each, one window after another in steps of `CHUNK` tokens."""
+    session = create_session(engine, config, num_threads=num_threads, kv_cache_dtype=kv_cache_dtype)
+    tables, length = config.policy_tables(), windows.shape[1]
+    session.set_policies(tables)
+    blocks = list(range(-(-length // session.block_size)))
+    slots = np.zeros(1, np.int32) if config.pretrained_config.mamba is not None else None
+    logits = []
+    for window in windows:
+        steps = []
+        for past in range(0, length, CHUNK):
+            tokens = window[past : past + CHUNK]
+            step = StepInput(
+                input_ids=tokens,
+                position_ids=np.arange(past, past + len(tokens)),
+                policy_index=np.full(len(tokens), tables.index("full"), np.int32),
+                past_lens=np.array([past], np.int32),
+                subsequence_begins=np.array([0, len(tokens)], np.int32),
+                block_tables=[blocks[: -(-(past + len(tokens)) // session.block_size)]],
+                state_slots=slots,
+                logits_indices=np.arange(len(tokens)),
+            )
+            steps.append(session.step(step).logits)
+        logits.append(np.concatenate(steps))
+    session.close()
+    return logits
+
+
+def read(
+    engine: Path, config: EngineConfig, windows: npt.NDArray[Any], num_threads: int, kv_cache_dtype: KvCacheDtype
+) -> list[Logits]:
+    """Logits of every window, [n, V] each, by ONNX Runtime."""
+    assert kv_cache_dtype == "auto"
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     # Further optimisations round activations, too: not what is measured here.
@@ -139,11 +207,15 @@ def divergence(full: Logits, own: Logits) -> float:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    table = Table("weights", "MB", "perplexity", "change", "KL, nats", "same top token")
+    table = Table("dtype", "quant_algo", "KV cache", "MB", "perplexity", "change", "KL, nats", "same top token")
     for row in rows:
         change, kl = row["change"], row["kl"]
+        groups = f", groups of {row['group_size']}" if row["group_size"] else ""
+        algorithm = f"{row['quant_algo'] or ''}{groups}"
         table.add_row(
-            row["weights"],
+            row["dtype"],
+            algorithm,
+            row["kv_cache_dtype"],
             f"{row['bytes'] / 1e6:.1f}",
             f"{row['perplexity']:.3f}",
             f"{change['value']:+.2%} ({change['low']:+.2%} to {change['high']:+.2%})",
