@@ -10,7 +10,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from adaptive_k_moe.engine_builder.graph import keep_states_in_place
-from adaptive_k_moe.engine_builder.graph.moe_function import OP_TYPE
+from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN, OP_TYPE
 from adaptive_k_moe.engine_config import BuildConfig
 from adaptive_k_moe.engine_format.openvino import ENGINE_XML, keep_float32, use_paged_attention
 from adaptive_k_moe.errors import BuildError
@@ -21,6 +21,9 @@ from adaptive_k_moe.plugin.description import MOE
 # The places of the experts' weights among the operator's inputs.
 _EXPERTS = MOE.input_index("up"), MOE.input_index("down")
 _ROUTER_LOGITS = MOE.input_index("router_logits")
+
+# A product with fewer columns, a gate's, is left to OpenVINO.
+_LEAST_COLUMNS = 16
 
 
 def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: BuildConfig) -> None:
@@ -38,7 +41,7 @@ def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: B
             f"does not cut off: build with --max_seq_len {model.sliding_window} or less."
         )
     source = directory / "model.onnx"
-    _use_operators(source)
+    _use_operators(source, model)
     try:
         core = ov.Core()
         core.add_extension(str(openvino_extension_path()))
@@ -78,7 +81,7 @@ def _transpose_in_routers(graph: Any) -> list[str]:
     return names
 
 
-def _use_operators(path: Path) -> None:
+def _use_operators(path: Path, model: PretrainedConfig) -> None:
     """Drop the function bodies, so that the extension's operators are taken, and make bfloat16 inputs what these take.
 
     Experts become bytes: OpenVINO's CPU plugin widens 16-bit constants that feed a custom operator, which would be
@@ -87,6 +90,8 @@ def _use_operators(path: Path) -> None:
     proto = onnx.load(path, load_external_data=False)
     del proto.functions[:]
     keep_states_in_place(proto)
+    if model.dtype == "bfloat16" and (model.quantization is None or model.quantization.rounds_activations):
+        _use_linear(proto.graph)
     layers = [node for node in proto.graph.node if node.op_type == OP_TYPE]
     bfloat16 = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
     for layer in layers:
@@ -101,3 +106,42 @@ def _use_operators(path: Path) -> None:
                 cast = helper.make_node("Cast", [name], [f"{name}.float"], to=TensorProto.FLOAT)
                 proto.graph.node.insert(0, cast)
     onnx.save(proto, path)
+
+
+def _use_linear(graph: onnx.GraphProto) -> None:
+    """Let the extension's `Linear` multiply with stored weights, in place of a product of OpenVINO's.
+
+    A router's weight is float32 and stays as it is.
+    """
+    makers = {output: node for node in graph.node for output in node.output}
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+
+    gathered = {name for node in graph.node if node.op_type == "Gather" for name in node.input}
+
+    def source(name: str) -> onnx.NodeProto | None:
+        return makers.get(name)
+
+    for node in graph.node:
+        transpose = source(node.input[1]) if node.op_type == "MatMul" else None
+        values = source(transpose.input[0]) if transpose is not None and transpose.op_type == "Transpose" else None
+        if values is None or values.op_type not in ("Cast", "DequantizeLinear") or values.input[0] not in stored:
+            continue
+        weight = stored[values.input[0]]
+        if weight.dims[0] < _LEAST_COLUMNS or (values.op_type == "Cast" and weight.name in gathered):
+            continue  # (a bfloat16 head that is the embedding, too, has no bytes of its own)
+        formats = {TensorProto.INT8: "int8", TensorProto.INT4: "int4", TensorProto.BFLOAT16: "bfloat16"}
+        weight_format = formats[weight.data_type]
+        inputs = [node.input[0], weight.name]
+        attributes = {"weight_format": weight_format}
+        if values.op_type == "DequantizeLinear":
+            inputs.append(values.input[1])
+            attributes["activation_format"] = "int8"
+        linear = helper.make_node("Linear", inputs, node.output, name=node.name, domain=DOMAIN, **attributes)
+        node.CopyFrom(linear)
+    for tensor in {node.input[1]: stored[node.input[1]] for node in graph.node if node.op_type == "Linear"}.values():
+        if tensor.data_type == TensorProto.BFLOAT16:
+            tensor.data_type = TensorProto.UINT8
+            tensor.dims[-1] *= 2
+        elif tensor.data_type == TensorProto.INT4:
+            tensor.data_type = TensorProto.INT8
+            tensor.dims[-1] //= 2

@@ -163,7 +163,7 @@ class OpenVinoSession:
             self._expert_load = ExpertLoad(graph, self._config.pretrained_config.moe.num_experts)
             if prepare is not None:
                 prepare(graph)
-            if options["INFERENCE_PRECISION_HINT"] == "bf16" and options["DYNAMIC_QUANTIZATION_GROUP_SIZE"] != "0":
+            if False:
                 head = split_head(graph)
                 self._head = core.compile_model(
                     head, "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"}
