@@ -106,19 +106,6 @@ class Layer {
          [&](int64_t row) { return rows + row * intermediate_; });
   }
 
-  // Applies the activation to a panel of one tile and writes its neurons, from `first` on.
-  void activate(const float* c, int64_t c_stride, int64_t first, const Tile& tile) const {
-    void* to = const_cast<void*>(tile.x);
-    if (!kernels_.rounds_to_int8) {
-      kernels_.activate(params_.activation, c, c_stride, tile.rows, first, intermediate_,
-                        padded_intermediate_, to);
-      return;
-    }
-    for (int r = 0; r < tile.rows; ++r)
-      kernels_.activate(params_.activation, c + r * c_stride, c_stride, 1, first, intermediate_,
-                        intermediate_, static_cast<float*>(to) + r * intermediate_);
-  }
-
   // c [rows of the block, weight rows] = products of the block's rows of `tiles`.
   void multiply(const Plan::Block& block, const std::vector<Tile>& tiles, const WeightRows& weights,
                 float* c) const {
@@ -148,7 +135,9 @@ class Layer {
       for (int t = 0; t < block.num_tiles; ++t) {
         const Tile& tile = (*h_tiles_)[block.first_tile + t];
         for (int64_t p = begin; p < end; ++p)
-          activate(c + (p - begin) * kPanelRows, weights.size(), p * neurons, tile);
+          kernels_.activate(params_.activation, c + (p - begin) * kPanelRows, weights.size(),
+                            tile.rows, p * neurons, intermediate_, padded_intermediate_,
+                            const_cast<void*>(tile.x));
         c += tile.rows * weights.size();
       }
     });

@@ -174,8 +174,7 @@ void multiply_panel(const Tile* tiles, int num_tiles, const W* const* rows,
       a[g] = {reinterpret_cast<const char*>(packed), depth, kTile * depth};
     }
   }
-  // Rows of integers are so short that the processor's own prefetching comes late. With more tiles
-  // this would crowd out their loads.
+  // Rows of integers are so short that the processor's own prefetching comes late.
   if (num_tiles <= kTilesInPlace) {
     for (int r = 0; r < groups * kTile; ++r)
       for (int k = 0; k < length; k += std::is_same_v<W, int8_t> ? kLine : 2 * kLine)
@@ -284,7 +283,7 @@ void pack(const float* const* rows, int m, int64_t K, int64_t group_size, void* 
 
 void activate(Activation activation, const float* c, int64_t c_stride, int rows, int64_t first,
               int64_t I, int64_t padded_I, void* tile) {
-  kAvx512Kernels.activate(activation, c, c_stride, rows, first, I, padded_I, tile);
+  kAvx512VnniIntegerKernels.activate(activation, c, c_stride, rows, first, I, padded_I, tile);
 }
 
 void combine(const float* const* y, const float* weights, int k, int n, float* out) {

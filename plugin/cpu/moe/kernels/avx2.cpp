@@ -15,5 +15,5 @@ const Kernels kAvx2Kernels = {"avx2", kLanes, kTileRows, kMaxBlockRows, sizeof(f
                               false,  pack,   multiply,  activate,      combine};
 const Kernels kAvx2IntegerKernels = {"avx2",   1,      kIntegerTileRows, kMaxBlockRows,
                                      1,        true,   pack_integers,    multiply_integers,
-                                     activate, combine};
+                                     activate_integers, combine};
 }  // namespace adaptive_k::cpu

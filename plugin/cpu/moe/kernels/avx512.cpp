@@ -15,5 +15,5 @@ const Kernels kAvx512Kernels = {"avx512", kLanes, kTileRows, kMaxBlockRows, size
                                 false,    pack,   multiply,  activate,      combine};
 const Kernels kAvx512IntegerKernels = {"avx512", 1,      kIntegerTileRows, kMaxBlockRows,
                                        1,        true,   pack_integers,    multiply_integers,
-                                       activate, combine};
+                                       activate_integers, combine};
 }  // namespace adaptive_k::cpu

@@ -13,5 +13,5 @@ constexpr bool kVnni = true;
 namespace adaptive_k::cpu {
 const Kernels kAvx512VnniIntegerKernels = {
     "avx512_vnni",     1,        kIntegerTileRows, kMaxBlockRows, 1, true, pack_integers,
-    multiply_integers, activate, combine};
+    multiply_integers, activate_integers, combine};
 }  // namespace adaptive_k::cpu

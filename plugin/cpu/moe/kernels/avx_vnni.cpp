@@ -13,5 +13,5 @@ constexpr bool kVnni = true;
 namespace adaptive_k::cpu {
 const Kernels kAvxVnniIntegerKernels = {"avx_vnni", 1,      kIntegerTileRows, kMaxBlockRows,
                                         1,          true,   pack_integers,    multiply_integers,
-                                        activate,   combine};
+                                        activate_integers,   combine};
 }  // namespace adaptive_k::cpu

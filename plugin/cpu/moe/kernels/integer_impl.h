@@ -156,6 +156,20 @@ void multiply_integers(const Tile* tiles, int num_tiles, const Weights& weights,
     multiply_integer_rows<Int4Pair>(tiles, num_tiles, weights, K, c);
 }
 
+// Writes rows of floats, [rows][padded_I], for pack_integers(): a block is more than a panel.
+void activate_integers(Activation activation, const float* c, int64_t c_stride, int rows,
+                       int64_t first, int64_t I, int64_t padded_I, void* tile) {
+  alignas(64) float h[kPanelRows * kMaxTileRows];  // [neurons / kLanes][rows][kLanes]
+  const int neurons = is_gated(activation) ? kPanelRows / 2 : kPanelRows;
+  activate(activation, c, c_stride, rows, 0, I - first, neurons, h);
+  for (int i = 0; i < rows; ++i) {
+    float* to = static_cast<float*>(tile) + i * padded_I + first;
+    for (int64_t n = 0; n < neurons && first + n < I; n += kLanes)
+      std::memcpy(to + n, h + n * rows + i * kLanes,
+                  (I - first - n < kLanes ? I - first - n : kLanes) * sizeof(float));
+  }
+}
+
 void pack_integers(const float* const* rows, int m, int64_t K, int64_t group_size, void* packed) {
   const ActivationBlocks blocks(K, group_size);
   auto* values = static_cast<int8_t*>(packed);

@@ -101,8 +101,8 @@ struct Kernels {
   // Applies the activation to a panel of a tile's products, whose rows are c_stride apart, and
   // writes its neurons, from number `first` on, into the packed tile of padded length padded_I.
   // Neurons at or beyond I become zeros; the last panel's call fills the padding. Where activations
-  // become int8, a block of which is more than a panel, the tile is one of floats that are not
-  // padded, of one row, for pack().
+  // become int8, a block of which is more than a panel, `tile` is rows of floats, [rows][padded_I],
+  // for pack().
   void (*activate)(Activation activation, const float* c, int64_t c_stride, int rows, int64_t first,
                    int64_t I, int64_t padded_I, void* tile);
 

@@ -114,5 +114,5 @@ const Kernels kPortableKernels = {"portable", kLanes, kTileRows, kMaxBlockRows, 
                                   false,      pack,   multiply,  activate,      combine};
 const Kernels kPortableIntegerKernels = {"portable", 1,      kIntegerTileRows, kMaxBlockRows,
                                          1,          true,   pack_integers,    multiply_integers,
-                                         activate,   combine};
+                                         activate_integers,   combine};
 }  // namespace adaptive_k::cpu
