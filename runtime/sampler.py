@@ -197,10 +197,18 @@ def draw(logits: FloatArray, state: SamplingState) -> int:
     its own noise, so rounding in the logits (which depends on who else is in the batch) changes the choice
     only where two clocks ring together; inverting a cumulative sum would shift at every token's edge.
     """
-    token_ids, probabilities = candidates(logits, state.params)
-    times = state.generator.standard_exponential(len(logits), dtype=np.float32)[token_ids]
-    times = np.maximum(times, np.finfo(np.float32).tiny)  # 0 / 0 is no number
-    return int(token_ids[(probabilities / times).argmax()])
+    params = state.params
+    times = state.generator.standard_exponential(len(logits), dtype=np.float32)
+    np.maximum(times, np.finfo(np.float32).tiny, out=times)  # 0 / 0 is no number
+    if params.top_p == 1 and params.min_p == 0 and not 0 < params.top_k < len(logits):
+        # All tokens may come: the same race without the arrays that a choice among them takes.
+        rates = logits - logits.max()
+        rates *= np.float32(1 / max(params.temperature, _MIN_TEMPERATURE))
+        np.exp(rates, out=rates)
+        rates /= times
+        return int(rates.argmax())
+    token_ids, probabilities = candidates(logits, params)
+    return int(token_ids[(probabilities / times[token_ids]).argmax()])
 
 
 def log_probabilities(logits: FloatArray, token_id: int, num_top: int) -> dict[int, float]:

@@ -65,6 +65,8 @@ const char* check(const MoeParams& params, const MoeShape& s) {
   const WeightFormat format = params.weight_format;
   if (!is_one_of(static_cast<int32_t>(format), words_of(format).count - 1) || !on_gpus(format))
     return "the weight format is unknown";
+  if (params.activation_format != ActivationFormat::kAsHiddenStates)
+    return "activation_format must be empty: only CPUs round activations to int8";
   if (!is_quantised(format) && stored_format(format, format_of(s.element)) != format_of(s.element))
     return "weights that are not quantised must be of hidden_states' type";
   if (!is_one_of(static_cast<int32_t>(s.path), 2)) return "the path is unknown";
