@@ -36,7 +36,7 @@ from adaptive_k_moe.engine_builder.targets import tensorrt as target
 from adaptive_k_moe.engine_builder.targets.tensorrt_lowering import for_compiler, for_plugin
 from adaptive_k_moe.engine_config import read_engine_config
 from adaptive_k_moe.errors import BuildError
-from adaptive_k_moe.model_config import Dtype, QuantizationConfig
+from adaptive_k_moe.model_config import Dtype, QuantizationConfig, WeightOnlyPrecision
 
 from checkpoints import CONFIGS, MIXTRAL_SMALL, Shape, make_checkpoint, make_mixtral
 from nemotron_models import Nemotron
@@ -265,6 +265,65 @@ def test_the_onnx_target_runs_in_plain_onnx_runtime(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "quant_algo"),
+    [
+        (["--use_weight_only"], "W8A8"),
+        (["--use_weight_only", "--weight_only_precision", "int4"], "W4A8"),
+        (["--use_weight_only", "--quant_algo", "W8A16"], "W8A16"),
+        (["--quant_algo", "W4A16"], "W4A16"),
+        (["--use_weight_only", "--quant_algo", "W4A8"], "W4A8"),
+        (["--use_weight_only", "--target", "onnx"], "W8A16"),
+    ],
+    ids=" ".join,
+)
+def test_bits_of_weights_and_activations_are_asked_for_in_one_word_or_two(
+    arguments: list[str], quant_algo: str, tmp_path: Path
+) -> None:
+    checkpoint = make_mixtral(tmp_path / "checkpoint", num_hidden_layers=1, **WIDE)
+    command = ["build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(tmp_path / "engine")]
+    assert main([*command, "--max_seq_len", "32", *arguments]) == 0
+    quantization = read_engine_config(tmp_path / "engine").pretrained_config.quantization
+    assert quantization is not None
+    assert quantization.quant_algo == quant_algo
+    kept = {"router", "shared_expert_gate"} | ({"lm_head", "vocab_embedding"} if "onnx" in arguments else set())
+    assert set(quantization.exclude_modules) == kept
+
+
+def test_an_engine_of_an_earlier_release_says_that_its_vocabulary_is_wide() -> None:
+    excluded = ["lm_head", "router", "shared_expert_gate"]
+    old = QuantizationConfig.model_validate({"quant_algo": "W8A16", "exclude_modules": excluded})
+    assert old.vocabulary is None
+    assert not old.rounds_activations
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("precision", "most"), [("int8", 8.5), ("int4", 4.5)])
+def test_an_engine_for_cpus_is_no_larger_than_llama_cpps_file(
+    precision: WeightOnlyPrecision, most: float, tied: bool, tmp_path: Path
+) -> None:
+    """8.5 and 4.5 bits a weight are those of Q8_0 and Q4_0; embedding and head are int8 in either."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
+    checkpoint = make_mixtral(tmp_path / "checkpoint", tie_word_embeddings=tied, **sizes)
+    weights = safetensors.numpy.load_file(checkpoint / "model.safetensors")
+    config = build(
+        checkpoint, tmp_path / "engine", dtype="bfloat16", weight_only_precision=precision, max_seq_len=32, force=True
+    )
+    assert ("lm_head.weight" in weights) != tied
+    bits = 8 * config.files["rank0.bin"].size / sum(weight.size for weight in weights.values())
+    assert bits <= most
+
+
+def test_a_tied_vocabulary_is_stored_once(tmp_path: Path) -> None:
+    sizes: dict[str, int] = {}
+    for tied in (False, True):
+        checkpoint = make_mixtral(tmp_path / f"checkpoint-{tied}", tie_word_embeddings=tied, **WIDE)
+        config = build(checkpoint, tmp_path / f"{tied}", weight_only_precision="int8", max_seq_len=32)
+        sizes[str(tied)] = config.files["rank0.bin"].size
+    vocabulary = config.pretrained_config.vocab_size * (WIDE["hidden_size"] + 4)  # integers, a float32 scale a row
+    assert vocabulary <= sizes["False"] - sizes["True"] < vocabulary + 128  # alignment
+
+
+@pytest.mark.parametrize(
     ("sizes", "group"),
     [({"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}, 128),
      ({"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}, 64),
@@ -339,6 +398,10 @@ def test_a_dry_run_knows_the_weights_sizes(monkeypatch: pytest.MonkeyPatch) -> N
          "int4 weights need rows of a multiple of 64 values, but the model's experts' intermediate_size is 96"),
         (["--weight_only_precision", "int4", "--group_size", "48"], WIDE, "group_size is 48: it is one of 32, 64, 128"),
         (["--group_size", "32"], WIDE, "group_size is for --weight_only_precision int4"),
+        (["--quant_algo", "W8A8"], WIDE, "quant_algo W8A8 is for --target openvino: the onnx target multiplies with "
+         "activations of the engine's dtype, which is W8A16"),
+        (["--weight_only_precision", "int8", "--quant_algo", "W4A16"], WIDE,
+         "quant_algo W4A16 has int4 weights, not int8: give one of them"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_quantised_is_refused(
