@@ -40,31 +40,6 @@ def keep_float32(xml: Path, products: Collection[str]) -> None:
     tree.write(xml, encoding="utf-8", xml_declaration=True)
 
 
-HEAD_INPUT = "head_input"
-"""What a graph without its head puts out: [N, H]."""
-
-
-def split_head(graph: Any) -> Any:
-    """Take the head, which makes logits, out of a graph, in place, and return it as a graph of its own.
-
-    The graph puts out `HEAD_INPUT` instead of the logits, and the head takes it.
-    """
-    from openvino import Model
-    from openvino import opset13 as op
-
-    result = graph.output("logits").get_node()
-    product = result.input(0).get_source_output().get_node()
-    rows = product.input(0).get_source_output()
-    taken = op.parameter(rows.get_partial_shape(), rows.get_element_type(), HEAD_INPUT)
-    product.input(0).replace_source_output(taken.output(0))
-    head = Model([result], [taken], "head")
-    graph.remove_result(result)
-    given = op.result(rows)
-    rows.set_names({*rows.get_names(), HEAD_INPUT})
-    graph.add_results([given])
-    return head
-
-
 def use_paged_attention(graph: Any, model: PretrainedConfig) -> None:
     """Replace past keys and values by block tables, in place, and let ``input_ids`` be [T].
 

@@ -90,7 +90,7 @@ def _use_operators(path: Path, model: PretrainedConfig) -> None:
     proto = onnx.load(path, load_external_data=False)
     del proto.functions[:]
     keep_states_in_place(proto)
-    if model.dtype == "bfloat16" and (model.quantization is None or model.quantization.rounds_activations):
+    if model.quantization.rounds_activations if model.quantization else model.dtype == "bfloat16":
         _use_linear(proto.graph)
     layers = [node for node in proto.graph.node if node.op_type == OP_TYPE]
     bfloat16 = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.data_type == TensorProto.BFLOAT16}

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.engine_config import EngineConfig
-from adaptive_k_moe.engine_format.openvino import ENGINE_XML, HEAD_INPUT, split_head, use_paged_attention
+from adaptive_k_moe.engine_format.openvino import ENGINE_XML, use_paged_attention
 from adaptive_k_moe.errors import DependencyError, EngineError, PolicyError
 from adaptive_k_moe.model_config import KvCacheDtype, PretrainedConfig
 from adaptive_k_moe.policy import KIND_CONTRIBUTION, PolicyTables
@@ -20,9 +20,6 @@ from adaptive_k_moe.runtime.session.expert_load import ExpertLoad
 
 # Memory that the KV cache takes at most unless the caller says how many tokens it must hold.
 _DEFAULT_CACHE_BYTES = 4 << 30
-
-# Neighbours of a token's activations that share a scale where they are rounded to int8.
-_ACTIVATION_GROUP = 32
 
 # Tokens of a block in a model that caches no keys and values.
 _EMPTY_BLOCK_SIZE = 32
@@ -58,7 +55,6 @@ class OpenVinoSession:
         self._config = config
         self._ov = _import_openvino()
         self._request: Any = None
-        self._head: Any = None
         self._compile(Path(engine_dir), num_threads, kv_cache_dtype, prepare)
         self._allocate_cache(kv_cache_max_tokens)
         self._allocate_states()
@@ -112,10 +108,7 @@ class OpenVinoSession:
             # Shared, not copied: `arrays` keeps them alive until the step is over.
             self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=array.ndim > 0))
         self._request.infer()
-        if self._head is not None:
-            self._head.infer([self._request.get_tensor(HEAD_INPUT)])
-        logits = (self._head or self._request).get_tensor("logits").data.copy()
-        k, entropy = (self._request.get_tensor(name).data.copy() for name in ("k", "entropy"))
+        logits, k, entropy = (self._request.get_tensor(name).data.copy() for name in ("logits", "k", "entropy"))
         return StepOutput(logits.reshape(-1, self.vocab_size), k, entropy, self._expert_load.reads_of_step())
 
     def set_policies(self, tables: PolicyTables) -> None:
@@ -139,7 +132,7 @@ class OpenVinoSession:
 
     def close(self) -> None:
         """See `Session.close`."""
-        self._request = self._head = None
+        self._request = None
 
     def _compile(
         self,
@@ -163,11 +156,6 @@ class OpenVinoSession:
             self._expert_load = ExpertLoad(graph, self._config.pretrained_config.moe.num_experts)
             if prepare is not None:
                 prepare(graph)
-            if False:
-                head = split_head(graph)
-                self._head = core.compile_model(
-                    head, "CPU", options | {"INFERENCE_PRECISION_HINT": "f32"}
-                ).create_infer_request()
             self._request = core.compile_model(graph, "CPU", options).create_infer_request()
             # A model without rotary embedding takes no positions, one without attention no blocks.
             self._inputs = {port.get_any_name() for port in self._request.get_compiled_model().inputs}
@@ -225,8 +213,8 @@ def precision_options(model: PretrainedConfig, kv_cache_dtype: KvCacheDtype, cor
     """What OpenVINO is told about the precision of products, attention and KV cache.
 
     An engine of dtype float32 computes in float32 on every machine, and so does one whose integers are to meet exact
-    activations (A16). Others take bfloat16 where the processor has it. Of A8, OpenVINO rounds activations to int8
-    where it computes in float32: products in bfloat16, with AMX, are faster in prefill and as fast in decode.
+    activations (A16). Attention, norms and the cache of others take bfloat16 where the processor has it; products
+    with stored weights are the extension's own.
 
     Args:
         model: the engine's.
@@ -249,7 +237,7 @@ def precision_options(model: PretrainedConfig, kv_cache_dtype: KvCacheDtype, cor
     return {
         "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
         "KV_CACHE_PRECISION": "u8" if kv_cache_dtype == "int8" else "bf16" if half else "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(_ACTIVATION_GROUP if rounds else 0),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",  # where activations may be rounded, the extension's products do it
     }
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_builder import build
+from adaptive_k_moe.engine_format.openvino import ENGINE_XML
 from adaptive_k_moe.engine_config import EngineConfig, read_engine_config
 from adaptive_k_moe.errors import EngineError
 from adaptive_k_moe.model_config import Dtype, KvCacheDtype, QuantAlgo
@@ -79,30 +81,66 @@ def distance(found: list[np.ndarray], exact: list[np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quant_algo", "bfloat16", "computed", "group"),
+    ("dtype", "quant_algo", "bfloat16", "computed"),
     [
-        ("float32", None, True, "f32", "0"),
-        ("bfloat16", None, True, "bf16", "0"),
-        ("bfloat16", None, False, "f32", "0"),
-        ("bfloat16", "W8A16", True, "f32", "0"),
-        ("bfloat16", "W8A8", True, "bf16", "32"),
-        ("bfloat16", "W4A8", False, "f32", "32"),
-        ("float32", "W8A8", True, "f32", "32"),
+        ("float32", None, True, "f32"),
+        ("bfloat16", None, True, "bf16"),
+        ("bfloat16", None, False, "f32"),
+        ("bfloat16", "W8A16", True, "f32"),
+        ("bfloat16", "W8A8", True, "bf16"),
+        ("bfloat16", "W4A8", False, "f32"),
+        ("float32", "W8A8", True, "f32"),
     ],
 )
 def test_an_engine_computes_in_what_it_was_built_for(
-    engines: Engines, dtype: Dtype, quant_algo: QuantAlgo | None, bfloat16: bool, computed: str, group: str
+    engines: Engines, dtype: Dtype, quant_algo: QuantAlgo | None, bfloat16: bool, computed: str
 ) -> None:
     model = config_of(engines.get(dtype, quant_algo)).pretrained_config
     options = precision_options(model, "auto", Processor("BF16") if bfloat16 else Processor())
     assert options == {
         "INFERENCE_PRECISION_HINT": computed,
         "KV_CACHE_PRECISION": computed,
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": group,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
     }
 
 
-def test_bfloat16_engines_multiply_in_bfloat16_but_route_in_float32(engines: Engines) -> None:
+def layers_of(engine: Path) -> list[tuple[str, str, dict[str, str]]]:
+    """Type, name and attributes of each layer in an engine's file."""
+    found = []
+    for layer in ElementTree.parse(engine / ENGINE_XML).iter("layer"):
+        data = layer.find("data")
+        found.append((layer.get("type", ""), layer.get("name", ""), {} if data is None else dict(data.attrib)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quant_algo", "formats"),
+    [
+        ("bfloat16", None, {("bfloat16", "")}),
+        ("bfloat16", "W8A8", {("int8", "int8")}),
+        ("float32", "W4A8", {("int4", "int8"), ("int8", "int8")}),  # the head has 8 bits
+        ("bfloat16", "W8A16", set()),
+        ("float32", None, set()),
+    ],
+)
+def test_products_are_the_extensions_where_they_may_be_rounded(
+    engines: Engines, dtype: Dtype, quant_algo: QuantAlgo | None, formats: set[tuple[str, str]]
+) -> None:
+    layers = layers_of(engines.get(dtype, quant_algo))
+    linear = {
+        name: (data["weight_format"], data["activation_format"]) for kind, name, data in layers if kind == "Linear"
+    }
+    assert set(linear.values()) == formats
+    products = [name for kind, name, _ in layers if kind == "MatMul" and not name.startswith("rope")]
+    routers = [name for name in products if name.endswith("router_logits")]
+    assert len(routers) == 2
+    if formats:
+        assert len(linear) == 2 * 4 + 1  # queries, keys, values and output of two layers, and the head
+        # Attention's own products become paged attention.
+        assert not [name for name in products if name.endswith(("_proj.out", "logits")) and name not in routers]
+
+
+def test_bfloat16_engines_route_in_float32(engines: Engines) -> None:
     if not has_bfloat16():
         pytest.skip("this processor has no bfloat16")
     engine = engines.get("bfloat16")
@@ -112,8 +150,7 @@ def test_bfloat16_engines_multiply_in_bfloat16_but_route_in_float32(engines: Eng
     routers = {name: precision for name, precision in found.items() if name.endswith("router_logits")}
     assert len(routers) == 2
     assert set(routers.values()) == {"f32"}
-    products = {name: precision for name, precision in found.items() if name.endswith(("_proj.out", "logits"))}
-    assert {precision for name, precision in products.items() if name not in routers} == {"bf16"}
+    assert "bf16" in found.values()
 
 
 def test_logits_of_each_precision_are_near_the_exact_ones(engines: Engines) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -199,6 +200,22 @@ def bfloat16(x: Array) -> Array:
     return x.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
+def in_int8(x: Array, group_size: int | None) -> Array:
+    """A row rounded to int8 in blocks of neighbours, each with its scale, as float64.
+
+    Blocks are of 128, or of the weights' groups where those are shorter, or of 32 where 128 does not divide them.
+    """
+    group = len(x) if group_size is None else group_size
+    block = 128 if group >= len(x) or group % 128 == 0 else group if group < 128 else 32
+    rounded = []
+    for start in range(0, len(x), block):
+        part = x[start : start + block].astype(np.float32)
+        largest = np.abs(part).max()
+        integers = np.rint(part * (np.float32(127) / largest)) if largest > 0 else np.zeros_like(part)
+        rounded.append(integers.astype(np.float64) * float(largest / np.float32(127)))
+    return np.concatenate(rounded)
+
+
 def moe(
     hidden_states: Array,
     router_logits: Array,
@@ -211,11 +228,12 @@ def moe(
     *,
     activation: str = "swiglu",
     margin: Array | None = None,
+    activations_in: Callable[[Array], Array] = lambda x: x,
     **routing: Any,
 ) -> tuple[Array, Array, Array]:
     """The operator: output [T, H], k [T] and entropy [T], with the arguments of adaptive_k_moe.plugin.moe.
 
-    With `margin` [T, H], activations are rounded to bfloat16, and margin is set to what the output may be off by
+    `activations_in` rounds a row of activations. With `margin` [T, H], they are rounded to bfloat16, and margin is set to what the output may be off by
     because float32 sums leave it open which way an expert's hidden value is rounded.
     """
     tokens = len(hidden_states)
@@ -230,11 +248,13 @@ def moe(
         for expert, weight in zip(token.experts, token.weights, strict=True):
             w_up, w_down = gate_up[expert].astype(np.float64), down[expert].astype(np.float64)
             x = hidden_states[t].astype(np.float64)
-            hidden = activate(activation, w_up @ (x if margin is None else bfloat16(x)))
+            hidden = activate(activation, w_up @ (activations_in(x) if margin is None else bfloat16(x)))
             if margin is not None:
                 open_ways = bfloat16(hidden + FLOAT32_SUMS * abs(hidden).max())
                 open_ways -= bfloat16(hidden - FLOAT32_SUMS * abs(hidden).max())
                 margin[t] += abs(weight) * (abs(w_down) @ open_ways)
                 hidden = bfloat16(hidden)
+            else:
+                hidden = activations_in(hidden)
             output[t] += weight * (w_down @ hidden)
     return output, ks, entropies
