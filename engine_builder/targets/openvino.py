@@ -91,13 +91,11 @@ def _use_operators(path: Path) -> None:
 def _align_constants(xml: Path) -> None:
     """Move the constants of a saved model to the beginnings of cache lines, which OpenVINO writes without gaps."""
     tree, old = ElementTree.parse(xml), xml.with_suffix(".bin")
-    constants = [layer.find("data") for layer in tree.iter("layer") if layer.get("type") == "Const"]
     moved: dict[str, int] = {}
     new = old.with_suffix(".aligned")
     piece = np.empty(_PIECE_BYTES, np.uint8).data
     with old.open("rb") as source, new.open("wb") as target:
-        for constant in constants:
-            assert constant is not None
+        for constant in tree.iterfind(".//layer[@type='Const']/data"):
             offset, left = constant.attrib["offset"], int(constant.attrib["size"])
             if offset not in moved:  # equal constants are stored once
                 target.write(b"\0" * (-target.tell() % _ALIGNMENT))

@@ -113,10 +113,11 @@ class TableOp : public ov::op::Op {
       const ov::element::Type value =
           format() == WeightFormat::kBFloat16 ? ov::element::bf16 : ov::element::f32;
       if (type.is_dynamic() || type == expected || (bytes && type == value)) continue;
-      OPENVINO_THROW(Table::kName, ": input ", input_name<Table>(params_, inputs.place[i]),
-                     " has element type ", type, " but must be ",
-                     (bytes ? "u8 (its bytes) or " : "") + (bytes ? value : expected).get_type_name(),
-                     weight ? std::string(", by weight_format ") + spelling(format()) : "");
+      OPENVINO_THROW(
+          Table::kName, ": input ", input_name<Table>(params_, inputs.place[i]),
+          " has element type ", type, " but must be ",
+          (bytes ? "u8 (its bytes) or " : "") + (bytes ? value : expected).get_type_name(),
+          weight ? std::string(", by weight_format ") + spelling(format()) : "");
     }
   }
 

@@ -78,8 +78,9 @@ typename Op::Params params_of(const Request& request) {
     if (a.type == AttributeType::kWord)
       set_word(a, "attribute", found->second, &params);
     else
-      a.set(&params, a.type == AttributeType::kReal ? std::stof(found->second)
-                                                    : static_cast<double>(std::stol(found->second)));
+      a.set(&params, a.type == AttributeType::kReal
+                         ? std::stof(found->second)
+                         : static_cast<double>(std::stol(found->second)));
   }
   return params;
 }
@@ -129,9 +130,8 @@ std::string moe(const Request& request) {
   }
   check_cpu_weights(params, arguments.sizes);
   std::vector<float> output(tokens * arguments.sizes.hidden);
-  run_with_threads(request.threads, [&] {
-    cpu::moe(params, arguments, output.data(), k.data(), entropy.data());
-  });
+  run_with_threads(request.threads,
+                   [&] { cpu::moe(params, arguments, output.data(), k.data(), entropy.data()); });
   append(output, &answer);
   append(k, &answer);
   append(entropy, &answer);
