@@ -8,7 +8,11 @@ import re
 import pytest
 
 # Those that are minutes of arithmetic there, or ask other libraries about this machine's processor.
-LEFT_TO_OTHERS = r"1096-1500|beyond_the_cache|several_threads|transformers|openvino|every_instruction_set"
+LEFT_TO_OTHERS = (
+    r"1096-1500|beyond_the_cache|bits_of_the_float32|several_threads|transformers|openvino|every_instruction_set"
+)
+    r"1096-1500|beyond_the_cache|bits_of_the_float32|several_threads|transformers|openvino|every_instruction_set"
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

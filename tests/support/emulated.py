@@ -68,16 +68,20 @@ class Emulated:
         lines += [" ".join(map(str, (place, array.itemsize, *array.shape))) for place, array in arrays.items()]
         asked, answered = self._process.stdin, self._process.stdout
         assert asked is not None and answered is not None
+        request = b"".join([*(f"{line}\n".encode() for line in lines), *(array.tobytes() for array in arrays.values())])
         with self._lock:
-            asked.write("".join(f"{line}\n" for line in lines).encode())
-            for array in arrays.values():
-                asked.write(array.tobytes())
-            asked.flush()
-            word, _, rest = answered.readline().decode().rstrip("\n").partition(" ")
-            if word == "error":
-                raise ValueError(rest)
-            assert word == "ok", f"the program ended with {self._process.wait()}"
-            return answered.read(int(rest))
+            try:
+                asked.write(request)
+                asked.flush()
+                word, _, rest = answered.readline().decode().rstrip("\n").partition(" ")
+                answer = answered.read(int(rest)) if word == "ok" else b""
+            except BaseException:  # a test's time is over: the next would read this one's answer
+                self._process.kill()
+                raise
+        if word == "error":
+            raise ValueError(rest)
+        assert word == "ok", f"the program ended with {self._process.wait()}"
+        return answer
 
 
 def _fill(outputs: Sequence[np.ndarray[Any, Any]], answer: bytes) -> None:
