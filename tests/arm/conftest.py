@@ -11,8 +11,6 @@ import pytest
 LEFT_TO_OTHERS = (
     r"1096-1500|beyond_the_cache|bits_of_the_float32|several_threads|transformers|openvino|every_instruction_set"
 )
-    r"1096-1500|beyond_the_cache|bits_of_the_float32|several_threads|transformers|openvino|every_instruction_set"
-)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
