@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TRITON := nvidia-pytriton==0.7.0
 CPP := $(shell find plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format cuda engine-env test-env prometheus litellm clean
+.PHONY: demo test lint format cuda arm engine-env test-env prometheus litellm clean
 
 MODEL ?= mixtral-small
 
@@ -48,6 +48,25 @@ cuda: $(VENV)/cuda.stamp
 
 $(VENV)/cuda.stamp: | $(BIN)/pip
 	$(PIP) install --no-deps "ninja>=1.11" nvidia-cutlass==4.2.0.0 nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	touch $@
+
+# The libraries for ARM, cross-compiled on Debian or Ubuntu against OpenVINO's wheel for it, and a program with which tests
+# run the kernels under an emulator.
+ARM_OPENVINO := build/arm/openvino/cmake/OpenVINOConfig.cmake
+
+arm: export PATH := $(CURDIR)/$(BIN):$(PATH)
+arm: $(ARM_OPENVINO)
+	{ command -v aarch64-linux-gnu-g++ && command -v qemu-aarch64-static; } >/dev/null || \
+		DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends g++-aarch64-linux-gnu qemu-user-static
+	cmake -S . -B build/arm/build -G Ninja -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ -DOpenVINO_DIR=$(CURDIR)/build/arm/openvino/cmake \
+		-DADAPTIVE_K_CALL=ON -DADAPTIVE_K_PYTHON=OFF -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build build/arm/build
+
+$(ARM_OPENVINO): | $(BIN)/pip
+	$(PIP) install --no-deps "ninja>=1.11"
+	$(PIP) download --no-deps --only-binary=:all: --platform manylinux_2_35_aarch64 --dest build/arm openvino==2026.4.1
+	cd build/arm && $(CURDIR)/$(BIN)/python -m zipfile -e openvino-*.whl .
 	touch $@
 
 # The environments: what serving needs, and the peers and oracles of the tests on top of it.

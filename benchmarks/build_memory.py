@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Memory while a published model of full size is built, from a checkpoint whose weights are zeros in sparse files.
+"""Memory while a published model of full size is built, or while an engine is opened and serves.
 
     python benchmarks/build_memory.py                                  # Mixtral 8x7B, 93 GB of bfloat16
     python benchmarks/build_memory.py --config tests/configs/qwen3-30b-a3b.json
     python benchmarks/build_memory.py --config tests/configs/olmoe-1b-7b.json --target openvino
+    python benchmarks/build_memory.py --serve ENGINE_DIR               # any engine, which two processes serve
 
-Every byte is read, converted, compared with zero and hashed as in any build; only the graph's data file
-leaves holes where zeros would be written (`rank0.bin` of the openvino target does not, so have room for it).
-"anonymous" is memory that must stay in RAM, sampled every 10 ms; "maxrss" counts pages of mapped files too,
-which the system drops when it needs them.
+A checkpoint's weights are zeros in sparse files. Every byte is read, converted, compared with zero and hashed as in
+any build; only the graph's data file leaves holes where zeros would be written (`rank0.bin` of the openvino target
+does not, so have room for it). "anonymous" is memory that must stay in RAM, sampled every 10 ms; "maxrss" counts pages
+of mapped files too, which the system drops when it needs them. Serving is a prompt of as many tokens as a step takes
+and 8 tokens of an answer, in two processes at once: "together" is their memory with each page counted once, and the
+bound is the engine's size and the caches' and a tenth more, beside what Python and the packages take before the engine
+is opened.
 """
 
 from __future__ import annotations
@@ -43,7 +47,11 @@ def main() -> None:
     parser.add_argument("--num_hidden_layers", type=int, help="build fewer layers")
     parser.add_argument("--work_dir", type=Path, help="where to write; default: a temporary directory")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "benchmarks" / "build_memory.json")
+    parser.add_argument("--serve", type=Path, metavar="ENGINE_DIR", help="measure how this engine is served")
     args = parser.parse_args()
+    if args.serve is not None:
+        report(serving(args.serve), args.output.with_name("serving_memory.json"))
+        return
 
     sys.path.insert(0, str(ROOT / "tests" / "support"))  # the tests' checkpoints are written here too
     from checkpoints import make_sparse_checkpoint
@@ -63,12 +71,74 @@ def main() -> None:
         "weights_gb": index["metadata"]["total_size"] / 1e9,
         **figures,
     }
+    report(figures, args.output)
+
+
+def report(figures: dict[str, Any], output: Path) -> None:
     table = Table("figure", "value")
     for name, value in figures.items():
         table.add_row(name, f"{value:.2f}" if isinstance(value, float) else str(value))
     Console().print(table)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(figures, indent=2) + "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def serving(engine: Path) -> dict[str, Any]:
+    context = multiprocessing.get_context("spawn")
+    together = context.Barrier(2)
+    with ProcessPoolExecutor(2, context, initializer=_share, initargs=(together,)) as pool:
+        found = [future.result() for future in [pool.submit(measured_serving, engine) for _ in range(2)]]
+    figures = found[0]
+    size = sum(path.stat().st_size for path in engine.iterdir()) / 2**30
+    start, caches = figures["rss_at_start_gib"], figures["caches_gib"]
+    return {
+        "engine": engine.name,
+        "engine_gib": size,
+        **figures,
+        "together_gib": sum(one["pss_gib"] for one in found),
+        "peak_to_bound": (figures["maxrss_gib"] - start) / (1.1 * (size + caches)),
+    }
+
+
+_together: Any = None
+
+
+def _share(barrier: Any) -> None:
+    global _together
+    _together = barrier
+
+
+def measured_serving(engine: Path) -> dict[str, float]:
+    from adaptive_k_moe.engine_config import read_engine_config
+    from adaptive_k_moe.runtime import LLM, SamplingParams
+    from adaptive_k_moe.runtime.session import create_session
+
+    before = _status("VmRSS")
+    start = time.monotonic()
+    config = read_engine_config(engine)
+    checked = time.monotonic()
+    build = config.build_config
+    length = min(build.max_num_tokens, build.longest_prompt - 8)
+    session = create_session(engine, config, kv_cache_max_tokens=length + 64)  # in use to the end, so resident
+    opened = time.monotonic()
+    caches = sum(tensor.byte_size for tensor in session._cache.values())
+    caches += sum(state.nbytes for state in session._states.values())
+    with LLM.from_session(session, config, config.policy_tables()) as llm:
+        prompt = np.random.default_rng(0).integers(0, session.vocab_size, length).tolist()
+        llm.generate([prompt], SamplingParams(max_tokens=8, end_id=-1))
+        _together.wait()
+        pss = _status("Pss", "smaps_rollup")
+        anonymous = _status("RssAnon")
+        _together.wait()
+    return {
+        "check_files_seconds": checked - start,
+        "open_seconds": opened - checked,
+        "caches_gib": caches / 2**30,
+        "rss_at_start_gib": before / 2**30,
+        "anonymous_gib": anonymous / 2**30,
+        "maxrss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30,
+        "pss_gib": pss / 2**30,
+    }
 
 
 def measured_build(checkpoint: Path, engine: Path, target: str) -> dict[str, float]:
@@ -100,12 +170,12 @@ def measured_build(checkpoint: Path, engine: Path, target: str) -> dict[str, flo
     }
 
 
-def _status(field: str) -> int:
-    """Bytes of a field of ``/proc/self/status``."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def _status(field: str, file: str = "status") -> int:
+    """Bytes of a field of ``/proc/self/status`` or another file of its kind."""
+    for line in Path("/proc/self", file).read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")
+    raise OSError(f"/proc/self/{file} has no {field}")
 
 
 class _Sparse(io.FileIO):

@@ -128,7 +128,7 @@ def engine_fingerprint(evaluator: Evaluator) -> str:
 
     Sets differ in the last bits, and with bfloat16 experts in more: AMX rounds their activations.
     """
-    files = sorted((name, entry.sha256) for name, entry in evaluator.config.files.items())
+    files = sorted((name, entry.digest) for name, entry in evaluator.config.files.items())
     return hashlib.sha256(json.dumps([files, instruction_set()]).encode()).hexdigest()
 
 

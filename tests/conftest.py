@@ -47,6 +47,7 @@ LEFT_OUT = (
     (r"Chromium", "a browser: apt-get install chromium"),
     (r"\bGPU\b|NVIDIA driver", "an NVIDIA GPU: run them where one is (docs/deploy.md)"),
     (r"make cuda|CUTLASS|cuobjdump|nvcc", "the CUDA library: make cuda, where a CUDA toolkit is"),
+    (r"make arm", "the kernels for ARM and an emulator: make arm, on Debian or Ubuntu"),
     (r"tensorrt_rtx", "TensorRT for RTX: x86-64, and a Python that its wheels are for"),
     (r"TensorRT|NvInfer", "TensorRT: TENSORRT_ROOT=... make cuda, and its Python package (docs/tensorrt_plugin.md)"),
     (r"Triton is not installed", "Triton's compiler, which comes with torch for CUDA: pip install triton"),

@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
         default = " (default)" if name == policies.default else ""
         table.add_row(name + default, json.dumps(rule))
     console.print(table)
-    table = Table("file", "bytes", "sha256", title="files (hashes verified)", title_justify="left")
+    table = Table("file", "bytes", "hash", title="files (hashes verified)", title_justify="left")
     for name, entry in config.files.items():
-        table.add_row(name, f"{entry.size:,}", entry.sha256[:16])
+        table.add_row(name, f"{entry.size:,}", f"{entry.algorithm} {entry.digest[:16]}")
     console.print(table)
     return 0

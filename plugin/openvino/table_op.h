@@ -22,11 +22,10 @@ inline ov::element::Type type_of(TypeRule rule, WeightFormat format) {
     case TypeRule::kInt32:
       return ov::element::i32;
     case TypeRule::kWeights:
-      // bfloat16 travels as bytes: OpenVINO's CPU plugin widens constants of 16-bit types (u16
-      // among them) that feed a custom operator, and leaves u8 alone.
-      return is_quantised(format)                ? ov::element::i8
-             : format == WeightFormat::kBFloat16 ? ov::element::u8
-                                                 : ov::element::f32;
+      // Numbers travel as bytes. OpenVINO's CPU plugin widens constants of 16-bit types (u16 among
+      // them) that feed a custom operator, and copies all of one of f32 that has a subnormal
+      // number; bytes stay where the file is mapped.
+      return is_quantised(format) ? ov::element::i8 : ov::element::u8;
   }
   return ov::element::dynamic;
 }
@@ -110,12 +109,15 @@ class TableOp : public ov::op::Op {
       const ov::element::Type type = get_input_element_type(i);
       const ov::element::Type expected = type_of(input.type, format());
       const bool weight = input.type == TypeRule::kWeights;
-      const bool bits = weight && expected == ov::element::u8;
-      if (type.is_dynamic() || type == expected || (bits && type == ov::element::bf16)) continue;
-      OPENVINO_THROW(Table::kName, ": input ", input_name<Table>(params_, inputs.place[i]),
-                     " has element type ", type, " but must be ",
-                     bits ? "u8 (the bytes of bfloat16) or bf16" : expected.get_type_name(),
-                     weight ? std::string(", by weight_format ") + spelling(format()) : "");
+      const bool bytes = weight && expected == ov::element::u8;
+      const ov::element::Type value =
+          format() == WeightFormat::kBFloat16 ? ov::element::bf16 : ov::element::f32;
+      if (type.is_dynamic() || type == expected || (bytes && type == value)) continue;
+      OPENVINO_THROW(
+          Table::kName, ": input ", input_name<Table>(params_, inputs.place[i]),
+          " has element type ", type, " but must be ",
+          (bytes ? "u8 (its bytes) or " : "") + (bytes ? value : expected).get_type_name(),
+          weight ? std::string(", by weight_format ") + spelling(format()) : "");
     }
   }
 

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import blake3
 import pytest
 
 from adaptive_k_moe.cli import main
@@ -100,6 +102,7 @@ def edit(**fields: Any) -> Callable[[Path], object]:
         (edit(version="0"), r"format '0'"),
         (edit(pretrained_config={}), r"pretrained_config.architecture"),
         (edit(surprise=1), r"surprise"),
+        (edit(files={"model.onnx": {"size": 1}}), r"files.model.onnx: give one of blake3 and sha256"),
     ],
     ids=[
         "altered",
@@ -112,11 +115,33 @@ def edit(**fields: Any) -> Callable[[Path], object]:
         "old",
         "incomplete",
         "unknown",
+        "no hash",
     ],
 )
 def test_inspect_refuses_a_damaged_engine(damage: Callable[[Path], object], names: str, engine: Path, run: Run) -> None:
     damage(engine)
     assert names in run("inspect", fails=True)
+
+
+def test_an_engine_of_format_1_opens_and_is_checked_by_its_sha256(run: Run, engine: Path) -> None:
+    path = engine / "config.json"
+    content = json.loads(path.read_text())
+    files = {
+        name: {"size": entry["size"], "sha256": hashlib.sha256((engine / name).read_bytes()).hexdigest()}
+        for name, entry in content["files"].items()
+    }
+    path.write_text(json.dumps(content | {"version": "1", "files": files}))
+    assert "sha256 " + files["model.onnx.data"]["sha256"][:16] in run("inspect")
+    run("policy", "set", "--name", "one", "--kind", "fixed", "--k", "1")
+    assert json.loads(path.read_text())["files"] == files
+    spoil_data(engine)
+    assert "model.onnx.data was altered" in run("inspect", fails=True)
+
+
+def test_hashes_are_blake3_of_the_whole_file(engine: Path) -> None:
+    for name, entry in json.loads((engine / "config.json").read_text())["files"].items():
+        data = (engine / name).read_bytes()
+        assert entry == {"size": len(data), "blake3": blake3.blake3(data).hexdigest()}
 
 
 def test_policy_show_prints_a_policy_file(run: Run, tmp_path: Path, engine: Path) -> None:

@@ -78,7 +78,7 @@ def no_bytes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     # By name, since the package exports the function `build` over the module.
     module = importlib.import_module("adaptive_k_moe.engine_builder.build")
     monkeypatch.setattr(module, "GraphBuilder", SparseGraph)
-    monkeypatch.setattr(module, "file_entry", lambda path: FileEntry(size=path.stat().st_size, sha256="0" * 64))
+    monkeypatch.setattr(module, "file_entry", lambda path: FileEntry(size=path.stat().st_size, blake3="0" * 64))
     Shard.reads = Counter()
     return Shard.reads
 

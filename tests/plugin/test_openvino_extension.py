@@ -179,7 +179,10 @@ def test_output_shapes_follow_the_inputs(core: ov.Core, tmp_path: Path) -> None:
             {"types": {"hidden_states": TensorProto.FLOAT16}},
             "AdaptiveKMoe: input hidden_states has element type f16 but must be f32",
         ),
-        ({"weight_format": "bfloat16"}, "AdaptiveKMoe: input gate_up has element type f32 but must be u8"),
+        (
+            {"weight_format": "bfloat16"},
+            r"AdaptiveKMoe: input gate_up has element type f32 but must be u8 \(its bytes\) or bf16, by weight_format",
+        ),
         (
             {"weight_format": "int2"},
             "AdaptiveKMoe: attribute weight_format is 'int2' but must be one of float32, float16, bfloat16, int8, int4",
