@@ -184,8 +184,8 @@ def test_the_commands_write_and_measure_what_shares(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("--target_reads 0.7", "--target_reads and --prefill_policy are for decode steps"),
-        ("--batch_size 4 --target_saving 20", "--batch_size goes with --target_reads or --max_perplexity_increase"),
+        ("--target_reads 0.7", "--target_reads, --target_time and --prefill_policy are for decode steps"),
+        ("--batch_size 4 --target_saving 20", "--batch_size goes with --target_reads, --target_time or --max_perplexity_increase"),
         ("--batch_size 4 --target_reads 1.5", "between 0 and 1, not 1.5"),
         ("--batch_size 4 --target_reads 0.7 --k_values 1 2", "do not go with --batch_size"),
         ("--batch_size 99 --target_reads 0.7", "this engine takes at most 16 sequences in a step"),
