@@ -14,6 +14,9 @@ does in the whole model.
 from __future__ import annotations
 
 import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,10 +25,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_k_moe.calibration.calibrate_decode import DecodeLaboratory
+from adaptive_k_moe.calibration.decoding import DecodeReader
 from adaptive_k_moe.calibration.engines import engine_of
 from adaptive_k_moe.calibration.evaluator import Evaluator
 from adaptive_k_moe.calibration.routers import RouterProbe
 from adaptive_k_moe.calibration.windows import make_windows, read_text
+from adaptive_k_moe.policy import FixedPolicy
 
 MODELS = Path(__file__).resolve().parents[1] / "examples" / "models"
 WINDOWS = 64
@@ -135,6 +141,26 @@ def small_engine(model: str, work_dir: Path) -> Path:
     return engine_of(MODELS / model, work_dir / f"engine-{model}", max_batch_size=WINDOWS)
 
 
+@contextmanager
+def damage_laboratory(
+    model: str, batch: int, tokens: int, work_dir: Path, num_threads: int | None = None
+) -> Iterator[DecodeLaboratory]:
+    """Measures what policies cost a bundled model in decode steps of its held-out text.
+
+    Args:
+        model: its name.
+        batch: sequences in a step.
+        tokens: to decode in a measurement; at least those of one group of sequences.
+        work_dir: keeps engine and measurements.
+        num_threads: of the engine.
+    """
+    with Evaluator(small_engine(model, work_dir), num_threads=num_threads) as evaluator:
+        windows = make_windows(evaluator.tokenizer, {model: read_text(MODELS / model / "heldout.txt")}, LAST)
+        reader = DecodeReader(evaluator, windows, batch, max_steps=max(LAST // 2 - 1, tokens // batch))
+        full = FixedPolicy(kind="fixed", k=evaluator.full_k)
+        yield DecodeLaboratory(reader, evaluator, full, work_dir / "damage" / f"{model}-{batch}", lambda *_: None)
+
+
 @cache
 def trained_routing(model: str, work_dir: Path) -> TrainedRouting:
     """Read windows of the held-out text that lie evenly in it, and see what the routers say."""
@@ -173,6 +199,16 @@ def shape_routing(shape: Shape, trained: TrainedRouting) -> TrainedRouting:
         np.stack(logits, axis=2),
         None if bias is None else np.stack([np.concatenate([bias[each] for each in parts]) for parts in beside]),
     )
+
+
+def shape_checkpoint(name: str, work_dir: Path) -> Path:
+    """The checkpoint of a shape in `work_dir`, written where it is not there yet."""
+    directory = work_dir / f"{name}-checkpoint"
+    if not (directory / "config.json").exists():
+        print(f"random checkpoint of {name}'s shape", flush=True)
+        shutil.rmtree(directory, ignore_errors=True)
+        random_checkpoint(SHAPES[name], directory, work_dir)
+    return directory
 
 
 def random_checkpoint(shape: Shape, directory: Path, work_dir: Path) -> Path:

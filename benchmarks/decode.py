@@ -28,7 +28,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -37,25 +36,24 @@ from typing import Any
 
 import numpy as np
 from _models import (
-    MODELS,
     SHAPES,
     WINDOWS,
     Shape,
     TrainedRouting,
-    random_checkpoint,
+    damage_laboratory,
+    shape_checkpoint,
     shape_routing,
     shape_tokens,
     small_engine,
     trained_routing,
 )
 
-from adaptive_k_moe.calibration.calibrate_decode import DecodeLaboratory, meet, scaled, static_at
-from adaptive_k_moe.calibration.decoding import DecodeReader
+from adaptive_k_moe.calibration.calibrate_decode import meet, scaled, static_at
 from adaptive_k_moe.calibration.evaluator import Evaluator, policy_tables
 from adaptive_k_moe.calibration.laboratory import Budget, Measured
 from adaptive_k_moe.calibration.solve import best_of
 from adaptive_k_moe.calibration.timing import time_policies
-from adaptive_k_moe.calibration.windows import Windows, make_windows, read_text
+from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_config import EngineConfig, read_engine_config
 from adaptive_k_moe.plugin import instruction_set, route
@@ -75,7 +73,6 @@ from _results import write_results
 from _roofline import BITS, read_bandwidth
 
 ROOT = Path(__file__).resolve().parents[1]
-WINDOW = 192
 PROMPT, STEPS = 8, 12
 """Tokens of each sequence before and in the steps that are timed."""
 
@@ -183,15 +180,8 @@ def rules_of_equal_damage(shape: Shape, batch: int, args: argparse.Namespace) ->
             for name, each in known[key].items()
         }
     print(f"damage to {shape.model} in decode steps of {batch}", flush=True)
-    with Evaluator(small_engine(shape.model, args.work_dir), num_threads=args.num_threads) as evaluator:
-        text = read_text(MODELS / shape.model / "heldout.txt")
-        windows = make_windows(evaluator.tokenizer, {shape.model: text}, WINDOW)
-        reader = DecodeReader(evaluator, windows, batch, max_steps=max(WINDOW // 2 - 1, args.tokens // batch))
-        full_k, layers = evaluator.full_k, evaluator.num_layers
-        full = FixedPolicy(kind="fixed", k=full_k)
-        laboratory = DecodeLaboratory(
-            reader, evaluator, full, args.work_dir / "damage" / f"{shape.model}-{batch}", lambda *_: None
-        )
+    with damage_laboratory(shape.model, batch, args.tokens, args.work_dir, args.num_threads) as laboratory:
+        full_k, layers = laboratory.evaluator.full_k, laboratory.evaluator.num_layers
         budget, even = Budget(kl=args.kl), [1.0] * layers
         found: dict[str, Measured | None] = {"static": static_at(laboratory, budget)}
         starts: list[Any] = [RatioPolicy(kind="ratio", ratio=0.2), TopPPolicy(kind="top_p", p=0.6)]
@@ -202,7 +192,7 @@ def rules_of_equal_damage(shape: Shape, batch: int, args: argparse.Namespace) ->
             start = SharedPolicy(kind="shared", price=0.03, k_min=1, **lower)
             found["shared" + f", k at most {k_max}" * bool(lower)] = meet(laboratory, start, even, budget)
         reads = laboratory.full().scores.avg_reads
-    rules = {FULL: Damaging(full, 0.0, 1.0)}
+    rules = {FULL: Damaging(FixedPolicy(kind="fixed", k=full_k), 0.0, 1.0)}
     for name, each in found.items():
         if each is not None:
             assert isinstance(each.candidate.policy, PhasesPolicy)
@@ -285,12 +275,9 @@ def lost(config: EngineConfig, routing: TrainedRouting, rule: Any, batch: int) -
 
 def shape_engine(name: str, weights: str, work_dir: Path) -> Path:
     """The engine of a shape, built where it is not there yet."""
-    directory, checkpoint = work_dir / f"{name}-{weights}", work_dir / f"{name}-checkpoint"
+    directory = work_dir / f"{name}-{weights}"
     if not directory.exists():
-        if not (checkpoint / "config.json").exists():
-            print(f"random checkpoint of {name}'s shape", flush=True)
-            shutil.rmtree(checkpoint, ignore_errors=True)
-            random_checkpoint(SHAPES[name], checkpoint, work_dir)
+        checkpoint = shape_checkpoint(name, work_dir)
         print(f"engine of {name}'s shape, {weights}", flush=True)
         precision = None if weights == "bfloat16" else weights
         sizes = {"max_batch_size": WINDOWS, "max_seq_len": 128, "max_num_tokens": PROMPT * WINDOWS}
@@ -342,21 +329,18 @@ def measure(
 
 
 def profile(evaluator: Evaluator, tokens: Any, tables: PolicyTables, policy: str) -> tuple[float, float]:
-    """Seconds of a step in AdaptiveKMoe and in all other operators: the least of some rounds, mean over the steps."""
+    """Mean seconds of a step in AdaptiveKMoe and in all other operators."""
     row = tables.decode_row[tables.index(policy)]
     session, batch = evaluator.session, len(tokens)
     assert isinstance(session, OpenVinoSession)
-    seconds = np.empty((PROFILE_ROUNDS, STEPS, 2))
-    for of_round in seconds:
-        for step, of_step in enumerate(of_round):
-            past = PROMPT + step
-            part = tokens[:, past : past + 1]
-            evaluator.step(part, np.full(part.shape, row, np.int32), np.arange(batch), past=past)
-            by_type = session.profile()
-            experts = by_type.pop("AdaptiveKMoe")
-            of_step[:] = experts, sum(by_type.values())
-    experts, others = seconds.min(axis=0).mean(axis=0)
-    return float(experts), float(others)
+    before = session.profile()
+    for step in range(PROFILE_ROUNDS * STEPS):
+        past = PROMPT + step % STEPS
+        part = tokens[:, past : past + 1]
+        evaluator.step(part, np.full(part.shape, row, np.int32), np.arange(batch), past=past)
+    taken = {kind: (total - before[kind]) / (PROFILE_ROUNDS * STEPS) for kind, total in session.profile().items()}
+    experts = taken.pop("AdaptiveKMoe")
+    return experts, sum(taken.values())
 
 
 def print_table(rows: Sequence[Row]) -> None:

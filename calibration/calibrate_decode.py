@@ -399,14 +399,14 @@ def calibrate_decode(
         by_name = times(fit, probes)
         sharing = [timing.policy != FULL and probes[timing.policy].kind == "shared" for timing in by_name]
         on_fit.step_time = StepTime.fit(by_name, sharing)
-    chosen = _share_within(on_fit, budget, rounds, batch)
+    chosen = share_within(on_fit, budget, rounds)
     for _ in range(TIME_CORRECTIONS if budget.time is not None else 0):
         assert budget.time is not None
         timing = next(each for each in times(fit, {name: chosen.candidate.policy}) if each.policy == name)
         missed = timing.ratio.value - time_share(on_fit, chosen)
         if abs(timing.ratio.value - budget.time) <= TIME_CLOSE:
             break
-        chosen = _share_within(on_fit, budget._replace(time=budget.time - missed), rounds, batch)
+        chosen = share_within(on_fit, budget._replace(time=budget.time - missed), rounds)
     equal = {"": Budget(reads=chosen.scores.avg_reads / on_fit.full().scores.avg_reads)}
     if on_fit.step_time is not None:
         equal["_time"] = Budget(time=time_share(on_fit, chosen))
@@ -450,8 +450,8 @@ def calibrate_decode(
 def time_probes(full_k: int) -> dict[str, Policy]:
     """Policies that differ in what a decode step reads and runs, to learn what either takes."""
     half = max(1, full_k // 2)
-    fixed = [FixedPolicy(kind="fixed", k=k) for k in sorted({1, half})]
-    shared = [
+    fixed: list[Policy] = [FixedPolicy(kind="fixed", k=k) for k in sorted({1, half})]
+    shared: list[Policy] = [
         SharedPolicy(kind="shared", price=price, k_min=1, k_max=k_max)
         for price in (1e-6, 0.05, 0.5)
         for k_max in sorted({half, full_k})
@@ -459,10 +459,18 @@ def time_probes(full_k: int) -> dict[str, Policy]:
     return {f"probe {number}": policy for number, policy in enumerate([*fixed, *shared])}
 
 
-def _share_within(laboratory: DecodeLaboratory, budget: Budget, rounds: int, batch: int) -> Measured:
+def share_within(laboratory: DecodeLaboratory, budget: Budget, rounds: int) -> Measured:
     """The `shared` rule, by layer, that does the least damage within a budget.
 
     A lower `k_max` saves time and no reads, so others than the trained top-k are tried where time is the budget.
+
+    Args:
+        laboratory: measures.
+        budget: the target.
+        rounds: how often layers' prices are moved.
+
+    Raises:
+        CalibrationError: no price keeps the budget.
     """
     full_k = laboratory.evaluator.full_k
     k_max = sorted({full_k, -(-3 * full_k // 4), -(-full_k // 2)} if budget.time is not None else {full_k})
@@ -475,7 +483,7 @@ def _share_within(laboratory: DecodeLaboratory, budget: Budget, rounds: int, bat
     starts = [found for found in (meet(laboratory, rule, even, budget) for rule in rules) if found is not None]
     if not starts:
         raise CalibrationError(
-            f"no price was found that keeps the budget in decode steps of {batch}: give a larger --target_reads, "
+            "no price was found that keeps the budget in these decode steps: give a larger --target_reads, "
             "--target_time or --max_perplexity_increase."
         )
     start = best_of(starts, budget)

@@ -34,8 +34,12 @@ def engine_of(
     from adaptive_k_moe.engine_builder import build
 
     stamp = engine_dir.with_name(engine_dir.name + ".json")
-    sizes = {"max_seq_len": max_seq_len, "max_batch_size": max_batch_size}
-    identity = {"checkpoint": _fingerprint(checkpoint_dir), "dtype": dtype, **sizes}
+    identity = {
+        "checkpoint": _fingerprint(checkpoint_dir),
+        "dtype": dtype,
+        "max_seq_len": max_seq_len,
+        "max_batch_size": max_batch_size,
+    }
     try:
         same = json.loads(stamp.read_text(encoding="utf-8")) == identity and engine_dir.is_dir()
     except (OSError, ValueError):
@@ -43,7 +47,15 @@ def engine_of(
     if not same:
         engine_dir.parent.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
-        build(checkpoint_dir, engine_dir, dtype=dtype, **sizes, force=True, progress=progress)
+        build(
+            checkpoint_dir,
+            engine_dir,
+            dtype=dtype,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            force=True,
+            progress=progress,
+        )
         write_json(stamp, identity)
     return engine_dir
 

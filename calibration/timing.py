@@ -110,7 +110,8 @@ class StepTime:
             del kept[int(found.argmin())]
         values = np.zeros(terms.shape[1])
         values[kept] = found
-        return cls(*values.tolist(), largest_error=float(np.abs(terms @ values - ratios).max()))
+        error = float(np.abs(terms @ values - ratios).max())
+        return cls(float(values[0]), float(values[1]), float(values[2]), float(values[3]), error)
 
 
 def time_policies(
@@ -163,8 +164,7 @@ def time_policies(
                 for name in order:
                     index = rows[name] if name else 0
                     decode_row = tables.decode_row[index]
-                    elapsed, *found = _run(evaluator, pieces, (index, decode_row), phase, prompt_tokens)
-                    used[name] = (found[0], found[1])
+                    elapsed, used[name] = _run(evaluator, pieces, (index, decode_row), phase, prompt_tokens)
                     if turn:
                         seconds[name].append(elapsed)
                 order = order[1:] + order[:1]
@@ -181,8 +181,8 @@ def time_policies(
 
 def _run(
     evaluator: Evaluator, pieces: Sequence[npt.NDArray[np.int64]], rows: tuple[int, int], phase: Phase, prompt: int
-) -> tuple[list[float], float, float | None]:
-    """Seconds of each step in the session, and average k and reads over the steps.
+) -> tuple[list[float], tuple[float, float | None]]:
+    """Seconds of each step in the session; average k and reads over the steps.
 
     Args:
         evaluator: the engine.
@@ -215,7 +215,7 @@ def _run(
         evaluator.step(first, np.full(first.shape, rows[0], np.int32), np.arange(1, count + 1) * prompt - 1)
         for past in range(prompt, tokens.shape[1]):
             timed(tokens[:, past : past + 1], past)
-    return seconds, float(np.mean(ks)), float(np.mean(reads)) if reads else None
+    return seconds, (float(np.mean(ks)), float(np.mean(reads)) if reads else None)
 
 
 def _ratio(own: npt.NDArray[np.float64], full: npt.NDArray[np.float64]) -> Interval:
