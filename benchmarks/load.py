@@ -255,6 +255,7 @@ def run(args: argparse.Namespace, directory: Path, kl: Mapping[str, float] | Non
     print_damage(console, args, policy, damage, kl)
     content = {"threads": args.num_threads, "model": model_name(args, directory), "full_requests_per_second": capacity}
     content |= {
+        "weights": None if args.engine_dir else args.weights,
         "served": args.serve,
         "policy": policy.model_dump(exclude_none=True),
         "rules": {
@@ -280,7 +281,7 @@ def model_name(args: argparse.Namespace, directory: Path) -> str:
     """What ran, without this machine's paths."""
     if args.engine_dir:
         return str(directory.resolve().name)
-    return f"random, {args.shape}'s layer shape, {args.weights}" if args.shape else f"{args.model}, {args.weights}"
+    return f"random layers of {args.shape}'s shape" if args.shape else str(args.model)
 
 
 def random_prompt(config: EngineConfig, rng: np.random.Generator) -> list[int]:
