@@ -187,7 +187,7 @@ def rules_of_equal_damage(shape: Shape, batch: int, args: argparse.Namespace) ->
         starts: list[Any] = [RatioPolicy(kind="ratio", ratio=0.2), TopPPolicy(kind="top_p", p=0.6)]
         tokens = [each for each in (meet(laboratory, rule, even, budget) for rule in starts) if each is not None]
         found["per token"] = best_of(tokens, budget) if tokens else None
-        for k_max in sorted({full_k, -(-3 * full_k // 4), -(-full_k // 2)}, reverse=True):
+        for k_max in sorted({full_k, -(-3 * full_k // 4), -(-5 * full_k // 8)}, reverse=True):
             lower = {} if k_max == full_k else {"k_max": k_max}
             start = SharedPolicy(kind="shared", price=0.03, k_min=1, **lower)
             found["shared" + f", k at most {k_max}" * bool(lower)] = meet(laboratory, start, even, budget)

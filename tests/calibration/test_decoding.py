@@ -196,19 +196,20 @@ def test_where_runs_are_what_takes_time_a_budget_of_time_lowers_k_max(laboratory
     }.items():
         laboratory.step_time = step_time
         found[what] = share_within(laboratory, Budget(time=0.7), rounds=0)
-        assert time_share(laboratory, found[what]) == pytest.approx(0.7, abs=0.03), what
+        assert 0.5 < time_share(laboratory, found[what]) < 0.7 + CLOSE, what
     assert found["reads"].scores.avg_k == 2 and found["runs"].scores.avg_k < 1.6
     assert found["reads"].scores.avg_reads < found["runs"].scores.avg_reads
 
 
 def test_rules_at_equal_damage(laboratory: DecodeLaboratory) -> None:
-    budget = Budget(kl=0.05)
+    budget = Budget(kl=0.012)
     sharing = meet(laboratory, SharedPolicy(kind="shared", price=0.05, k_min=1), [1.0] * 6, budget)
     ratio = meet(laboratory, RatioPolicy(kind="ratio", ratio=0.3), [1.0] * 6, budget)
     static = static_at(laboratory, budget)
     assert sharing is not None and ratio is not None
-    for found in (sharing, ratio, static):
-        assert 0.03 < found.scores.mean_kl <= 0.05
+    for found in (sharing, ratio):
+        assert 0.009 < found.scores.mean_kl <= 0.012
+    assert 0 < static.scores.mean_kl <= 0.012  # in whole experts
     assert sharing.scores.avg_reads < min(ratio.scores.avg_reads, static.scores.avg_reads)
 
 
