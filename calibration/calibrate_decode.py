@@ -400,16 +400,19 @@ def calibrate_decode(
         sharing = [timing.policy != FULL and probes[timing.policy].kind == "shared" for timing in by_name]
         on_fit.step_time = StepTime.fit(by_name, sharing)
     chosen = share_within(on_fit, budget, rounds)
-    for _ in range(TIME_CORRECTIONS if budget.time is not None else 0):
-        assert budget.time is not None
+    equal = {"": Budget()}
+    for corrections in range(TIME_CORRECTIONS + 1 if timing_rounds else 0):
         timing = next(each for each in times(fit, {name: chosen.candidate.policy}) if each.policy == name)
-        missed = timing.ratio.value - time_share(on_fit, chosen)
-        if abs(timing.ratio.value - budget.time) <= TIME_CLOSE:
+        equal["_time"] = Budget(time=timing.ratio.value)
+        if (
+            budget.time is None
+            or corrections == TIME_CORRECTIONS
+            or abs(timing.ratio.value - budget.time) <= TIME_CLOSE
+        ):
             break
-        chosen = share_within(on_fit, budget._replace(time=budget.time - missed), rounds)
-    equal = {"": Budget(reads=chosen.scores.avg_reads / on_fit.full().scores.avg_reads)}
-    if on_fit.step_time is not None:
-        equal["_time"] = Budget(time=time_share(on_fit, chosen))
+        missed = timing.ratio.value - time_share(on_fit, chosen)
+        chosen = share_within(on_fit, Budget(time=budget.time - missed), rounds)
+    equal[""] = Budget(reads=chosen.scores.avg_reads / on_fit.full().scores.avg_reads)
     found = {name: chosen}
     for suffix, same in equal.items():
         found[f"{name}_static{suffix}"] = static_at(on_fit, same)

@@ -29,7 +29,15 @@ from adaptive_k_moe.calibration.timing import StepTime, Timing
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.cli import main
 from adaptive_k_moe.errors import RequestError
-from adaptive_k_moe.policy import FixedPolicy, PhasesPolicy, Policy, RatioPolicy, SharedPolicy, read_policy_file
+from adaptive_k_moe.policy import (
+    FixedPolicy,
+    PhasesPolicy,
+    Policy,
+    PolicyTables,
+    RatioPolicy,
+    SharedPolicy,
+    read_policy_file,
+)
 from adaptive_k_moe.runtime import LLM
 from adaptive_k_moe.runtime.perplexity import measure_perplexity
 
@@ -199,6 +207,40 @@ def test_where_runs_are_what_takes_time_a_budget_of_time_lowers_k_max(laboratory
         assert 0.5 < time_share(laboratory, found[what]) < 0.7 + CLOSE, what
     assert found["reads"].scores.avg_k == 2 and found["runs"].scores.avg_k < 1.6
     assert found["reads"].scores.avg_reads < found["runs"].scores.avg_reads
+
+
+@pytest.mark.parametrize("unforeseen", [0.0, 0.06])
+def test_a_target_of_time_is_met_by_the_clock(
+    evaluator: Evaluator,
+    short: list[Windows],
+    laboratory: DecodeLaboratory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    unforeseen: float,
+) -> None:
+    """Also where the policy that is found takes longer than what it reads and runs would make one expect."""
+    full = laboratory.full().scores
+
+    def clock(
+        evaluator: Evaluator, windows: Windows, tables: PolicyTables, names: list[str], **_: object
+    ) -> list[Timing]:
+        reader = DecodeReader(evaluator, windows, 8, max_steps=1)
+        found = []
+        for name in ("full", *names):
+            scores = reader.scores(tables, tables.index(name))
+            share = 0.2 + 0.5 * scores.avg_reads / full.avg_reads + 0.3 * scores.avg_k / 2
+            found.append(timing(name, scores.avg_reads, scores.avg_k, share + unforeseen * (name == "few")))
+        return found
+
+    monkeypatch.setattr("adaptive_k_moe.calibration.calibrate_decode.time_policies", clock)
+    budget, options = Budget(time=0.8), {"name": "few", "rounds": 0, "max_steps": STEPS}
+    found = calibrate_decode(evaluator, *short, budget, batch=8, work_dir=tmp_path, **options)
+    times = {each.policy: each.timing.ratio.value for each in found.reported if each.timing is not None}
+    assert found.step_time is not None and found.step_time.largest_error < 1e-6
+    assert times["few"] == pytest.approx(0.8, abs=0.03)  # of another text than the one that it was fitted on
+    assert times["few_static_time"] == pytest.approx(times["few"], abs=0.06)  # in whole experts
+    assert times["few_per_token_time"] == pytest.approx(times["few"], abs=0.03)
+    assert [*found.policies] == [*times][1:]
 
 
 def test_rules_at_equal_damage(laboratory: DecodeLaboratory) -> None:
