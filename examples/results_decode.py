@@ -88,8 +88,8 @@ def main() -> None:
         "the first rows,",
         command_block(first),
         "On the part of the text that was not fitted on; how it is measured is in [calibration.md](../calibration.md). "
-        "Reads are the experts of a layer that one decode step reads. Opponents are at equal reads, those whose names end "
-        "in `_time` at equal time. Intervals are 95 %." + ("" if timed else " No times were taken."),
+        "Reads are the experts of a layer that one decode step reads. Opponents are at equal reads, those whose names "
+        "end in `_time` at equal time. Intervals are 95 %." + ("" if timed else " No times were taken."),
         markdown_table([*header, "time against `full`"] if timed else header, rows),
     ]
     PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
