@@ -259,6 +259,7 @@ def lost(config: EngineConfig, routing: TrainedRouting, rule: Any, batch: int) -
                     np.full(batch, policy, np.int32), tables.policy_kind, tables.thresholds[layer],
                     tables.k_values[layer], correction_bias=None if bias is None else bias[layer],
                     scoring=moe.scoring, norm_topk_prob=moe.norm_topk_prob,
+                    routed_scaling_factor=moe.routed_scaling_factor, n_group=moe.n_group, topk_group=moe.topk_group,
                 )
                 for policy in (0, 1)
             )  # fmt: skip
