@@ -58,6 +58,7 @@ MAX_CHOICES = MAX_K + 1
 KIND_CONTRIBUTION = KINDS["contribution"].number
 KIND_SHARED_PRICE = KINDS["shared"].number
 KIND_SHARED_EXPERTS = KIND_SHARED_PRICE + 1  # `shared` with a number of experts in the place of a price
+_SEE_STEP = {kind.number for kind in KINDS.values() if kind.sees_step} | {KIND_SHARED_EXPERTS}
 
 _K = Annotated[int, Field(ge=1)]
 _Layer = Annotated[int, Field(ge=0)]
@@ -565,11 +566,10 @@ class PolicyTables:
 
         Their decode follows another rule than their prompts, or what a token runs depends on the step's other tokens.
         """
-        sharing = (KIND_SHARED_PRICE, KIND_SHARED_EXPERTS)
         return [
             name
             for index, (name, decode) in enumerate(zip(self.names, self.decode_row, strict=True))
-            if decode != index or self.policy_kind[index] in sharing
+            if decode != index or self.policy_kind[index] in _SEE_STEP
         ]
 
     def index(self, name: str | None) -> int:

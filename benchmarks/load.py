@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An open-loop load: requests that arrive whether or not others were answered, under `full` and under a policy by load.
 
-    python benchmarks/load.py --checkpoint_dir examples/models/olmoe-small
-    python benchmarks/load.py --random                             # a model whose experts dominate; its text is noise
+    python benchmarks/load.py                                      # the bundled olmoe-small
+    python benchmarks/load.py --shape olmoe --weights int8         # random layers of OLMoE-1B-7B's size
     python benchmarks/load.py --engine_dir engine --policy auto    # an engine and a policy by load of its own
     python benchmarks/load.py --serve                              # over gRPC, to a real server
     python benchmarks/load.py --quick                              # does it run? its figures say nothing
@@ -18,8 +18,10 @@ server's metrics tell the rest, with a second of what comes after the window.
 "grows": the queue has no end at this rate, as far as a window tells. In the window's second half it rises by at least
 5 % of the arrivals (the slope of a line through it), and at the end at least a full batch waits.
 
-What a policy costs in quality is not measured here: `adaptive-k eval --output FILE` measures each policy, and `--eval
-FILE` prints its figures beside these. Of a policy that shares, they hold for the batches that it was measured with.
+The policy by load has two steps of the kind `shared`, whose prices cost the bundled model `--kl` in decode steps of a
+full batch; they are found first. A row's KL is that of the policies that its tokens followed, by their shares. A random
+model (`_models.py`) has no quality to lose: the KL beside its times is that of the bundled model whose routing it has.
+Of an engine of your own `adaptive-k eval --output FILE` measures each policy, and `--eval FILE` prints its figures.
 """
 
 from __future__ import annotations
@@ -40,40 +42,60 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _models import MODELS, SHAPES, damage_laboratory, shape_checkpoint
 from rich.console import Console
 from rich.table import Table
 
+from adaptive_k_moe.calibration.calibrate_decode import meet
+from adaptive_k_moe.calibration.laboratory import Budget
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_config import EngineConfig, read_engine_config, write_engine_config
-from adaptive_k_moe.policy import FULL, ByLoadPolicy, PolicySet
+from adaptive_k_moe.policy import FULL, ByLoadPolicy, PhasesPolicy, PolicySet, SharedPolicy
 from adaptive_k_moe.runtime import LLM, SamplingParams
 from adaptive_k_moe.runtime.handle import GenerationHandle
 from adaptive_k_moe.runtime.telemetry import Observer, StepRecord
 
 from _results import cpu_name, write_results
 
-OLMOE = Path(__file__).resolve().parents[1] / "examples" / "models" / "olmoe-small"
+ROOT = Path(__file__).resolve().parents[1]
 PROMPT_TOKENS = (16, 64)
 SECONDS_BETWEEN_SAMPLES = 0.1
 GROWS = 0.05
 EXPORT_SECONDS = 2.5  # by then a server's metrics have what came before
 
 
-def policies_for(top_k: int) -> dict[str, Any]:
-    """What an engine that is built here gets: prompts at full k, and two prices for decode."""
+PRICES = {"shared": (0.05, None), "shared_more": (0.2, 2)}
+"""Of each step: the price to begin with, and what the trained top-k is divided by for its k_max."""
 
-    def sharing(price: float) -> dict[str, Any]:
-        decode = {"kind": "shared", "price": price, "k_min": 1}
-        return {"kind": "phases", "prefill": {"kind": "fixed", "k": top_k}, "decode": decode}
 
+def policies_for(top_k: int, decode: Mapping[str, Any]) -> dict[str, Any]:
+    """What an engine that is built here gets: prompts at full k, and two rules of decode, by name."""
+    prefill = {"kind": "fixed", "k": top_k}
     steps = [{"policy": FULL}, {"policy": "shared", "queue": 1}, {"policy": "shared_more", "queue": 8}]
     return {
         "policies": {
-            "shared": sharing(0.05),
-            "shared_more": sharing(0.2),
+            **{name: {"kind": "phases", "prefill": prefill, "decode": rule} for name, rule in decode.items()},
             "by_load": {"kind": "by_load", "steps": steps, "leave_seconds": 1.0},
         }
     }
+
+
+def calibrated(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
+    """The rules of the steps and what each policy costs the bundled model, nats a token."""
+    rules: dict[str, Any] = {}
+    damage = {FULL: 0.0}
+    tokens = 0 if args.quick else 3000
+    with damage_laboratory(args.model, args.max_batch_size, tokens, args.work_dir, args.num_threads) as laboratory:
+        top_k, layers = laboratory.evaluator.full_k, laboratory.evaluator.num_layers
+        for (name, (price, divisor)), kl in zip(PRICES.items(), args.kl, strict=True):
+            k_max = top_k if divisor is None else -(-top_k // divisor)
+            start = SharedPolicy(kind="shared", price=price, k_min=1, k_max=k_max)
+            found = None if args.quick else meet(laboratory, start, [1.0] * layers, Budget(kl=kl))
+            found = found or laboratory.decode("shared", start)
+            assert isinstance(found.candidate.policy, PhasesPolicy)
+            rules[name] = found.candidate.policy.decode.model_dump(mode="json", exclude_none=True)
+            damage[name] = found.scores.mean_kl
+    return rules, damage
 
 
 @dataclass
@@ -94,6 +116,7 @@ class Figures:
         avg_k: mean experts run a token and layer.
         reads: mean experts read a step and layer; None where the session does not count.
         followed: share of the tokens under each policy.
+        kl: of the policies followed, nats a token; None where nobody has measured it.
     """
 
     rate: float
@@ -113,6 +136,7 @@ class Figures:
     avg_k: float = 0.0
     reads: float | None = None
     followed: dict[str, float] = field(default_factory=dict)
+    kl: float | None = None
 
 
 class StepSums(Observer):
@@ -147,10 +171,8 @@ class StepSums(Observer):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--checkpoint_dir", type=Path, default=OLMOE, help="default: the bundled olmoe-small")
-    source.add_argument(
-        "--random", action="store_true", help="a random model of 400 M parameters in 64 experts a layer"
-    )
+    source.add_argument("--model", default="olmoe-small", help="a bundled model; default: %(default)s")
+    source.add_argument("--shape", choices=("olmoe", "mixtral"), help="a random model of a published layer shape")
     source.add_argument("--engine_dir", type=Path, help="an engine with a policy by load")
     parser.add_argument("--policy", default="by_load", help="the policy to compare with `full`; default: %(default)s")
     parser.add_argument("--rates", type=float, nargs="+", help="requests a second")
@@ -158,7 +180,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="length of a window")
     parser.add_argument("--max_tokens", type=int, default=32, help="tokens of an answer")
     parser.add_argument("--max_batch_size", type=int, default=16)
-    parser.add_argument("--dtype", default="bfloat16", help="of an engine that is built here")
+    weights = ("float32", "bfloat16", "int8", "int4")
+    parser.add_argument("--weights", choices=weights, default="bfloat16", help="of an engine that is built here")
+    parser.add_argument(
+        "--kl", type=float, nargs=2, default=[0.02, 0.1], help="of the two steps under load; default: 0.02 0.1"
+    )
+    parser.add_argument(
+        "--work_dir", type=Path, default=ROOT / "build" / "decode", help="keeps engines and checkpoints"
+    )
     parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument(
         "--serve", action="store_true", help="start a Triton server and ask it, and not an LLM in-process"
@@ -171,44 +200,33 @@ def main() -> None:
     if args.quick:
         args.seconds = 2.0
     with tempfile.TemporaryDirectory() as scratch:
-        directory = args.engine_dir or build_engine(args, Path(scratch))
-        run(args, directory)
+        if args.engine_dir:
+            run(args, args.engine_dir, None)
+        else:
+            args.model = SHAPES[args.shape].model if args.shape else args.model
+            rules, damage = calibrated(args)
+            run(args, build_engine(args, Path(scratch), rules), damage)
 
 
-def build_engine(args: argparse.Namespace, scratch: Path) -> Path:
+def build_engine(args: argparse.Namespace, scratch: Path, rules: Mapping[str, Any]) -> Path:
     """An engine with the policies of `policies_for`."""
-    checkpoint = random_checkpoint(scratch / "random") if args.random else args.checkpoint_dir
-    sizes = {"max_batch_size": args.max_batch_size, "max_seq_len": PROMPT_TOKENS[1] + args.max_tokens + 1}
-    config = build(checkpoint, scratch / "engine", dtype=args.dtype, **sizes)
-    policies = PolicySet.model_validate(policies_for(config.pretrained_config.num_experts_per_tok))
+    checkpoint = shape_checkpoint(args.shape, args.work_dir) if args.shape else MODELS / args.model
+    integers = args.weights.startswith("int")
+    config = build(
+        checkpoint,
+        scratch / "engine",
+        dtype="bfloat16" if integers else args.weights,
+        weight_only_precision=args.weights if integers else None,
+        max_batch_size=args.max_batch_size,
+        max_seq_len=PROMPT_TOKENS[1] + args.max_tokens + 1,
+    )
+    policies = PolicySet.model_validate(policies_for(config.pretrained_config.num_experts_per_tok, rules))
     config = config.model_copy(update={"adaptive_k": config.pretrained_config.fit_policies(policies)})
     write_engine_config(scratch / "engine", config)
     return scratch / "engine"
 
 
-def random_checkpoint(directory: Path) -> Path:
-    """Layers of OLMoE's kind, 64 experts of which 8 run. Random routers send tokens everywhere."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.OlmoeConfig(
-        vocab_size=4096,
-        hidden_size=1024,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        num_experts=64,
-        num_experts_per_tok=8,
-        max_position_embeddings=1024,
-        eos_token_id=1,
-    )
-    transformers.OlmoeForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
-
-
-def run(args: argparse.Namespace, directory: Path) -> None:
+def run(args: argparse.Namespace, directory: Path, kl: Mapping[str, float] | None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     config = read_engine_config(directory, verify_files=False)
     policy = config.adaptive_k.policies.get(args.policy)
@@ -230,13 +248,22 @@ def run(args: argparse.Namespace, directory: Path) -> None:
             rows = [window(llm, sums, args, Arrivals.at(rate, llm.config, args), name) for rate, name in turns]
     if args.serve:
         rows = asyncio.run(served_windows(directory, config, args, turns))
+    for row in rows if kl is not None else ():
+        row.kl = sum(share * kl[name] for name, share in row.followed.items())
     print_table(console, rows, capacity)
     damage = damage_of(args.eval, [step.policy for step in policy.reachable]) if args.eval else None
-    print_damage(console, policy, damage, args.random)
+    print_damage(console, args, policy, damage, kl)
     content = {"threads": args.num_threads, "model": model_name(args, directory), "full_requests_per_second": capacity}
     content |= {
+        "weights": None if args.engine_dir else args.weights,
         "served": args.serve,
         "policy": policy.model_dump(exclude_none=True),
+        "rules": {
+            name: rule.model_dump(mode="json", exclude_none=True)
+            for name, rule in config.adaptive_k.policies.items()
+            if name in {step.policy for step in policy.reachable}
+        },
+        "kl": kl,
         "damage": damage,
         "quick": args.quick,
     }
@@ -252,9 +279,9 @@ def describe_step(step: Any) -> str:
 
 def model_name(args: argparse.Namespace, directory: Path) -> str:
     """What ran, without this machine's paths."""
-    if args.random:
-        return "random OLMoE, 4 layers of 64 experts, hidden size 1024"
-    return str((directory if args.engine_dir else args.checkpoint_dir).resolve().name)
+    if args.engine_dir:
+        return str(directory.resolve().name)
+    return f"random layers of {args.shape}'s shape" if args.shape else str(args.model)
 
 
 def random_prompt(config: EngineConfig, rng: np.random.Generator) -> list[int]:
@@ -489,7 +516,7 @@ def slope(samples: list[tuple[float, float]]) -> float:
 def print_table(console: Console, rows: list[Figures], capacity: float) -> None:
     table = Table(
         "requests/s", "policy", "tokens/s", "answered", "first token, s\n50 %, 95 %", "queue\nmean, end", "batch",
-        "mean k", "reads\na step", "tokens by policy",
+        "mean k", "reads\na step", "tokens by policy", "KL",
     )  # fmt: skip
     for row in rows:
         median, p95 = (
@@ -510,6 +537,7 @@ def print_table(console: Console, rows: list[Figures], capacity: float) -> None:
             f"{row.avg_k:.2f}",
             "" if row.reads is None else f"{row.reads:.1f}",
             ", ".join(f"{name} {share:.0%}" for name, share in row.followed.items()),
+            "" if row.kl is None else f"{row.kl:.4f}",
         )
     console.print(table)
 
@@ -524,16 +552,27 @@ def damage_of(path: Path, policies: list[str]) -> dict[str, Any]:
     }
 
 
-def print_damage(console: Console, policy: ByLoadPolicy, damage: dict[str, Any] | None, random: bool) -> None:
-    if random:
-        console.print("The model is random: these are times, and its text has no quality to lose.")
+def print_damage(
+    console: Console,
+    args: argparse.Namespace,
+    policy: ByLoadPolicy,
+    damage: dict[str, Any] | None,
+    kl: Mapping[str, float] | None,
+) -> None:
+    if kl is not None:
+        costs = ", ".join(f"{step.policy} {kl[step.policy]:.4f}" for step in policy.reachable)
+        console.print(f"KL to full, nats a token, of {args.model} in decode steps of {args.max_batch_size}: {costs}")
+        if args.shape:
+            console.print("Times, k and reads are of a random model with its routing, which has no quality to lose.")
     elif damage is None:
         console.print("Quality: not measured here; adaptive-k eval --output FILE measures it, --eval FILE prints it.")
     else:
         for step in policy.reachable:
             if step.policy in damage:
-                kl, change = (damage[step.policy][name]["value"] for name in ("kl_to_full_nats", "perplexity_change"))
-                console.print(f"{step.policy}: KL to full {kl:.5f} nats, perplexity {change:+.2%} (adaptive-k eval)")
+                value, change = (
+                    damage[step.policy][name]["value"] for name in ("kl_to_full_nats", "perplexity_change")
+                )
+                console.print(f"{step.policy}: KL to full {value:.5f} nats, perplexity {change:+.2%} (adaptive-k eval)")
             elif step.policy != FULL:
                 console.print(f"{step.policy}: its quality is not in the file of --eval.")
 

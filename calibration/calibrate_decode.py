@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,8 @@ from adaptive_k_moe.calibration.evaluator import Evaluator, Scores
 from adaptive_k_moe.calibration.kinds import Kind
 from adaptive_k_moe.calibration.laboratory import Budget, Candidate, Laboratory, Measured
 from adaptive_k_moe.calibration.recording import EvaluationCache, engine_fingerprint
-from adaptive_k_moe.calibration.solve import CLOSE, best_of, excess, keeps
-from adaptive_k_moe.calibration.timing import time_policies
+from adaptive_k_moe.calibration.solve import CLOSE, best_of, excess, keeps, time_share
+from adaptive_k_moe.calibration.timing import StepTime, Timing, time_policies
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.policy import (
     FULL,
@@ -59,6 +59,12 @@ LARGEST_STEP = 1.0
 PROBE = 0.3
 """By how much it is moved to see what that does."""
 
+TIME_CORRECTIONS = 2
+"""How often a policy that was found for a time is timed, and the search repeated with what the fit missed."""
+
+TIME_CLOSE = 0.005
+"""A share of time so near to its target meets it."""
+
 
 @dataclass(frozen=True)
 class DecodeCalibration:
@@ -66,11 +72,13 @@ class DecodeCalibration:
 
     Attributes:
         name: the policy's.
-        policies: the policy with this name, and its opponents NAME_static and NAME_per_token.
+        policies: the policy with this name, its opponents at equal reads NAME_static and NAME_per_token and, where
+            times were taken, those at equal time, NAME_static_time and NAME_per_token_time.
         fit: scores of each on the part that it was fitted on.
         reported: all of them, `full` first, in decode steps of the other part.
         budget: what was asked for.
-        budget_met: on the reported part, "yes" or "no".
+        budget_met: on the reported part, "yes" or "no"; of a time, whether it lies above the interval's lower end.
+        step_time: what steps take on this machine, where times were taken.
     """
 
     name: str
@@ -79,6 +87,7 @@ class DecodeCalibration:
     reported: list[Decoding]
     budget: Budget
     budget_met: str
+    step_time: StepTime | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Ready for `json.dump`."""
@@ -94,6 +103,7 @@ class DecodeCalibration:
                 for name, scores in self.fit.items()
             },
             "reported": [each.to_json() for each in self.reported],
+            "step_time": None if self.step_time is None else asdict(self.step_time),
         }
 
 
@@ -192,7 +202,7 @@ def meet(
     for _ in range(passes):
         factors = [factor * math.exp(x) for factor in start]
         found = laboratory.decode(rule.kind, scaled(rule, factors, laboratory.evaluator.full_k))
-        value = excess(laboratory, found.scores, budget)
+        value = excess(laboratory, found, budget)
         if keeps(laboratory, found, budget):
             kept.append((abs(value), found))
             if abs(value) <= CLOSE:
@@ -248,12 +258,14 @@ def by_layer(laboratory: DecodeLaboratory, rule: Any, found: Measured, budget: B
     return best
 
 
-def static_at(laboratory: DecodeLaboratory, reads: float) -> Measured:
-    """The fixed k, by layer or the same everywhere, that does the least damage with no fewer reads than these.
+def static_at(laboratory: DecodeLaboratory, budget: Budget) -> Measured:
+    """The fixed k, by layer or the same everywhere, that uses a budget up.
+
+    The next one on the path would save more than is asked for, or lose more than is allowed.
 
     Args:
         laboratory: measures.
-        reads: mean experts of a layer and step.
+        budget: the target.
     """
     layers, full_k = laboratory.evaluator.num_layers, laboratory.evaluator.full_k
 
@@ -276,13 +288,15 @@ def static_at(laboratory: DecodeLaboratory, reads: float) -> Measured:
                 costs[layer] = (after.mean_kl - before.mean_kl) / max(before.avg_reads - after.avg_reads, 1e-9)
         ks[min(costs, key=lambda layer: costs[layer])] -= 1
         path.append(list(ks))
-    first, last = 0, len(path) - 1  # reads fall along the path
+    first, last = 0, len(path) - 1  # reads fall along the path, and damage rises
     while first < last:
         middle = (first + last + 1) // 2
-        first, last = (middle, last) if measure(path[middle]).scores.avg_reads >= reads else (first, middle - 1)
+        first, last = (middle, last) if excess(laboratory, measure(path[middle]), budget) >= 0 else (first, middle - 1)
     best = measure(path[first])
-    no_dearer = [found for found in same if reads <= found.scores.avg_reads <= best.scores.avg_reads]
-    return min([best, *no_dearer], key=lambda found: found.scores.mean_kl)
+    if budget.bounds_damage:
+        return best_of([best, *(found for found in same if keeps(laboratory, found, budget))], budget)
+    limit = excess(laboratory, best, budget)
+    return best_of([best, *(found for found in same if 0 <= excess(laboratory, found, budget) <= limit)], budget)
 
 
 def per_token_rules(policies: Mapping[str, Policy], norms: bool) -> list[Any]:
@@ -317,6 +331,10 @@ def check_decode_budget(budget: Budget) -> None:
         raise CalibrationError(
             f"--target_reads is a share of what the full model reads, between 0 and 1, not {budget.reads:g}."
         )
+    if budget.time is not None and not 0 < budget.time < 1:
+        raise CalibrationError(
+            f"--target_time is a share of the full model's time of a decode step, between 0 and 1, not {budget.time:g}."
+        )
     if budget.perplexity_increase is not None and not 0 <= budget.perplexity_increase < 10:
         raise CalibrationError("a rise of perplexity is given in per cent, from 0 to below 1000.")
 
@@ -343,7 +361,7 @@ def calibrate_decode(
         evaluator: the engine.
         fit: the text to choose on.
         heldout: the text to report on.
-        budget: a share of the full model's reads, or a rise of perplexity.
+        budget: a share of the full model's reads or time, or a rise of perplexity.
         batch: sequences in a step.
         work_dir: keeps scores, so that a run that was killed goes on where it was.
         name: the policy's.
@@ -351,13 +369,15 @@ def calibrate_decode(
         prefill: rule of the prompts; None is the trained top-k.
         rounds: how often layers' numbers are moved.
         max_steps: most decode steps of a pass over the fitted part; the reported part is read with `MAX_STEPS`.
-        timing_rounds: rounds in which the policies found are timed; 0 takes no times.
+        timing_rounds: rounds in which policies are timed; 0 takes no times.
         report: told about progress.
 
     Raises:
         CalibrationError: the budget cannot be used or met, or the engine or the text is too small for the batch.
     """
     check_decode_budget(budget)
+    if budget.time is not None and not timing_rounds:
+        raise CalibrationError("--target_time needs times: give --timing_rounds 1 or more.")
     report = report or (lambda _what, _done, _total: None)
     prefill = prefill or FixedPolicy(kind="fixed", k=evaluator.full_k)
     on_fit, on_heldout = (
@@ -366,31 +386,41 @@ def calibrate_decode(
         )
         for part, folder, steps in ((fit, "fitted", max_steps), (heldout, "reported", MAX_STEPS))
     )
-    even = [1.0] * evaluator.num_layers
-    shared = [SharedPolicy(kind="shared", price=0.05, k_min=k_min) for k_min in (1, 0)]
-    starts = [found for found in (meet(on_fit, rule, even, budget) for rule in shared) if found is not None]
-    if not starts:
-        raise CalibrationError(
-            f"no price was found that keeps the budget in decode steps of {batch}: give a larger --target_reads or "
-            "--max_perplexity_increase."
-        )
-    start = best_of(starts, budget)
-    chosen = by_layer(on_fit, _decode_rule(start), start, budget, rounds)
-    same = Budget(reads=chosen.scores.avg_reads / on_fit.full().scores.avg_reads)
-    rules = per_token_rules(known or {}, evaluator.expert_norms is not None)
-    tokens = [found for found in (meet(on_fit, rule, even, same) for rule in rules) if found is not None]
-    found = {name: chosen, f"{name}_static": static_at(on_fit, chosen.scores.avg_reads)}
-    if tokens:
-        best = best_of(tokens, same)
-        found[f"{name}_per_token"] = by_layer(on_fit, _decode_rule(best), best, same, rounds)
-    policies = {label: item.candidate.policy for label, item in found.items()}
-    tables = evaluator.tables(policies)
-    timings = []
-    if timing_rounds:
+
+    def times(part: Windows, policies: Mapping[str, Policy]) -> list[Timing]:
         report("timing", 0, None)
-        timings = time_policies(
-            evaluator, heldout, tables, list(policies), batches=(batch,), rounds=timing_rounds, phases=("decode",)
+        tables = evaluator.tables(policies)
+        return time_policies(
+            evaluator, part, tables, list(policies), batches=(batch,), rounds=timing_rounds, phases=("decode",)
         )
+
+    if timing_rounds:
+        probes = time_probes(evaluator.full_k)
+        by_name = times(fit, probes)
+        sharing = [timing.policy != FULL and probes[timing.policy].kind == "shared" for timing in by_name]
+        on_fit.step_time = StepTime.fit(by_name, sharing)
+    chosen = share_within(on_fit, budget, rounds)
+    equal = {"": Budget()}
+    for corrections in range(TIME_CORRECTIONS + 1 if timing_rounds else 0):
+        timing = next(each for each in times(fit, {name: chosen.candidate.policy}) if each.policy == name)
+        equal["_time"] = Budget(time=timing.ratio.value)
+        if (
+            budget.time is None
+            or corrections == TIME_CORRECTIONS
+            or abs(timing.ratio.value - budget.time) <= TIME_CLOSE
+        ):
+            break
+        missed = timing.ratio.value - time_share(on_fit, chosen)
+        chosen = share_within(on_fit, Budget(time=budget.time - missed), rounds)
+    equal[""] = Budget(reads=chosen.scores.avg_reads / on_fit.full().scores.avg_reads)
+    found = {name: chosen}
+    for suffix, same in equal.items():
+        found[f"{name}_static{suffix}"] = static_at(on_fit, same)
+        per_token = per_token_within(on_fit, same, known or {}, rounds)
+        if per_token is not None:
+            found[f"{name}_per_token{suffix}"] = per_token
+    policies = {label: item.candidate.policy for label, item in found.items()}
+    timings = times(heldout, policies) if timing_rounds else []
     full = on_heldout.full().scores
     reported = [
         Decoding(
@@ -405,6 +435,8 @@ def calibrate_decode(
     own = reported[1]
     if budget.reads is not None:
         met = own.reads_share <= budget.reads + CLOSE
+    elif budget.time is not None:
+        met = own.timing is not None and own.timing.ratio.low <= budget.time
     else:
         met = own.perplexity_change.value <= (budget.perplexity_increase or 0.0)
     return DecodeCalibration(
@@ -414,7 +446,71 @@ def calibrate_decode(
         reported,
         budget,
         "yes" if met else "no",
+        on_fit.step_time,
     )
+
+
+def time_probes(full_k: int) -> dict[str, Policy]:
+    """Policies that differ in what a decode step reads and runs, to learn what either takes."""
+    half = max(1, full_k // 2)
+    fixed: list[Policy] = [FixedPolicy(kind="fixed", k=k) for k in sorted({1, half})]
+    shared: list[Policy] = [
+        SharedPolicy(kind="shared", price=price, k_min=1, k_max=k_max)
+        for price in (1e-6, 0.05, 0.5)
+        for k_max in sorted({half, full_k})
+    ]
+    return {f"probe {number}": policy for number, policy in enumerate([*fixed, *shared])}
+
+
+def share_within(laboratory: DecodeLaboratory, budget: Budget, rounds: int) -> Measured:
+    """The `shared` rule, by layer, that does the least damage within a budget.
+
+    A lower `k_max` saves time and no reads, so others than the trained top-k are tried where time is the budget.
+
+    Args:
+        laboratory: measures.
+        budget: the target.
+        rounds: how often layers' prices are moved.
+
+    Raises:
+        CalibrationError: no price keeps the budget.
+    """
+    full_k = laboratory.evaluator.full_k
+    k_max = sorted({full_k, -(-3 * full_k // 4), -(-full_k // 2)} if budget.time is not None else {full_k})
+    rules = [
+        SharedPolicy(kind="shared", price=0.05, k_min=k_min, k_max=None if most == full_k else most)
+        for most in reversed(k_max)
+        for k_min in (1, 0)
+    ]
+    even = [1.0] * laboratory.evaluator.num_layers
+    starts = [found for found in (meet(laboratory, rule, even, budget) for rule in rules) if found is not None]
+    if not starts:
+        raise CalibrationError(
+            "no price was found that keeps the budget in these decode steps: give a larger --target_reads, "
+            "--target_time or --max_perplexity_increase."
+        )
+    start = best_of(starts, budget)
+    return by_layer(laboratory, _decode_rule(start), start, budget, rounds)
+
+
+def per_token_within(
+    laboratory: DecodeLaboratory, budget: Budget, known: Mapping[str, Policy], rounds: int
+) -> Measured | None:
+    """The best rule of one token, by layer; None where none keeps the budget.
+
+    Args:
+        laboratory: measures.
+        budget: the target.
+        known: policies whose rules are tried, too.
+        rounds: how often layers' numbers are moved.
+    """
+    even = [1.0] * laboratory.evaluator.num_layers
+    rules = per_token_rules(known, laboratory.evaluator.expert_norms is not None)
+    found = [each for each in (meet(laboratory, rule, even, budget) for rule in rules) if each is not None]
+    if not found:
+        return None
+    best = best_of(found, budget)
+    return by_layer(laboratory, _decode_rule(best), best, budget, rounds)
 
 
 def _decode_rule(found: Measured) -> Any:

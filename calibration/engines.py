@@ -18,6 +18,7 @@ def engine_of(
     *,
     dtype: Dtype | None = None,
     max_seq_len: int = 512,
+    max_batch_size: int = 16,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Build an engine from a checkpoint, or use the one that an earlier run built from it.
@@ -27,12 +28,18 @@ def engine_of(
         engine_dir: where the engine is or will be.
         dtype: of the weights; None is the checkpoint's.
         max_seq_len: most tokens of a sequence; enough for windows and for timing, not for serving.
+        max_batch_size: most sequences of a step.
         progress: as for `build`.
     """
     from adaptive_k_moe.engine_builder import build
 
     stamp = engine_dir.with_name(engine_dir.name + ".json")
-    identity = {"checkpoint": _fingerprint(checkpoint_dir), "dtype": dtype, "max_seq_len": max_seq_len}
+    identity = {
+        "checkpoint": _fingerprint(checkpoint_dir),
+        "dtype": dtype,
+        "max_seq_len": max_seq_len,
+        "max_batch_size": max_batch_size,
+    }
     try:
         same = json.loads(stamp.read_text(encoding="utf-8")) == identity and engine_dir.is_dir()
     except (OSError, ValueError):
@@ -40,7 +47,15 @@ def engine_of(
     if not same:
         engine_dir.parent.mkdir(parents=True, exist_ok=True)
         stamp.unlink(missing_ok=True)
-        build(checkpoint_dir, engine_dir, dtype=dtype, max_seq_len=max_seq_len, force=True, progress=progress)
+        build(
+            checkpoint_dir,
+            engine_dir,
+            dtype=dtype,
+            max_batch_size=max_batch_size,
+            max_seq_len=max_seq_len,
+            force=True,
+            progress=progress,
+        )
         write_json(stamp, identity)
     return engine_dir
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from adaptive_k_moe.calibration.evaluator import Evaluator, Reference, Scores, random_rows
 from adaptive_k_moe.calibration.kinds import Kind
 from adaptive_k_moe.calibration.recording import EvaluationCache
+from adaptive_k_moe.calibration.timing import StepTime
 from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.policy import FixedPolicy, Policy, PolicyTables, rules_of
 from adaptive_k_moe.policy_kinds import KINDS
@@ -64,6 +65,10 @@ class Laboratory:
         reference: the full model's predictions of it; None where `_read` knows them.
         cache: scores from before.
         on_evaluation: called before each pass over the text, with what is measured.
+
+    Attributes:
+        passes: over the text, so far.
+        step_time: what decode steps take, for budgets of time.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Laboratory:
         self._cache = cache
         self._on_evaluation = on_evaluation
         self.passes = 0
+        self.step_time: StepTime | None = None
 
     def measure(self, candidate: Candidate) -> Measured:
         """A candidate's scores, from the cache or by a pass over the text."""
@@ -117,11 +123,20 @@ class Budget(NamedTuple):
         avg_k: mean experts run for a token in a layer.
         perplexity_increase: share by which perplexity may rise.
         reads: share of the experts that the full model reads in decode; for texts read in decode steps.
+        time: share of the full model's time of a decode step.
+        kl: KL divergence from the full model, nats a token.
     """
 
     avg_k: float | None = None
     perplexity_increase: float | None = None
     reads: float | None = None
+    time: float | None = None
+    kl: float | None = None
+
+    @property
+    def bounds_damage(self) -> bool:
+        """Whether it says what may be lost, and not what may be used."""
+        return self.perplexity_increase is not None or self.kl is not None
 
 
 def static(k: int) -> Candidate:

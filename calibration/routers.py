@@ -195,6 +195,10 @@ class RouterProbe:
             topk_group=moe.topk_group,
         )
 
+    def correction_bias(self, layer: int) -> npt.NDArray[np.float32] | None:
+        """[E] what one MoE layer adds to the scores to choose experts; None where the model has none."""
+        return self._weights[layer].correction_bias
+
     def _prepare(self, graph: Any) -> None:
         """Let the graph put out what its operators are given."""
         operators = moe_operators(graph)

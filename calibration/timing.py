@@ -44,6 +44,7 @@ class Timing:
         ratio: `seconds` over `full`'s, with an interval from resampled rounds. `full` is timed twice in every round,
             and its own ratio is that of the second time to the first: what the machine's noise makes of no change.
         avg_k: mean experts run for a token in a layer, over the tokens that were timed.
+        reads: mean experts of a layer that a step reads; None where the session does not say.
     """
 
     policy: str
@@ -54,10 +55,63 @@ class Timing:
     tokens_per_second: float
     ratio: Interval
     avg_k: float
+    reads: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """By name."""
         return {**asdict(self), "ratio": self.ratio.to_json()}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Time of a decode step by what it reads and runs, as a share of `full`'s.
+
+    Attributes:
+        fixed: what every step takes.
+        by_reads: what one expert more to read takes, in every layer.
+        by_k: what one expert more to run takes, for every token and layer.
+        sharing: what agreeing on experts takes.
+        largest_error: by which the fit differs from the time of a policy that it was fitted to.
+    """
+
+    fixed: float
+    by_reads: float
+    by_k: float
+    sharing: float
+    largest_error: float
+
+    def share(self, reads: float, avg_k: float, *, sharing: bool) -> float:
+        """Expected time of a policy.
+
+        Args:
+            reads: mean experts of a layer that a step reads.
+            avg_k: mean experts run for a token in a layer.
+            sharing: whether its rule sees the whole step.
+        """
+        return self.fixed + self.by_reads * reads + self.by_k * avg_k + self.sharing * sharing
+
+    @classmethod
+    def fit(cls, timings: Sequence[Timing], sharing: Sequence[bool]) -> StepTime:
+        """Least squares with no term below 0.
+
+        Args:
+            timings: of policies that differ in what they read and run, with reads.
+            sharing: of each, whether its rule sees the whole step.
+        """
+        rows = [
+            (1.0, timing.reads or 0.0, timing.avg_k, float(sees)) for timing, sees in zip(timings, sharing, strict=True)
+        ]
+        terms, ratios = np.array(rows), np.array([timing.ratio.value for timing in timings])
+        kept = list(range(terms.shape[1]))
+        while True:
+            found = np.linalg.lstsq(terms[:, kept], ratios, rcond=None)[0]
+            if (found >= 0).all():
+                break
+            del kept[int(found.argmin())]
+        values = np.zeros(terms.shape[1])
+        values[kept] = found
+        error = float(np.abs(terms @ values - ratios).max())
+        return cls(float(values[0]), float(values[1]), float(values[2]), float(values[3]), error)
 
 
 def time_policies(
@@ -70,6 +124,7 @@ def time_policies(
     rounds: int = 15,
     decode_steps: int = 12,
     phases: Sequence[Phase] = ("prefill", "decode"),
+    prompt_tokens: int = PROMPT_TOKENS,
     progress: Callable[[str], None] | None = None,
 ) -> list[Timing]:
     """Times of prefill and decode.
@@ -83,6 +138,7 @@ def time_policies(
         rounds: how often each is timed; a round before them warms up.
         decode_steps: tokens that each sequence decodes in a round.
         phases: what is timed.
+        prompt_tokens: of each sequence before the first decoded one.
         progress: called with what is timed next.
     """
     rows = {name: tables.index(name) for name in dict.fromkeys([tables.names[0], *names])}
@@ -91,7 +147,7 @@ def time_policies(
     for phase in phases:
         for batch in batches:
             length = min(windows.window, build.max_num_tokens // batch)
-            needed = 2 if phase == "prefill" else PROMPT_TOKENS + decode_steps
+            needed = 2 if phase == "prefill" else prompt_tokens + decode_steps
             if batch > min(build.max_batch_size, len(windows)) or length < 2 or windows.window < needed:
                 continue
             if phase == "prefill":
@@ -100,14 +156,15 @@ def time_policies(
             else:
                 pieces = [windows.tokens[:batch, :needed]]
             seconds: dict[str | None, list[list[float]]] = {name: [] for name in (None, *rows)}
-            avg_k: dict[str | None, float] = {}
+            used: dict[str | None, tuple[float, float | None]] = {}
             order = list(seconds)
             if progress is not None:
                 progress(f"{phase}, batch {batch}")
             for turn in range(rounds + 1):
                 for name in order:
                     index = rows[name] if name else 0
-                    elapsed, avg_k[name] = _run(evaluator, pieces, (index, tables.decode_row[index]), phase)
+                    decode_row = tables.decode_row[index]
+                    elapsed, used[name] = _run(evaluator, pieces, (index, decode_row), phase, prompt_tokens)
                     if turn:
                         seconds[name].append(elapsed)
                 order = order[1:] + order[:1]
@@ -117,18 +174,27 @@ def time_policies(
                 own = np.array(seconds[name])
                 least = float(own.min(axis=0).sum())
                 results.append(
-                    Timing(name, phase, batch, num_tokens, least, num_tokens / least, _ratio(own, full), avg_k[name])
+                    Timing(name, phase, batch, num_tokens, least, num_tokens / least, _ratio(own, full), *used[name])
                 )
     return results
 
 
 def _run(
-    evaluator: Evaluator, pieces: Sequence[npt.NDArray[np.int64]], rows: tuple[int, int], phase: Phase
-) -> tuple[list[float], float]:
-    """Seconds of each step in the session, and the average k over the steps; `rows` are those of both phases."""
+    evaluator: Evaluator, pieces: Sequence[npt.NDArray[np.int64]], rows: tuple[int, int], phase: Phase, prompt: int
+) -> tuple[list[float], tuple[float, float | None]]:
+    """Seconds of each step in the session; average k and reads over the steps.
+
+    Args:
+        evaluator: the engine.
+        pieces: prompts to read, or the sequences to decode.
+        rows: of both phases.
+        phase: what is timed.
+        prompt: tokens of each sequence before the first decoded one.
+    """
     count = len(pieces[0])
     seconds: list[float] = []
     ks: list[float] = []
+    reads: list[float] = []
 
     def timed(tokens: npt.NDArray[np.int64], past: int) -> None:
         own = np.full(tokens.shape, rows[phase == "decode"], np.int32)
@@ -137,17 +203,19 @@ def _run(
         output = evaluator.step(tokens, own, wanted, past=past)
         seconds.append(time.perf_counter() - started)
         ks.append(float(output.k.mean()))
+        if output.reads is not None:
+            reads.append(float(output.reads.mean()))
 
     if phase == "prefill":
         for piece in pieces:
             timed(piece, 0)
     else:
         (tokens,) = pieces
-        prompt = tokens[:, :PROMPT_TOKENS]
-        evaluator.step(prompt, np.full(prompt.shape, rows[0], np.int32), np.arange(1, count + 1) * PROMPT_TOKENS - 1)
-        for past in range(PROMPT_TOKENS, tokens.shape[1]):
+        first = tokens[:, :prompt]
+        evaluator.step(first, np.full(first.shape, rows[0], np.int32), np.arange(1, count + 1) * prompt - 1)
+        for past in range(prompt, tokens.shape[1]):
             timed(tokens[:, past : past + 1], past)
-    return seconds, float(np.mean(ks))
+    return seconds, (float(np.mean(ks)), float(np.mean(reads)) if reads else None)
 
 
 def _ratio(own: npt.NDArray[np.float64], full: npt.NDArray[np.float64]) -> Interval:

@@ -41,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="with --batch_size: experts that a decode step reads, as a share of the full model's",
     )
+    budget.add_argument(
+        "--target_time",
+        type=float,
+        metavar="SHARE",
+        help="with --batch_size: time of a decode step on this machine, as a share of the full model's",
+    )
     parser.add_argument(
         "--batch_size",
         type=int,
@@ -102,10 +108,13 @@ def run(args: argparse.Namespace) -> int:
         from adaptive_k_moe.calibration.errors import CalibrationError
 
         raise CalibrationError(f"{args.bands} bands cannot rank tokens by their entropy: give --bands 2 or more.")
-    if (args.batch_size is None) and (args.target_reads is not None or args.prefill_policy is not None):
+    for_decode = (args.target_reads, args.target_time, args.prefill_policy)
+    if args.batch_size is None and any(value is not None for value in for_decode):
         from adaptive_k_moe.calibration.errors import CalibrationError
 
-        raise CalibrationError("--target_reads and --prefill_policy are for decode steps: give --batch_size, too.")
+        raise CalibrationError(
+            "--target_reads, --target_time and --prefill_policy are for decode steps: give --batch_size, too."
+        )
     if args.batch_size is not None:
         return _run_decode(args)
     work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
@@ -155,17 +164,21 @@ def _run_decode(args: argparse.Namespace) -> int:
     from adaptive_k_moe.engine_builder.commands.console import progress_bar
     from adaptive_k_moe.files import write_json, write_text
 
-    if args.target_reads is None and args.max_perplexity_increase is None:
-        raise CalibrationError("--batch_size goes with --target_reads or --max_perplexity_increase: give one of them.")
+    if (args.target_reads, args.target_time, args.max_perplexity_increase) == (None, None, None):
+        raise CalibrationError(
+            "--batch_size goes with --target_reads, --target_time or --max_perplexity_increase: give one of them."
+        )
     if args.policy_kind or args.k_values:
         raise CalibrationError("--policy_kind and --k_values do not go with --batch_size: leave them out.")
     rise = args.max_perplexity_increase
-    budget = Budget(reads=args.target_reads, perplexity_increase=None if rise is None else rise / 100)
+    loss = None if rise is None else rise / 100
+    budget = Budget(reads=args.target_reads, time=args.target_time, perplexity_increase=loss)
     work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
     known = _known_policies(args.output)
     with progress_bar("opening") as report:
-        engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report)
+        sequences = max(16, args.batch_size)
+        engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report, sequences)
         with _open(engine_dir, args.num_threads) as evaluator:
             if known.expert_norms is not None:
                 evaluator.expert_norms = known.expert_norms
@@ -186,7 +199,11 @@ def _run_decode(args: argparse.Namespace) -> int:
                 timing_rounds=args.timing_rounds,
                 report=report,
             )
-            names = [args.policy_name] if args.no_opponent else list(result.policies)
+            opponents = [f"{args.policy_name}_static", f"{args.policy_name}_per_token"]
+            names = [
+                args.policy_name,
+                *(each for each in opponents if each in result.policies and not args.no_opponent),
+            ]
             content = known
             if known.expert_norms is None:
                 content = known.model_copy(update={"expert_norms": evaluator.expert_norms})
@@ -201,6 +218,12 @@ def _run_decode(args: argparse.Namespace) -> int:
         write_json(args.report / "decode.json", result.to_json())
     print(f"fitted on {len(fit)} windows of {fit.window} tokens, reported on {len(heldout)} others")
     print(decode_table(result.reported))
+    if result.step_time is not None:
+        taken = result.step_time
+        print(
+            f"time of a step, of full's: {taken.fixed:.3f} + {taken.by_reads:.5f} a read + {taken.by_k:.4f} a token's "
+            f"expert + {taken.sharing:.3f} to share; off by {taken.largest_error:.3f} at most"
+        )
     print(f"budget met on the reported part: {result.budget_met}")
     print(f"{', '.join(names)} written to {args.output}")
     return 0
@@ -319,12 +342,15 @@ def _open(engine_dir: Path, num_threads: int | None) -> Evaluator:
     return Evaluator(engine_dir, num_threads=num_threads)
 
 
-def _build(checkpoint_dir: Path, engine_dir: Path, report: Any) -> Path:
+def _build(checkpoint_dir: Path, engine_dir: Path, report: Any, max_batch_size: int = 16) -> Path:
     """The work folder's engine; one that is whole and of this checkpoint is used again."""
     from adaptive_k_moe.calibration.engines import engine_of
 
     return engine_of(
-        checkpoint_dir, engine_dir, progress=lambda part, done, total: report(f"building: {part}", done, total)
+        checkpoint_dir,
+        engine_dir,
+        max_batch_size=max_batch_size,
+        progress=lambda part, done, total: report(f"building: {part}", done, total),
     )
 
 

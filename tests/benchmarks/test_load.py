@@ -29,6 +29,7 @@ def test_the_slope_of_a_queue_is_in_sequences_a_second() -> None:
 def test_it_runs_and_says_where_the_queue_grows(tmp_path: Path, repository: Path) -> None:
     output = tmp_path / "load.json"
     script = [sys.executable, "benchmarks/load.py", "--quick", "--max_batch_size", "4", "--shares", "0.2", "20"]
+    script += ["--work_dir", str(tmp_path / "work")]
     run = subprocess.run(
         [*script, "--output", str(output)], cwd=repository, capture_output=True, text=True, timeout=600, check=False
     )
@@ -45,4 +46,10 @@ def test_it_runs_and_says_where_the_queue_grows(tmp_path: Path, repository: Path
     assert rows["by_load", 1]["reads"] < rows["full", 1]["reads"]
     for (policy, _), row in rows.items():  # the same arrivals
         assert row["arrived"] == rows["full", int(row["rate"] == rows["full", 1]["rate"])]["arrived"], policy
-    assert "--eval FILE prints it" in run.stdout
+    # Each row's KL is that of what its tokens followed.
+    kl = content["kl"]
+    assert kl["full"] == 0 < kl["shared"] < kl["shared_more"]
+    for row in rows.values():
+        assert row["kl"] == pytest.approx(sum(share * kl[name] for name, share in row["followed"].items()))
+    assert rows["full", 1]["kl"] == 0 < rows["by_load", 1]["kl"]
+    assert "of olmoe-small in decode steps of 4" in run.stdout

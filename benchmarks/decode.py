@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode of whole engines at published layer shapes, under policies that do the same damage to a trained model.
+
+    python benchmarks/decode.py                                           # all of it
+    python benchmarks/decode.py --shapes olmoe --weights int8 --batch_sizes 16
+    python benchmarks/decode.py --table                                   # print the file
+
+Two models stand behind every row, and no figure is of both:
+
+- Damage is of a bundled trained model, `adaptive-k calibrate`'s: KL divergence from its full top-k in decode steps of
+  the batch. For each rule the number is found that costs `--kl`, the same number in all layers; for fixed k the best
+  by layer.
+- Time, k and reads are of a random model of a published layer shape with the bundled model's routing (`_models.py`).
+  Where shape and bundled model have as many experts, the rule's number is the same. A shape with more experts gets the
+  number with which its tokens lose as much: the share of the squared weights of their own top-k that they do not run.
+
+Rules: `full`; `static`, a fixed k by layer; the better of `ratio` and `top_p` by reads; `shared` with the trained k_max
+and with lower ones. All are timed in turns on the same tokens (`calibration/timing.py`). Then each step is profiled:
+time in AdaptiveKMoe, and in everything else. Contexts are short, so attention over the cache takes next to nothing.
+
+Damage takes no times, so it is measured once and kept in --rules. Checkpoints and engines (1 to 3 GB each) are kept in
+--work_dir. Results are added to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _models import (
+    SHAPES,
+    WINDOWS,
+    Shape,
+    TrainedRouting,
+    damage_laboratory,
+    shape_checkpoint,
+    shape_routing,
+    shape_tokens,
+    small_engine,
+    trained_routing,
+)
+
+from adaptive_k_moe.calibration.calibrate_decode import meet, scaled, static_at
+from adaptive_k_moe.calibration.evaluator import Evaluator, policy_tables
+from adaptive_k_moe.calibration.laboratory import Budget, Measured
+from adaptive_k_moe.calibration.solve import best_of
+from adaptive_k_moe.calibration.timing import time_policies
+from adaptive_k_moe.calibration.windows import Windows
+from adaptive_k_moe.engine_builder import build
+from adaptive_k_moe.engine_config import EngineConfig, read_engine_config
+from adaptive_k_moe.plugin import instruction_set, route
+from adaptive_k_moe.policy import (
+    FULL,
+    FixedPolicy,
+    PhasesPolicy,
+    PolicySet,
+    PolicyTables,
+    RatioPolicy,
+    SharedPolicy,
+    TopPPolicy,
+)
+from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
+
+from _results import write_results
+from _roofline import BITS, read_bandwidth
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT, STEPS = 8, 12
+"""Tokens of each sequence before and in the steps that are timed."""
+
+LOST_STEPS = 32
+"""Steps in which it is counted what a rule leaves out."""
+
+PROFILE_ROUNDS = 3
+
+
+@dataclass
+class Row:
+    """One policy on one shape. Damage is of `damage_of`, all other figures of the shape's random model."""
+
+    shape: str
+    weights: str
+    batch: int
+    policy: str
+    rule: dict[str, Any]
+    avg_k: float
+    reads: float
+    reads_share: float
+    milliseconds: float
+    tokens_per_second: float
+    time_share: float
+    time_share_low: float
+    time_share_high: float
+    experts_milliseconds: float
+    other_milliseconds: float
+    experts_time_share: float
+    damage_of: str
+    kl: float
+    reads_share_there: float
+
+
+@dataclass(frozen=True)
+class Damaging:
+    """A rule that costs the bundled model the asked KL.
+
+    Attributes:
+        rule: of decode.
+        kl: nats a token.
+        reads_share: of full's, on the bundled model.
+    """
+
+    rule: Any
+    kl: float
+    reads_share: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--weights", nargs="+", choices=("bfloat16", "int8", "int4"), default=["int8"])
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--kl", type=float, default=0.02, help="damage of every rule, nats a token")
+    parser.add_argument("--tokens", type=int, default=1520, help="decoded in a measurement of damage, at least")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each policy is timed")
+    parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--work_dir", type=Path, default=ROOT / "build" / "decode")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "decode.json")
+    rules_file = ROOT / "benchmarks" / "results" / "decode_rules.json"
+    parser.add_argument("--rules", type=Path, default=rules_file, help="keeps what was found of damage")
+    parser.add_argument("--prepare", action="store_true", help="only measure damage and build engines")
+    parser.add_argument("--table", action="store_true", help="print the file and measure nothing")
+    args = parser.parse_args()
+    content = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
+    rows = [Row(**row) for row in content["rows"]]
+    if not args.table:
+        for name in args.shapes:
+            shape = SHAPES[name]
+            rules = {batch: rules_of_equal_damage(shape, batch, args) for batch in args.batch_sizes}
+            for weights in args.weights:
+                directory = shape_engine(name, weights, args.work_dir)
+                if args.prepare:
+                    continue
+                for row in measure(name, weights, directory, rules, args):
+                    rows = [each for each in rows if identity(each) != identity(row)]
+                    rows.append(row)
+        if args.prepare:
+            return
+        content = {"instruction_set": instruction_set(), "threads": args.num_threads, "target_kl": args.kl}
+        content["read_bandwidth"] = read_bandwidth(args.num_threads)
+        write_results(args.output, {**content, "rows": [asdict(row) for row in sorted(rows, key=order)]})
+    print_table(sorted(rows, key=order))
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    return row.shape, row.weights, row.batch, row.policy
+
+
+def order(row: Row) -> tuple[Any, ...]:
+    return list(SHAPES).index(row.shape), list(BITS).index(row.weights), row.batch
+
+
+# Damage, on the bundled model. --------------------------------------------------------------------
+
+
+def rules_of_equal_damage(shape: Shape, batch: int, args: argparse.Namespace) -> dict[str, Damaging]:
+    """By name the rules that cost the bundled model the asked KL in decode steps of the batch."""
+    key = f"{shape.model}, steps of {batch}, KL {args.kl:g}, {args.tokens} tokens"
+    known = json.loads(args.rules.read_text()) if args.rules.exists() else {}
+    if key in known:
+        return {
+            name: Damaging(parse_rule(each["rule"]), each["kl"], each["reads_share"])
+            for name, each in known[key].items()
+        }
+    print(f"damage to {shape.model} in decode steps of {batch}", flush=True)
+    with damage_laboratory(shape.model, batch, args.tokens, args.work_dir, args.num_threads) as laboratory:
+        full_k, layers = laboratory.evaluator.full_k, laboratory.evaluator.num_layers
+        budget, even = Budget(kl=args.kl), [1.0] * layers
+        found: dict[str, Measured | None] = {"static": static_at(laboratory, budget)}
+        starts: list[Any] = [RatioPolicy(kind="ratio", ratio=0.2), TopPPolicy(kind="top_p", p=0.6)]
+        tokens = [each for each in (meet(laboratory, rule, even, budget) for rule in starts) if each is not None]
+        found["per token"] = best_of(tokens, budget) if tokens else None
+        for k_max in sorted({full_k, -(-3 * full_k // 4), -(-5 * full_k // 8)}, reverse=True):
+            lower = {} if k_max == full_k else {"k_max": k_max}
+            start = SharedPolicy(kind="shared", price=0.03, k_min=1, **lower)
+            found["shared" + f", k at most {k_max}" * bool(lower)] = meet(laboratory, start, even, budget)
+        reads = laboratory.full().scores.avg_reads
+    rules = {FULL: Damaging(FixedPolicy(kind="fixed", k=full_k), 0.0, 1.0)}
+    for name, each in found.items():
+        if each is not None:
+            assert isinstance(each.candidate.policy, PhasesPolicy)
+            rules[name] = Damaging(each.candidate.policy.decode, each.scores.mean_kl, each.scores.avg_reads / reads)
+    known[key] = {
+        name: {"rule": rule_json(each.rule), "kl": each.kl, "reads_share": each.reads_share}
+        for name, each in rules.items()
+    }
+    args.rules.write_text(json.dumps(known, indent=1) + "\n")
+    return rules
+
+
+def rule_json(rule: Any) -> dict[str, Any]:
+    content: dict[str, Any] = rule.model_dump(mode="json", exclude_none=True)
+    if not content.get("layers", True):
+        del content["layers"]
+    return content
+
+
+def parse_rule(content: Mapping[str, Any]) -> Any:
+    rules: Any = PolicySet.model_validate({"policies": {"asked": content}}).policies
+    return rules["asked"]
+
+
+# The rules on a shape. ----------------------------------------------------------------------------
+
+
+def on_shape(shape: Shape, config: EngineConfig, rule: Any, batch: int, work_dir: Path) -> Any:
+    """A rule of the bundled model, for the shape's layers and experts."""
+    trained = trained_routing(shape.model, work_dir)
+    _, _, layers, experts = trained.logits.shape
+    full_k = config.pretrained_config.num_experts_per_tok
+    if rule.layers:  # a fixed k
+        by_layer = {
+            layer: rule.choices(layer % layers, full_k).model_dump()
+            for layer in range(config.pretrained_config.num_moe_layers)
+        }
+        return type(rule).model_validate({"kind": rule.kind, "layers": by_layer})
+    if shape.num_experts == experts or isinstance(rule, FixedPolicy):
+        return rule
+    small = read_engine_config(small_engine(shape.model, work_dir), verify_files=False)
+    wanted = lost(small, trained, rule, batch)
+    here = shape_routing(shape, trained)
+    low, high = -8.0, 8.0  # logarithm of what the number is multiplied by; the larger, the more is lost
+    for _ in range(16):
+        middle = (low + high) / 2
+        missing = lost(config, here, scaled(rule, [math.exp(middle)], full_k), batch) < wanted
+        low, high = (middle, high) if missing else (low, middle)
+    return scaled(rule, [math.exp(low)], full_k)
+
+
+def lost(config: EngineConfig, routing: TrainedRouting, rule: Any, batch: int) -> float:
+    """The share of the squared weights of a token's own top-k that it does not run, in decode steps of a batch."""
+    tables, moe = policy_tables(config, {"asked": rule}), config.pretrained_config.moe
+    windows, positions, layers, experts = routing.logits.shape
+    shares = []
+    for step in range(LOST_STEPS):
+        rows = (step * batch + np.arange(batch)) % windows
+        for layer in range(layers):
+            bias = routing.correction_bias
+            own, run = (
+                route(
+                    np.ascontiguousarray(routing.logits[rows, 5 * step % positions, layer]),
+                    np.full(batch, policy, np.int32), tables.policy_kind, tables.thresholds[layer],
+                    tables.k_values[layer], correction_bias=None if bias is None else bias[layer],
+                    scoring=moe.scoring, norm_topk_prob=moe.norm_topk_prob,
+                    routed_scaling_factor=moe.routed_scaling_factor, n_group=moe.n_group, topk_group=moe.topk_group,
+                )
+                for policy in (0, 1)
+            )  # fmt: skip
+            runs = np.zeros((batch, experts + 1), np.bool_)  # -1 is the last column
+            np.put_along_axis(runs, run.experts, True, axis=1)
+            kept = np.take_along_axis(runs, own.experts, axis=1)
+            squares = np.square(own.weights, dtype=np.float64)
+            shares.append(1 - (squares * kept).sum(axis=1) / squares.sum(axis=1))
+    return float(np.mean(shares))
+
+
+# Time, on the shape's random model. ---------------------------------------------------------------
+
+
+def shape_engine(name: str, weights: str, work_dir: Path) -> Path:
+    """The engine of a shape, built where it is not there yet."""
+    directory = work_dir / f"{name}-{weights}"
+    if not directory.exists():
+        checkpoint = shape_checkpoint(name, work_dir)
+        print(f"engine of {name}'s shape, {weights}", flush=True)
+        precision = None if weights == "bfloat16" else weights
+        sizes = {"max_batch_size": WINDOWS, "max_seq_len": 128, "max_num_tokens": PROMPT * WINDOWS}
+        build(checkpoint, directory, dtype="bfloat16", weight_only_precision=precision, **sizes)  # type: ignore[arg-type]
+    return directory
+
+
+def measure(
+    name: str, weights: str, directory: Path, rules: Mapping[int, Mapping[str, Damaging]], args: argparse.Namespace
+) -> list[Row]:
+    """All policies at all batch sizes on one engine."""
+    shape, rows = SHAPES[name], []
+    tokens = shape_tokens(shape, PROMPT + STEPS)
+    windows = Windows(tokens, 1, np.zeros(len(tokens), np.int64), [name])
+    with (
+        Evaluator(directory, num_threads=args.num_threads) as evaluator,
+        evaluator.with_session(partial(OpenVinoSession, profile=True)),
+    ):
+        for batch, found in rules.items():
+            policies = {
+                policy: on_shape(shape, evaluator.config, each.rule, batch, args.work_dir)
+                for policy, each in found.items()
+                if policy != FULL
+            }
+            tables = evaluator.tables(policies)
+            timings = time_policies(
+                evaluator, windows, tables, list(policies), batches=(batch,), rounds=args.rounds, decode_steps=STEPS,
+                phases=("decode",), prompt_tokens=PROMPT,
+            )  # fmt: skip
+            experts = {timing.policy: profile(evaluator, tokens[:batch], tables, timing.policy) for timing in timings}
+            for timing in timings:
+                assert timing.reads is not None and timings[0].reads is not None
+                mine, others = experts[timing.policy]
+                ratio, damage = timing.ratio, found[timing.policy]
+                rows.append(
+                    Row(
+                        shape=name, weights=weights, batch=batch, policy=timing.policy,
+                        rule=rule_json(policies.get(timing.policy, damage.rule)),
+                        avg_k=timing.avg_k, reads=timing.reads, reads_share=timing.reads / timings[0].reads,
+                        milliseconds=1e3 * timing.seconds / STEPS, tokens_per_second=timing.tokens_per_second,
+                        time_share=ratio.value, time_share_low=ratio.low, time_share_high=ratio.high,
+                        experts_milliseconds=1e3 * mine, other_milliseconds=1e3 * others,
+                        experts_time_share=mine / experts[FULL][0],
+                        damage_of=shape.model, kl=damage.kl, reads_share_there=damage.reads_share,
+                    )
+                )  # fmt: skip
+            print_table(rows[-len(timings) :])
+    return rows
+
+
+def profile(evaluator: Evaluator, tokens: Any, tables: PolicyTables, policy: str) -> tuple[float, float]:
+    """Mean seconds of a step in AdaptiveKMoe and in all other operators."""
+    row = tables.decode_row[tables.index(policy)]
+    session, batch = evaluator.session, len(tokens)
+    assert isinstance(session, OpenVinoSession)
+    before = session.profile()
+    for step in range(PROFILE_ROUNDS * STEPS):
+        past = PROMPT + step % STEPS
+        part = tokens[:, past : past + 1]
+        evaluator.step(part, np.full(part.shape, row, np.int32), np.arange(batch), past=past)
+    taken = {kind: (total - before[kind]) / (PROFILE_ROUNDS * STEPS) for kind, total in session.profile().items()}
+    experts = taken.pop("AdaptiveKMoe")
+    return experts, sum(taken.values())
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """As Markdown."""
+    print(
+        "| shape, weights | batch | policy | KL, of the bundled model | k | reads | of full's | ms a step | tokens/s "
+        "| time, of full's | ms in experts, elsewhere | experts' time, of full's |"
+    )
+    print("|" + " --- |" * 12)
+    for row in rows:
+        bounds = f"{row.time_share_low:.2f} to {row.time_share_high:.2f}"
+        print(
+            f"| {row.shape}, {row.weights} | {row.batch} | {described(row)} | {row.kl:.4f}, {row.damage_of} "
+            f"(reads {row.reads_share_there:.0%}) | {row.avg_k:.2f} | {row.reads:.1f} | {row.reads_share:.0%} "
+            f"| {row.milliseconds:.1f} | {row.tokens_per_second:.0f} | {row.time_share:.2f} ({bounds}) "
+            f"| {row.experts_milliseconds:.1f}, {row.other_milliseconds:.1f} | {row.experts_time_share:.2f} |",
+            flush=True,
+        )
+
+
+def described(row: Row) -> str:
+    """The policy, with its number."""
+    numbers = ", ".join(f"{name} {row.rule[name]:.3g}" for name in ("ratio", "p", "price") if name in row.rule)
+    if row.policy == "static" and "layers" in row.rule:
+        numbers = "k " + ", ".join(str(each["k"][0]) for each in row.rule["layers"].values())
+    return row.policy + f" ({numbers})" * bool(numbers)
+
+
+if __name__ == "__main__":
+    main()
