@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,9 +15,12 @@ from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_format.openvino import ENGINE_XML
 from adaptive_k_moe.engine_config import EngineConfig, read_engine_config
-from adaptive_k_moe.errors import EngineError
+from adaptive_k_moe.errors import EngineError, ServerError
 from adaptive_k_moe.model_config import Dtype, KvCacheDtype, QuantAlgo
+from adaptive_k_moe.model_repository.repository import write_model_repository
+from adaptive_k_moe.model_repository.server import TritonServer
 from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
+from adaptive_k_moe.runtime.session import create_session
 from adaptive_k_moe.runtime.session.openvino import OpenVinoSession, precision_options
 
 from checkpoints import make_mixtral
@@ -199,3 +203,18 @@ def test_a_cache_that_attention_cannot_read_is_refused(engines: Engines, capsys:
     with pytest.raises(SystemExit):
         main([*arguments, "--kv_cache_dtype", "fp8"])
     assert "invalid choice: 'fp8'" in capsys.readouterr().err
+
+
+def test_a_server_passes_the_caches_dtype_on(engines: Engines, tmp_path: Path) -> None:
+    write_model_repository(tmp_path, engines.get("float32"), kv_cache_dtype="int8")
+    text = (tmp_path / "ensemble" / "config.pbtxt").read_text()
+    assert re.search(r'key: "kv_cache_dtype"\s+value\s*:?\s*\{\s*string_value: "int8"', text), text
+    with pytest.raises(ServerError, match="kv_cache_dtype is 'fp8': it must be one of auto"):
+        TritonServer(engines.get("float32"), kv_cache_dtype="fp8")  # type: ignore[arg-type]
+
+
+def test_a_gpus_cache_is_its_engines_own(tmp_path: Path, engines: Engines) -> None:
+    config = config_of(engines.get("float32"))
+    build_config = config.build_config.model_copy(update={"target": "tensorrt"})
+    with pytest.raises(EngineError, match="kv_cache_dtype int8 is for the openvino target"):
+        create_session(tmp_path, config.model_copy(update={"build_config": build_config}), kv_cache_dtype="int8")
