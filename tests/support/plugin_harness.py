@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cuda_build import alone
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = REPOSITORY / "tests" / "tensorrt_plugin"
 PLUGIN = REPOSITORY / "plugin"
@@ -104,8 +106,10 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared
     result = BUILD / f"{name}-{digest.hexdigest()[:16]}"
     if shared:
         result = result.with_suffix(".so")
-    if not result.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with alone(BUILD / f"{name}.lock"):
+        if result.exists():
+            return result
         partial = result.with_name(f"{result.name}.{os.getpid()}")
         command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden"]
         command += ["-shared", "-fPIC"] if shared else []
