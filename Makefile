@@ -66,7 +66,7 @@ $(BIN)/pip:
 
 $(VENV)/engine.stamp: pyproject.toml CMakeLists.txt $(CPP) | $(BIN)/pip
 	$(PIP) install --no-deps $(TRITON)
-	$(PIP) install "scikit-build-core>=0.11" "nanobind>=2.4" "openvino==2026.4.1" "ninja>=1.11"
+	$(PIP) install --no-warn-conflicts "scikit-build-core>=0.11" "nanobind>=2.4" "openvino==2026.4.1" "ninja>=1.11"
 	$(PIP) install --no-build-isolation --no-warn-conflicts --editable ".[engine]"
 	touch $@
 
