@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_build import alone, build
+from cuda_build import alone, build_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,8 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def stand_in() -> Path:
     """A library with the driver's functions and the kernels', which run in the interpreter."""
-    simt = ROOT / "build" / "simt"
-    build(ROOT / "plugin" / "testing" / "simt", simt, "-DCMAKE_BUILD_TYPE=Release")
+    simt = build_interpreter().parent
     library, source = simt / "libstand_in.so", Path(__file__).with_name("stand_in.cpp")
     with alone(simt / "lock"):
         if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:

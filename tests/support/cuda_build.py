@@ -33,6 +33,13 @@ def build(source: Path, directory: Path, *options: str) -> None:
                 pytest.fail(f"{' '.join(command)} failed:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
 
 
+def build_interpreter() -> Path:
+    """The library of the CUDA kernels and the interpreter that runs them."""
+    directory = ROOT / "build" / "simt"
+    build(ROOT / "plugin" / "testing" / "simt", directory, "-DCMAKE_BUILD_TYPE=Release")
+    return directory / "libadaptive_k_simt.so"
+
+
 @contextlib.contextmanager
 def alone(path: Path) -> Iterator[None]:
     """Lets one caller at a time in, of all threads and processes that name this file."""

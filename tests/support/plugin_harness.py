@@ -97,10 +97,12 @@ if isinstance(REAL_HEADERS, Headers):
     HEADERS["real"] = REAL_HEADERS
 
 
-def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared: bool = True) -> Path:
-    """Compile once per content: the sources, all of the plugin's headers, and the flags."""
+def compiled(
+    name: str, sources: Sequence[Path], flags: Sequence[str], link: Sequence[str] = (), *, shared: bool = True
+) -> Path:
+    """Compile once per content: the sources, all of the plugin's headers, and the options."""
     compiler = os.environ.get("CXX", "g++")
-    digest = hashlib.sha256(repr((compiler, flags)).encode())
+    digest = hashlib.sha256(repr((compiler, flags, link)).encode())
     for path in sorted({*sources, *PLUGIN.rglob("*.h")}):
         digest.update(path.read_bytes())
     result = BUILD / f"{name}-{digest.hexdigest()[:16]}"
@@ -113,8 +115,7 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared
         partial = result.with_name(f"{result.name}.{os.getpid()}")
         command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden"]
         command += ["-shared", "-fPIC"] if shared else []
-        # nvcc's sources are C++ for the interpreter.
-        command += [*flags, "-x", "c++", *map(str, sources), "-o", str(partial), "-ldl", "-lpthread"]
+        command += [*flags, *map(str, sources), "-o", str(partial), *link, "-ldl", "-lpthread"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
         partial.replace(result)
@@ -124,10 +125,10 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared
     return result
 
 
-def build_plugin(name: str, headers: Headers, launcher: Sequence[Path], extra: Sequence[str] = ()) -> Path:
-    """The plugin's library with some launcher in place of the kernels."""
-    flags = ["-O0", *headers.flags(), f"-I{PLUGIN}", *extra]
-    return compiled(f"libadaptive_k_tensorrt_{name}_{headers.name}", [*PLUGIN_SOURCES, *launcher], flags)
+def build_plugin(name: str, headers: Headers, launcher: Sequence[Path], link: Sequence[str] = ()) -> Path:
+    """The plugin's library with a launcher: one to compile into it, or a library to link."""
+    flags = ["-O0", *headers.flags(), f"-I{PLUGIN}"]
+    return compiled(f"libadaptive_k_tensorrt_{name}_{headers.name}", [*PLUGIN_SOURCES, *launcher], flags, link)
 
 
 def build_harness(major: int) -> Path:
