@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # `make demo` and `make test` set up all they need, in .venv and build/ of this folder.
-# PYTHON=... picks an interpreter, of 3.11 to 3.13.
+# PYTHON=... picks an interpreter, of 3.11 to 3.13; WORKERS=... says how many processes share the tests.
 
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -18,7 +19,8 @@ demo: engine-env
 	$(BIN)/python examples/demo.py --model $(MODEL) --end_with_parent $(shell echo $$PPID)
 
 test: test-env
-	$(BIN)/python -m pytest
+	@# By file, so that what a file's tests share is made once. Servers start and wait while other tests compute.
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 lint: test-env build/lint.stamp
 	build/lint/bin/ruff check .
@@ -83,7 +85,7 @@ $(BIN)/pip:
 
 $(VENV)/engine.stamp: pyproject.toml CMakeLists.txt $(CPP) | $(BIN)/pip
 	$(PIP) install --no-deps $(TRITON)
-	$(PIP) install "scikit-build-core>=0.11" "nanobind>=2.4" "openvino==2026.4.1" "ninja>=1.11"
+	$(PIP) install --no-warn-conflicts "scikit-build-core>=0.11" "nanobind>=2.4" "openvino==2026.4.1" "ninja>=1.11"
 	$(PIP) install --no-build-isolation --no-warn-conflicts --editable ".[engine]"
 	touch $@
 

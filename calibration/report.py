@@ -42,6 +42,20 @@ LABELS = {kind: label for kind, (_, label) in _looks().items()}
 TEXT_WINDOWS = 4
 
 
+def check_matplotlib() -> None:
+    """Refuse now what `write_report` would refuse.
+
+    Raises:
+        DependencyError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise DependencyError(
+            "the report needs matplotlib: install it with pip install 'adaptive-k-moe[calibration]'."
+        ) from None
+
+
 def write_report(directory: Path, result: Calibration, evaluator: Evaluator) -> None:
     """Write ``index.html``, the figures and ``results.json``.
 
@@ -53,12 +67,9 @@ def write_report(directory: Path, result: Calibration, evaluator: Evaluator) -> 
     Raises:
         DependencyError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-    except ModuleNotFoundError:
-        raise DependencyError(
-            "the report needs matplotlib: install it with pip install 'adaptive-k-moe[calibration]'."
-        ) from None
+    check_matplotlib()
+    import matplotlib
+
     directory.mkdir(parents=True, exist_ok=True)
     figures: list[tuple[str, str, Callable[[Any], None]]] = [
         (

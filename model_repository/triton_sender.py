@@ -23,11 +23,14 @@ class TritonSender:
         self._sender = request.get_response_sender()
         self._decoupled = decoupled
         self._only = pb_utils.InferenceResponse([])
+        self._tensors: list[Any] = []
 
     def send(self, outputs: Outputs) -> None:
         """Send one response."""
-        tensors = [pb_utils.Tensor(name, value) for name, value in outputs.items()]
-        response = pb_utils.InferenceResponse(tensors)
+        # Triton drops those that the client did not ask for while it does not hold the interpreter's lock. Freed there,
+        # they end the process with Python 3.12 and newer: the last reference has to be ours.
+        self._tensors = [pb_utils.Tensor(name, value) for name, value in outputs.items()]
+        response = pb_utils.InferenceResponse(self._tensors)
         if self._decoupled:
             self._sender.send(response)
         else:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 # Peers and engines share two cores; more threads than cores make everything slower.
+if "PYTEST_XDIST_WORKER" in os.environ:  # which shares them with another
+    os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -119,6 +119,10 @@ def run(args: argparse.Namespace) -> int:
         return _run_decode(args)
     work_dir = args.work_dir or args.output.with_name(args.output.name + ".work")
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
+    if args.report:
+        from adaptive_k_moe.calibration.report import check_matplotlib, write_report
+
+        check_matplotlib()
     known = _known_policies(args.output)
     with progress_bar("opening") as report:
         engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report)
@@ -143,8 +147,6 @@ def run(args: argparse.Namespace) -> int:
             )
             write_text(args.output, policy_text(_policy_file(known, result, evaluator, args)))
             if args.report:
-                from adaptive_k_moe.calibration.report import write_report
-
                 report("drawing the report", 0, None)
                 write_report(args.report, result, evaluator)
     print(table(result))

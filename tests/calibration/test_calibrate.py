@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,3 +177,13 @@ def test_refusals_are_one_line(
     error = capsys.readouterr().err
     assert error.startswith("adaptive-k: error: ") and sentence in error and error.count("\n") == 1
     assert not (tmp_path / "p.json").exists()
+
+
+def test_a_report_without_matplotlib_is_refused_before_anything_is_measured(
+    checkpoint_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    base = f"calibrate --engine_dir {tmp_path / 'engine'} --text {checkpoint_dir / 'heldout.txt'} --target_avg_k 1.5"
+    assert main([*base.split(), "--output", str(tmp_path / "p.json"), "--report", str(tmp_path / "report")]) == 1
+    assert capsys.readouterr().err.startswith("adaptive-k: error: the report needs matplotlib: install it with pip")
+    assert list(tmp_path.iterdir()) == []

@@ -124,13 +124,19 @@ def short(parts: tuple[Windows, Windows]) -> list[Windows]:
 
 
 @pytest.fixture(scope="module")
-def result(evaluator: Evaluator, short: list[Windows], tmp_path_factory: pytest.TempPathFactory) -> DecodeCalibration:
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shared by calibrations on the same text: each candidate is measured once."""
+    return tmp_path_factory.mktemp("decode")
+
+
+@pytest.fixture(scope="module")
+def result(evaluator: Evaluator, short: list[Windows], work_dir: Path) -> DecodeCalibration:
     return calibrate_decode(
         evaluator,
         *short,
         Budget(reads=0.75),
         batch=8,
-        work_dir=tmp_path_factory.mktemp("decode"),
+        work_dir=work_dir,
         name="few",
         known={"mine": RatioPolicy(kind="ratio", ratio=0.4)},
         rounds=1,
@@ -155,10 +161,10 @@ def test_calibration_meets_its_target_and_beats_its_opponents(result: DecodeCali
 
 
 def test_prices_by_layer_are_no_worse_than_one_price(
-    evaluator: Evaluator, short: list[Windows], result: DecodeCalibration, tmp_path: Path
+    evaluator: Evaluator, short: list[Windows], result: DecodeCalibration, work_dir: Path
 ) -> None:
     options = {"name": "few", "rounds": 0, "max_steps": STEPS, "timing_rounds": 0}
-    one = calibrate_decode(evaluator, *short, Budget(reads=0.75), batch=8, work_dir=tmp_path, **options)
+    one = calibrate_decode(evaluator, *short, Budget(reads=0.75), batch=8, work_dir=work_dir, **options)
     assert one.policies["few"].decode.layers == {}
     assert result.fit["few"].mean_kl <= one.fit["few"].mean_kl
     assert all(each.timing is None for each in one.reported)

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import pytest
-from cuda_build import ROOT, build
+from cuda_build import build_interpreter
 from cuda_launcher import Interpreter
 
 
 @pytest.fixture(scope="session")
 def interpreter() -> Interpreter:
     """The kernels in the interpreter."""
-    build(ROOT / "plugin" / "testing" / "simt", ROOT / "build" / "simt", "-DCMAKE_BUILD_TYPE=Release")
-    return Interpreter(str(ROOT / "build" / "simt" / "libadaptive_k_simt.so"))
+    return Interpreter(str(build_interpreter()))

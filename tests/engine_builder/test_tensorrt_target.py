@@ -440,18 +440,18 @@ def test_the_plugin_is_loaded_once_and_its_absence_is_said(tmp_path: Path, monke
 
 
 def test_a_dry_run_prints_bindings_memory_and_what_was_proved(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(target, "CAPABILITIES", ("SM89",))
-    found = ["build", "--checkpoint_dir", str(MIXTRAL_SMALL), "--target", "tensorrt", "--dry_run"]
-    assert main(found) == 0
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape("GQA", COMPILED))
+    assert main(["build", "--checkpoint_dir", str(checkpoint), "--target", "tensorrt", "--dry_run"]) == 0
     text = capsys.readouterr().out
     for expected in (
         "past_key_values.0.value",
-        "and such a cache for each of 6 layers",
-        "[batch,2,1024,32]",
+        "and such a cache for each of 2 layers",
+        "[batch,2,256,16]",
         "[1,1] [16,1] [16,1]",
-        "cache 1.6 MB a sequence, 25.2 MB for 16",
+        "cache 0.1 MB a sequence, 1.0 MB for 16",
         "not checked: the plugin in the engine, numbers on a GPU, speed",
     ):
         assert expected in text

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cuda_build import build
+from cuda_build import alone, build_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="session")
 def stand_in() -> Path:
     """A library with the driver's functions and the kernels', which run in the interpreter."""
-    simt = ROOT / "build" / "simt"
-    build(ROOT / "plugin" / "testing" / "simt", simt, "-DCMAKE_BUILD_TYPE=Release")
+    simt = build_interpreter().parent
     library, source = simt / "libstand_in.so", Path(__file__).with_name("stand_in.cpp")
-    if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
-        folders = [f"-I{ROOT / folder}" for folder in ("plugin", "plugin/testing")]
-        command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DADAPTIVE_K_SIMT", *folders, str(source)]
-        command += ["-o", str(library), f"-L{simt}", "-ladaptive_k_simt", "-Wl,-rpath,$ORIGIN", "-ldl"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    with alone(simt / "lock"):
+        if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
+            folders = [f"-I{ROOT / folder}" for folder in ("plugin", "plugin/testing")]
+            command = ["c++", "-std=c++17", "-O1", "-shared", "-fPIC", "-DADAPTIVE_K_SIMT", *folders, str(source)]
+            command += ["-o", str(library), f"-L{simt}", "-ladaptive_k_simt", "-Wl,-rpath,$ORIGIN", "-ldl"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
     return library

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cuda_build import alone
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 HERE = REPOSITORY / "tests" / "tensorrt_plugin"
 PLUGIN = REPOSITORY / "plugin"
@@ -95,22 +97,25 @@ if isinstance(REAL_HEADERS, Headers):
     HEADERS["real"] = REAL_HEADERS
 
 
-def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared: bool = True) -> Path:
-    """Compile once per content: the sources, all of the plugin's headers, and the flags."""
+def compiled(
+    name: str, sources: Sequence[Path], flags: Sequence[str], link: Sequence[str] = (), *, shared: bool = True
+) -> Path:
+    """Compile once per content: the sources, all of the plugin's headers, and the options."""
     compiler = os.environ.get("CXX", "g++")
-    digest = hashlib.sha256(repr((compiler, flags)).encode())
+    digest = hashlib.sha256(repr((compiler, flags, link)).encode())
     for path in sorted({*sources, *PLUGIN.rglob("*.h")}):
         digest.update(path.read_bytes())
     result = BUILD / f"{name}-{digest.hexdigest()[:16]}"
     if shared:
         result = result.with_suffix(".so")
-    if not result.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with alone(BUILD / f"{name}.lock"):
+        if result.exists():
+            return result
         partial = result.with_name(f"{result.name}.{os.getpid()}")
         command = [compiler, "-std=c++17", "-Wall", "-Wextra", "-fvisibility=hidden"]
         command += ["-shared", "-fPIC"] if shared else []
-        # nvcc's sources are C++ for the interpreter.
-        command += [*flags, "-x", "c++", *map(str, sources), "-o", str(partial), "-ldl", "-lpthread"]
+        command += [*flags, *map(str, sources), "-o", str(partial), *link, "-ldl", "-lpthread"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
         partial.replace(result)
@@ -120,10 +125,10 @@ def compiled(name: str, sources: Sequence[Path], flags: Sequence[str], *, shared
     return result
 
 
-def build_plugin(name: str, headers: Headers, launcher: Sequence[Path], extra: Sequence[str] = ()) -> Path:
-    """The plugin's library with some launcher in place of the kernels."""
-    flags = ["-O0", *headers.flags(), f"-I{PLUGIN}", *extra]
-    return compiled(f"libadaptive_k_tensorrt_{name}_{headers.name}", [*PLUGIN_SOURCES, *launcher], flags)
+def build_plugin(name: str, headers: Headers, launcher: Sequence[Path], link: Sequence[str] = ()) -> Path:
+    """The plugin's library with a launcher: one to compile into it, or a library to link."""
+    flags = ["-O0", *headers.flags(), f"-I{PLUGIN}"]
+    return compiled(f"libadaptive_k_tensorrt_{name}_{headers.name}", [*PLUGIN_SOURCES, *launcher], flags, link)
 
 
 def build_harness(major: int) -> Path:

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 
 import plugin_harness as h
 import pytest
+from cuda_build import build_interpreter
 
 
 @pytest.fixture(scope="session")
@@ -39,13 +39,11 @@ def recorder(library: h.PluginLibrary) -> h.Recorder:
 
 @pytest.fixture(scope="session")
 def computing_library() -> h.PluginLibrary:
-    """The plugin with the real launcher and kernels, run by the interpreter."""
-    simt = h.PLUGIN / "testing" / "simt"
-    listed = re.search(r"set\(kernels\s+(.*?)\)", (simt / "CMakeLists.txt").read_text(), re.DOTALL)
-    assert listed, "the interpreter's build names the kernels that it runs"
-    sources = [simt / "simt.cpp", *(h.PLUGIN / "cuda" / name for name in listed[1].split())]
+    """The plugin over the real launcher and kernels, in the interpreter's library."""
+    folder = build_interpreter().parent
+    link = [f"-L{folder}", "-ladaptive_k_simt", f"-Wl,-rpath,{folder}"]
     jobs = [
-        partial(h.build_plugin, "computing", h.own_headers(11), sources, ["-O1", "-Wno-unknown-pragmas"]),
+        partial(h.build_plugin, "computing", h.own_headers(11), [], link),
         partial(h.build_harness, 11),
     ]
     plugin, harness = h.build_all(jobs)
