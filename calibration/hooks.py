@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Router logits of a `transformers` model by forward hooks on its gates.
 
-`output_router_logits` is not offered by every family; a gate's input and weight are. The gates are named
-`model.layers.N.mlp.gate` (Mixtral, Qwen-MoE, OLMoE) or `backbone.layers.N.mixer.gate` (Nemotron 3), with
-`model.` or `block_sparse_moe` in other versions.
+`output_router_logits` is not offered by every family; a gate's input and weight are.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +15,6 @@ import numpy.typing as npt
 
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.errors import DependencyError
-
-GATE = re.compile(r"(?:^|\.)layers\.(\d+)\.\w+\.gate$")
 
 
 class HookedModel:
@@ -51,7 +46,9 @@ class HookedModel:
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise CalibrationError(f"transformers cannot open {checkpoint_dir}: {reason}") from None
-        self.gates = gates_of(self.model)
+        from adaptive_k_moe.torch.adapt import moe_blocks
+
+        self.gates = [block.gate for block in moe_blocks(self.model)]
         if not self.gates:
             raise CalibrationError(
                 f"{checkpoint_dir} has no router that is known here (a module layers.N.*.gate with one row an expert)."
@@ -88,16 +85,3 @@ class HookedModel:
             for handle in handles:
                 handle.remove()
         return np.stack(windows)
-
-
-def gates_of(model: Any) -> list[Any]:
-    """The routers' modules, in the order of the layers: those named as gates that have one weight row an expert."""
-    found = []
-    for name, module in model.named_modules():
-        match = GATE.search(name)
-        weight = getattr(module, "weight", None)
-        # A shared expert's gate is a single row, and a gated MLP's gate is no [E, hidden] router beside experts.
-        siblings = model.get_submodule(name.rpartition(".")[0])
-        if match and weight is not None and weight.dim() == 2 and hasattr(siblings, "experts"):
-            found.append((int(match.group(1)), module))
-    return [module for _, module in sorted(found, key=lambda item: item[0])]
