@@ -32,7 +32,7 @@ def engine_of(
     from adaptive_k_moe.engine_builder import build
 
     stamp = engine_dir.with_name(engine_dir.name + ".json")
-    identity = {"checkpoint": _fingerprint(checkpoint_dir), "dtype": dtype, "max_seq_len": max_seq_len}
+    identity = {"checkpoint": checkpoint_fingerprint(checkpoint_dir), "dtype": dtype, "max_seq_len": max_seq_len}
     try:
         same = json.loads(stamp.read_text(encoding="utf-8")) == identity and engine_dir.is_dir()
     except (OSError, ValueError):
@@ -45,7 +45,7 @@ def engine_of(
     return engine_dir
 
 
-def _fingerprint(checkpoint_dir: Path) -> str:
+def checkpoint_fingerprint(checkpoint_dir: Path) -> str:
     """Names, sizes and times of the checkpoint's files: hashing 90 GB to save a build would save nothing."""
     files = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)

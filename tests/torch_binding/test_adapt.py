@@ -227,13 +227,13 @@ def test_bfloat16_layers_are_those_of_the_same_weights_in_float32(checkpoint: Pa
             block.register_forward_hook(lambda _, given, out: seen.append((given[0], out)))
             for block in moe_blocks(model)
         ]
-        assert logits_of(model).dtype == torch.bfloat16
+        logits_of(model)
         for hook in hooks:
             hook.remove()
     for block, (hidden, output) in zip(moe_blocks(model.float()), seen, strict=True):
         assert output.dtype == torch.bfloat16
         with torch.no_grad():
-            assert_near(output.float(), block(hidden.float()), 3e-2)
+            assert_near(output.float(), block(hidden.float()), 1e-2)
 
 
 def test_a_compiled_model_is_adapted(mixtral: Any) -> None:

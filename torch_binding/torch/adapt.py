@@ -26,7 +26,7 @@ from adaptive_k_moe.engine_builder.models.decoder import expert_shapes
 from adaptive_k_moe.errors import BuildError
 from adaptive_k_moe.model_config import PretrainedConfig
 from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS
-from adaptive_k_moe.policy import PolicySet, compile_policies, parse_policy_set, read_policy_file
+from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies, parse_policy_set, read_policy_file
 
 _GATE = re.compile(r"(?:^|\.)layers\.(\d+)\.\w+\.gate$")
 
@@ -88,21 +88,14 @@ class Adapted:
                 f"{self.config.num_moe_layers}: it is not as transformers 5 builds it."
             )
         weights = [_weights_of(block, self.config, layer) for layer, block in enumerate(blocks)]
-        fitted = self.config.fit_policies(policies)
-        self.policies = compile_policies(
-            fitted,
-            num_experts=self.config.num_experts,
-            num_experts_per_tok=self.config.num_experts_per_tok,
-            num_moe_layers=self.config.num_moe_layers,
+        self.set_policies(
+            compile_policies(
+                self.config.fit_policies(policies),
+                num_experts=self.config.num_experts,
+                num_experts_per_tok=self.config.num_experts_per_tok,
+                num_moe_layers=self.config.num_moe_layers,
+            )
         )
-        attributes = moe_attributes(
-            self.config.moe, max_k=max(self.config.largest_k(fitted).values()), weight_format="", expert_norms=True
-        )
-        # Told by its presence.
-        del attributes["has_expert_norms"]
-        self._attributes = attributes | {"norm_topk_prob": bool(attributes["norm_topk_prob"])}
-        self._by_phase = any(row != index for index, row in enumerate(self.policies.decode_row))
-        self._decode_row = _Everywhere(torch.tensor(self.policies.decode_row))
         self.policy_index = policy_index
         self.steps: deque[Step] = deque(maxlen=history)
         self._shape = (0, 0)
@@ -116,6 +109,24 @@ class Adapted:
         for layer, (block, names) in enumerate(zip(blocks, weights, strict=True)):
             self._undo.append(_replace(block.gate, _router(block.gate)))
             self._undo.append(_replace(block.experts, self._experts(layer, block.experts, names)))
+
+    def set_policies(self, tables: PolicyTables) -> None:
+        """Follow these tables from the next forward on, in the default policy's row."""
+        self.policies = tables
+        self._by_phase = any(row != index for index, row in enumerate(tables.decode_row))
+        self._decode_row = _Everywhere(tables.decode_row)
+        self._kind = _Everywhere(tables.policy_kind)
+        self._tables = [
+            tuple(map(_Everywhere, layer))
+            for layer in zip(tables.thresholds, tables.k_values, tables.expert_norms, strict=True)
+        ]
+        attributes = moe_attributes(
+            self.config.moe, max_k=int(tables.k_values.max()), weight_format="", expert_norms=True
+        )
+        # Told by its presence.
+        del attributes["has_expert_norms"]
+        self._attributes = attributes | {"norm_topk_prob": bool(attributes["norm_topk_prob"])}
+        self.policy_index = None
 
     def remove(self) -> None:
         """Put the model back as it was."""
@@ -151,7 +162,8 @@ class Adapted:
         index = self._policy_index
         if isinstance(index, int):
             index = torch.full((batch,), index, device=tokens.device)
-        if self._by_phase and length == 1 and _past(keywords) > 0:
+        # Rows by token say all.
+        if self._by_phase and index.dim() == 1 and length == 1 and _past(keywords) > 0:
             index = self._decode_row.on(index.device)[index.long()]
         if index.dim() == 1:
             index = index[:, None].expand(batch, length)
@@ -163,23 +175,21 @@ class Adapted:
 
     def _experts(self, layer: int, experts: Any, names: tuple[str, str]) -> Callable[..., Any]:
         up, down = names
-        tables = self.policies
-        kind, norms = _Everywhere(tables.policy_kind), _Everywhere(tables.expert_norms[layer])
-        thresholds, k_values = _Everywhere(tables.thresholds[layer]), _Everywhere(tables.k_values[layer])
 
         def forward(hidden_states: Any, correction_bias: Any, router_logits: Any) -> Any:
             device = hidden_states.device
+            thresholds, k_values, norms = (table.on(device) for table in self._tables[layer])
             output, *seen = torch.ops.adaptive_k.moe(
                 hidden_states,
                 router_logits,
                 self._rows.to(device),
-                kind.on(device),
-                thresholds.on(device),
-                k_values.on(device),
+                self._kind.on(device),
+                thresholds,
+                k_values,
                 getattr(experts, up),
                 getattr(experts, down),
                 correction_bias,
-                expert_norms=norms.on(device),
+                expert_norms=norms,
                 **self._attributes,
             )
             self._layers.append(tuple(seen))
