@@ -86,8 +86,8 @@ def test_calibrate_on_a_device_writes_a_policy_that_meets_the_budget(
 ) -> None:
     text, output = tmp_path / "text.txt", tmp_path / "policy.json"
     text.write_text(some_text[:3200], encoding="utf-8")
-    command = f"calibrate --checkpoint_dir {checkpoint_dir} --device cpu --text {text} --window 64 --refine_passes 0 --bands 2"
-    assert main(f"{command} --policy_kind entropy --target_saving 25 --output {output}".split()) == 0
+    command = f"calibrate --checkpoint_dir {checkpoint_dir} --device cpu --text {text} --window 64 --bands 2"
+    assert main(f"{command} --refine_passes 0 --policy_kind entropy --target_saving 25 --output {output}".split()) == 0
     assert "balanced (entropy)" in capsys.readouterr().out
     assert read_policy_file(output).policies["balanced"].kind == "entropy"
     assert not (tmp_path / "policy.json.work" / "engine").exists()

@@ -41,7 +41,7 @@ class Interface:
         self._operator = operator
         self._sizes = _SIZES[operator.name]
         self.pointers = [tensor.name.lower() for tensor in (*operator.inputs, *operator.outputs)]
-        fields = [("tokens", ctypes.c_int64), *((name, ctypes.c_int32) for name in self._sizes)]
+        fields: list[tuple[str, Any]] = [("tokens", ctypes.c_int64), *((name, ctypes.c_int32) for name in self._sizes)]
         fields.append(("attributes", ctypes.c_double * len(operator.attributes)))
         self._layer: Any = type("Layer", (ctypes.Structure,), {"_fields_": fields})
         addresses = [(name, ctypes.c_void_p) for name in self.pointers]
