@@ -35,7 +35,7 @@ class BuildConfig(FileModel):
     """The sizes an engine is built for; the words are TensorRT-LLM's.
 
     Attributes:
-        target: what runs the engine.
+        target: what runs the engine; "torch" is a checkpoint that is measured without one, in no engine directory.
         max_batch_size: most sequences in one step.
         max_input_len: most tokens of a prompt; None is as many as `max_seq_len` leaves room for.
         max_seq_len: most tokens of a sequence, prompt and answer together.
@@ -44,7 +44,7 @@ class BuildConfig(FileModel):
             among them. None is an engine of an earlier release, whose operators take min(num_experts, 32).
     """
 
-    target: Target
+    target: Target | Literal["torch"]
     max_batch_size: int = Field(ge=1)
     max_input_len: int | None = Field(default=None, ge=1)
     max_seq_len: int = Field(ge=1)

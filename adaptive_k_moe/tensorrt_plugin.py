@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from pathlib import Path
 from typing import Any
 
 from adaptive_k_moe.errors import DependencyError
+from adaptive_k_moe.libraries import find_library
 
 PLUGIN_VARIABLE = "ADAPTIVE_K_TENSORRT_LIBRARY"
 PLUGIN_NAME = "libadaptive_k_tensorrt.so"
@@ -36,15 +35,4 @@ def plugin_library() -> Path:
     Raises:
         DependencyError: it is not there.
     """
-    # Found and not imported: the package's own libraries, for CPUs, are not needed beside a GPU.
-    spec = importlib.util.find_spec("adaptive_k_moe.plugin")
-    folders = [] if spec is None else [Path(folder) for folder in spec.submodule_search_locations or []]
-    named = os.environ.get(PLUGIN_VARIABLE)
-    candidates = [Path(named)] if named else [folder / PLUGIN_NAME for folder in folders]
-    for library in candidates:
-        if library.is_file():
-            return library
-    raise DependencyError(
-        f"the TensorRT plugin {candidates[0] if candidates else PLUGIN_NAME} is not there: build it "
-        f"(docs/tensorrt_plugin.md) and name it in {PLUGIN_VARIABLE}."
-    )
+    return find_library(PLUGIN_NAME, PLUGIN_VARIABLE, "TensorRT plugin", "build it (docs/tensorrt_plugin.md)")

@@ -35,7 +35,7 @@ def engine_of(
 
     stamp = engine_dir.with_name(engine_dir.name + ".json")
     identity = {
-        "checkpoint": _fingerprint(checkpoint_dir),
+        "checkpoint": checkpoint_fingerprint(checkpoint_dir),
         "dtype": dtype,
         "max_seq_len": max_seq_len,
         "max_batch_size": max_batch_size,
@@ -60,7 +60,7 @@ def engine_of(
     return engine_dir
 
 
-def _fingerprint(checkpoint_dir: Path) -> str:
+def checkpoint_fingerprint(checkpoint_dir: Path) -> str:
     """Names, sizes and times of the checkpoint's files: hashing 90 GB to save a build would save nothing."""
     files = sorted(
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)

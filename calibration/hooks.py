@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Router logits of a `transformers` model by forward hooks on its gates.
+"""A checkpoint opened by `transformers`, and its router logits by forward hooks on its gates.
 
-`output_router_logits` is not offered by every family; a gate's input and weight are. The gates are named
-`model.layers.N.mlp.gate` (Mixtral, Qwen-MoE, OLMoE) or `backbone.layers.N.mixer.gate` (Nemotron 3), with
-`model.` or `block_sparse_moe` in other versions.
+`output_router_logits` is not offered by every family; a gate's input and weight are.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,41 +14,58 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptive_k_moe.calibration.errors import CalibrationError
-from adaptive_k_moe.errors import DependencyError
-
-GATE = re.compile(r"(?:^|\.)layers\.(\d+)\.\w+\.gate$")
+from adaptive_k_moe.errors import DependencyError, DeviceError
 
 
-class HookedModel:
-    """A checkpoint opened by `transformers` in float32, whose routers are listened to.
+def open_model(checkpoint_dir: str | Path, device: str = "cpu") -> Any:
+    """A checkpoint as a model of `transformers`.
 
     Args:
         checkpoint_dir: Hugging Face checkpoint.
+        device: "cpu", where it computes in float32, or "cuda", where it does in the checkpoint's own type.
 
     Raises:
         DependencyError: torch or transformers is not installed.
-        CalibrationError: `transformers` cannot open it, or it has no router that is known here.
+        DeviceError: torch finds no GPU.
+        CalibrationError: `transformers` cannot open it.
+    """
+    try:
+        import torch
+        import transformers
+    except ModuleNotFoundError as error:
+        raise DependencyError(
+            f"opening a checkpoint needs the package {error.name!r}: "
+            "install it with pip install 'adaptive-k-moe[training]'."
+        ) from None
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("torch finds no GPU for --device cuda: install a torch with CUDA, or give --device cpu.")
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(checkpoint_dir), dtype=torch.float32 if device == "cpu" else "auto"
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CalibrationError(f"transformers cannot open {checkpoint_dir}: {reason}") from None
+    return model.eval().to(device)
+
+
+class HookedModel:
+    """A checkpoint whose routers are listened to.
+
+    Args:
+        checkpoint_dir: Hugging Face checkpoint.
+        device: as for `open_model`.
+
+    Raises:
+        CalibrationError: it has no router that is known here; and what `open_model` raises.
     """
 
-    def __init__(self, checkpoint_dir: str | Path) -> None:
-        try:
-            import torch
-            import transformers
-        except ModuleNotFoundError as error:
-            raise DependencyError(
-                f"hooks on a checkpoint need the package {error.name!r}: "
-                "install it with pip install 'adaptive-k-moe[training]'."
-            ) from None
-        self._torch: Any = torch
-        transformers.utils.logging.disable_progress_bar()
-        try:
-            self.model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                str(checkpoint_dir), dtype=torch.float32
-            ).eval()
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise CalibrationError(f"transformers cannot open {checkpoint_dir}: {reason}") from None
-        self.gates = gates_of(self.model)
+    def __init__(self, checkpoint_dir: str | Path, device: str = "cpu") -> None:
+        self.model: Any = open_model(checkpoint_dir, device)
+        from adaptive_k_moe.torch.adapt import moe_blocks
+
+        self.gates = [block.gate for block in moe_blocks(self.model)]
         if not self.gates:
             raise CalibrationError(
                 f"{checkpoint_dir} has no router that is known here (a module layers.N.*.gate with one row an expert)."
@@ -66,7 +80,8 @@ class HookedModel:
         self, tokens: npt.NDArray[np.int64], *, progress: Callable[[int], None] | None = None
     ) -> npt.NDArray[np.float32]:
         """Raw logits over all experts, [W, n, L, E], of W windows of n tokens, layer by layer."""
-        torch = self._torch
+        import torch
+
         caught: list[Any] = []
 
         def listen(module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], _output: Any) -> None:
@@ -80,24 +95,11 @@ class HookedModel:
             with torch.no_grad():
                 for row, window in enumerate(tokens):
                     caught.clear()
-                    self.model(input_ids=torch.from_numpy(window[None]), use_cache=False)
-                    windows.append(torch.stack(caught, dim=1).numpy())
+                    self.model(input_ids=torch.from_numpy(window[None]).to(self.model.device), use_cache=False)
+                    windows.append(torch.stack(caught, dim=1).cpu().numpy())
                     if progress is not None:
                         progress(row + 1)
         finally:
             for handle in handles:
                 handle.remove()
         return np.stack(windows)
-
-
-def gates_of(model: Any) -> list[Any]:
-    """The routers' modules, in the order of the layers: those named as gates that have one weight row an expert."""
-    found = []
-    for name, module in model.named_modules():
-        match = GATE.search(name)
-        weight = getattr(module, "weight", None)
-        # A shared expert's gate is a single row, and a gated MLP's gate is no [E, hidden] router beside experts.
-        siblings = model.get_submodule(name.rpartition(".")[0])
-        if match and weight is not None and weight.dim() == 2 and hasattr(siblings, "experts"):
-            found.append((int(match.group(1)), module))
-    return [module for _, module in sorted(found, key=lambda item: item[0])]

@@ -68,7 +68,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterat
     counts: Counter[str] = Counter()
     for report in terminalreporter.getreports("skipped"):
         reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-        reason = "a GPU" if "gpu" in report.keywords else reason.removeprefix("Skipped: ")
+        reason = "a GPU" if "gpu" in getattr(report, "keywords", ()) else reason.removeprefix("Skipped: ")
         counts[next((way for words, way in LEFT_OUT if re.search(words, reason)), reason)] += 1
     for way, count in sorted(counts.items()):
         terminalreporter.write_line(f"left out: {count} {'test' if count == 1 else 'tests'}, for want of {way}")

@@ -95,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--curve_points", type=int, default=4, help="budgets at which every kind is measured (default: 4)"
     )
     parser.add_argument("--timing_rounds", type=int, default=5, help="rounds of timing for the report (default: 5)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        help="read the text with transformers and our operator there, and build no engine; needs --checkpoint_dir",
+    )
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
 
 
@@ -125,9 +130,7 @@ def run(args: argparse.Namespace) -> int:
         check_matplotlib()
     known = _known_policies(args.output)
     with progress_bar("opening") as report:
-        engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report)
-        evaluator = _open(engine_dir, args.num_threads)
-        with evaluator:
+        with _open(args, work_dir, report) as evaluator:
             fit, heldout = _texts(args, evaluator)
             result = calibrate(
                 evaluator,
@@ -179,9 +182,7 @@ def _run_decode(args: argparse.Namespace) -> int:
     args.output.parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
     known = _known_policies(args.output)
     with progress_bar("opening") as report:
-        sequences = max(16, args.batch_size)
-        engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report, sequences)
-        with _open(engine_dir, args.num_threads) as evaluator:
+        with _open(args, work_dir, report, max_batch_size=max(16, args.batch_size)) as evaluator:
             if known.expert_norms is not None:
                 evaluator.expert_norms = known.expert_norms
             policies = {**_in_nats(evaluator.config.adaptive_k), **_in_nats(known)}
@@ -338,10 +339,19 @@ def policy_text(content: dict[str, Any]) -> str:
     return f'{{\n{rest}  "policies": {{\n{body}\n  }}{last}\n}}\n'
 
 
-def _open(engine_dir: Path, num_threads: int | None) -> Evaluator:
+def _open(args: argparse.Namespace, work_dir: Path, report: Any, *, max_batch_size: int = 16) -> Evaluator:
+    """The engine that is named or built, or the checkpoint itself on a device."""
+    from adaptive_k_moe.calibration.errors import CalibrationError
     from adaptive_k_moe.calibration.evaluator import Evaluator
 
-    return Evaluator(engine_dir, num_threads=num_threads)
+    if args.device is not None:
+        if args.checkpoint_dir is None:
+            raise CalibrationError("--device runs a checkpoint and no engine: give --checkpoint_dir.")
+        from adaptive_k_moe.calibration.torch_session import CheckpointEvaluator
+
+        return CheckpointEvaluator(args.checkpoint_dir, args.device)
+    engine_dir = args.engine_dir or _build(args.checkpoint_dir, work_dir / "engine", report, max_batch_size)
+    return Evaluator(engine_dir, num_threads=args.num_threads)
 
 
 def _build(checkpoint_dir: Path, engine_dir: Path, report: Any, max_batch_size: int = 16) -> Path:

@@ -10,11 +10,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from adaptive_k_moe.calibration.evaluation import PolicyEvaluation
+    from adaptive_k_moe.calibration.evaluator import Evaluator
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
-    parser.add_argument("--engine_dir", type=Path, required=True, help="directory written by `adaptive-k build`")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--engine_dir", type=Path, help="directory written by `adaptive-k build`")
+    model.add_argument("--checkpoint_dir", type=Path, help="Hugging Face checkpoint, run by transformers on --device")
+    parser.add_argument("--policy", type=Path, metavar="FILE", help="policy file, for --checkpoint_dir")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of --checkpoint_dir (default: cpu)")
     parser.add_argument("--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text")
     parser.add_argument("--adaptive_k_policy", nargs="+", metavar="NAME", help="policies (default: all of the engine)")
     parser.add_argument("--window", type=int, help="tokens in a window (default: 256, or what the engine takes)")
@@ -42,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print the tables."""
     from adaptive_k_moe.calibration.decoding import decode_table, why_too_large
     from adaptive_k_moe.calibration.evaluation import evaluate
-    from adaptive_k_moe.calibration.evaluator import Evaluator
     from adaptive_k_moe.calibration.windows import make_windows, read_text
     from adaptive_k_moe.engine_builder.commands.console import progress_bar
     from adaptive_k_moe.files import write_json
@@ -51,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
     texts = {str(path): read_text(path) for path in args.text}
     with progress_bar("opening") as report:
-        with Evaluator(args.engine_dir, num_threads=args.num_threads) as evaluator:
+        with _open(args) as evaluator:
             build = evaluator.config.build_config
             window = args.window or min(256, build.max_seq_len, build.max_num_tokens)
             evaluator.check_window(window)
@@ -89,6 +93,22 @@ def run(args: argparse.Namespace) -> int:
         }
         write_json(args.output, {**content, "policies": [result.to_json() for result in results]})
     return 0
+
+
+def _open(args: argparse.Namespace) -> Evaluator:
+    """The engine, or the checkpoint on a device with the policies of the file."""
+    from adaptive_k_moe.calibration.errors import CalibrationError
+    from adaptive_k_moe.calibration.evaluator import Evaluator
+    from adaptive_k_moe.policy import read_policy_file
+
+    if args.engine_dir is not None:
+        if args.policy is not None or args.device != "cpu":
+            raise CalibrationError("--policy and --device go with --checkpoint_dir: an engine has its own.")
+        return Evaluator(args.engine_dir, num_threads=args.num_threads)
+    from adaptive_k_moe.calibration.torch_session import CheckpointEvaluator
+
+    policies = None if args.policy is None else read_policy_file(args.policy)
+    return CheckpointEvaluator(args.checkpoint_dir, args.device, policies=policies)
 
 
 def table(results: Sequence[PolicyEvaluation]) -> str:

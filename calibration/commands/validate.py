@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--k", type=int, nargs="+", help="of the rule, one more than thresholds")
     parser.add_argument("--unit", default="bits", help="of the thresholds: bits or nats (default: bits)")
     parser.add_argument("--window", type=int, default=64, help="tokens in a window (default: 64)")
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="that hooks run on: cpu, in float32, or cuda, in the checkpoint's type and without an engine beside it",
+    )
     parser.add_argument("--no_engine", action="store_true", help="measure by hooks alone")
     parser.add_argument("--num_threads", type=int, help="CPU threads of the engine (default: all)")
 
@@ -62,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     windows = {name: make_windows(tokenizer, {name: text}, args.window) for name, text in texts.items()}
     with progress_bar("opening") as report, tempfile.TemporaryDirectory() as temporary:
         report("opening the checkpoint", 0, None)
-        model = HookedModel(args.checkpoint_dir)
+        model = HookedModel(args.checkpoint_dir, args.device)
         full_k = top_k_of(model.model.config)
         rule = seed_rule(model.num_experts, full_k)
         if args.k is not None:
@@ -76,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
             for name, part in windows.items()
         }
         without = "--no_engine was given" if args.no_engine else None
+        if args.device != "cpu":
+            without = f"--device {args.device} computes in another type"
         difference: float | None = None
         if without is None:
             try:

@@ -15,11 +15,11 @@ import transformers
 from adaptive_k_moe.calibration.errors import CalibrationError
 from adaptive_k_moe.calibration.evaluator import Evaluator
 from adaptive_k_moe.calibration.families import OneNumberRules
-from adaptive_k_moe.calibration.hooks import gates_of
 from adaptive_k_moe.calibration.routers import DECIMALS, RouterRecording, collect_routers, relative_norms
 from adaptive_k_moe.calibration.windows import Windows, make_windows, read_text
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.model_config import QuantAlgo
+from adaptive_k_moe.torch.adapt import moe_blocks
 
 import oracle
 from checkpoints import BUNDLED_MODELS, MIXTRAL_SMALL
@@ -55,7 +55,7 @@ def assert_choices_and_norms(checkpoint: Path, model: Any, tmp_path: Path) -> No
         seen.append((experts, torch.stack([output.norm(dim=-1) for output in outputs], 1), arguments[2]))
 
     blocks = [module for module in model.modules() if hasattr(module, "experts") and hasattr(module, "gate")]
-    assert len(blocks) == len(gates_of(model))
+    assert len(blocks) == len(moe_blocks(model))
     for block in blocks:
         block.experts.register_forward_hook(listen)
     with Evaluator(tmp_path / "engine") as evaluator:

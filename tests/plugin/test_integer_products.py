@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from cases import policies, quantised, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_k_moe.plugin import moe
 
 import oracle
-from cases import policies, quantised, tokens
 
 Array = npt.NDArray[Any]
 

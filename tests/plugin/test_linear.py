@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import pytest
+from cases import quantise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -17,7 +18,6 @@ from onnx import TensorProto, helper, numpy_helper
 from adaptive_k_moe.plugin import instruction_set, openvino_extension_path
 
 import oracle
-from cases import quantise
 
 Array = npt.NDArray[Any]
 
@@ -61,7 +61,9 @@ def states(count: int, k: int) -> Array:
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 40, 300])
-@pytest.mark.parametrize(("bits", "group", "n", "k"), [(8, None, 33, 144), (8, 64, 16, 192), (4, 32, 100, 96), (4, 128, 530, 256)])
+@pytest.mark.parametrize(
+    ("bits", "group", "n", "k"), [(8, None, 33, 144), (8, 64, 16, 192), (4, 32, 100, 96), (4, 128, 530, 256)]
+)
 def test_integers_times_activations_in_int8(count: int, bits: int, group: int | None, n: int, k: int) -> None:
     weight, scales, dense = made(n, k, bits, group)
     x = states(count, k)
@@ -116,7 +118,7 @@ def test_a_tokens_bits_do_not_depend_on_its_company(count: int, first: int, bits
 def test_what_cannot_be_is_refused_by_name(
     shape: tuple[int, ...], dtype: Any, scales: tuple[int, ...] | None, attributes: dict[str, str], sentence: str
 ) -> None:
-    features = 64 if shape[-1] in (32, 64, 128) and dtype is np.uint8 or shape[-1] == 32 else shape[-1]
+    features = 64 if (shape[-1] in (32, 64, 128) and dtype is np.uint8) or shape[-1] == 32 else shape[-1]
     given_scales = None if scales is None else np.ones(scales, np.float32)
     with pytest.raises(RuntimeError, match=sentence):
         compiled(np.zeros(shape, dtype), given_scales, features, **attributes)

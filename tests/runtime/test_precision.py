@@ -13,8 +13,8 @@ import pytest
 
 from adaptive_k_moe.cli import main
 from adaptive_k_moe.engine_builder import build
-from adaptive_k_moe.engine_format.openvino import ENGINE_XML
 from adaptive_k_moe.engine_config import EngineConfig, read_engine_config
+from adaptive_k_moe.engine_format.openvino import ENGINE_XML
 from adaptive_k_moe.errors import EngineError, ServerError
 from adaptive_k_moe.model_config import Dtype, KvCacheDtype, QuantAlgo
 from adaptive_k_moe.model_repository.repository import write_model_repository

@@ -12,12 +12,11 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from adaptive_k_moe.plugin.description import MAX_K, MOE, Operator
+from adaptive_k_moe.plugin.c_api import ELEMENTS, PATHS, MoeInterface
+from adaptive_k_moe.plugin.description import MAX_K, MOE
 
 Array = npt.NDArray[Any]
 
-ELEMENTS = {"float16": 0, "bfloat16": 1, "float32": 2}
-PATHS = {"auto": 0, "decode": 1, "prefill": 2}
 DTYPES = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -25,30 +24,7 @@ DTYPES = {
 }
 
 
-NUMBERS = ("hidden", "intermediate", "experts", "policies", "choices", "element", "group_size", "path")
-
-
-def attribute_numbers(operator: Operator, values: dict[str, Any]) -> list[float]:
-    """Values of the attributes as the C interface takes them: in the table's order, words as their numbers."""
-    return [
-        attribute.words.index(values[attribute.name]) if attribute.words else float(values[attribute.name])
-        for attribute in operator.attributes
-    ]
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        ("tokens", ctypes.c_int64),
-        *[(name, ctypes.c_int32) for name in NUMBERS],
-        ("attributes", ctypes.c_double * len(MOE.attributes)),
-    ]
-
-
 POINTERS = [tensor.name for tensor in (*MOE.inputs, *MOE.outputs)]
-
-
-class _Pointers(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
 
 
 @dataclass
@@ -73,14 +49,15 @@ class Layer:
     topk_group: int = 1
     max_k: int = 0
 
-    def c(self) -> _Layer:
-        weight_format = "" if self.weights == "element" else self.weights
-        values = {**MOE.defaults(), **vars(self), "weight_format": weight_format}
-        numbers = {name: values[name] for name in ("tokens", *NUMBERS)}
-        numbers |= {"element": ELEMENTS[self.element], "path": PATHS[self.path]}
-        layer = _Layer(**numbers)
-        layer.attributes[:] = attribute_numbers(MOE, values)
-        return layer
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As the C interface takes them."""
+        return {**vars(self), "element": ELEMENTS[self.element], "path": PATHS[self.path]}
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The operator's, all of them."""
+        return {**MOE.defaults(), **vars(self), "weight_format": "" if self.weights == "element" else self.weights}
 
     @property
     def capacity(self) -> int:
@@ -109,28 +86,25 @@ class Library:
 
     def __init__(self, path: str) -> None:
         self.lib = ctypes.CDLL(path)
-        self.lib.adaptive_k_cuda_check.restype = ctypes.c_char_p
-        self.lib.adaptive_k_cuda_workspace_size.restype = ctypes.c_size_t
-        self.lib.adaptive_k_cuda_workspace_offset.restype = ctypes.c_int64
-        self.lib.adaptive_k_cuda_launch.argtypes = [ctypes.c_void_p] * 4
+        self.moe = MoeInterface(self.lib)
+
+    def c(self, layer: Layer) -> Any:
+        return self.moe.layer(layer.sizes, layer.attributes)
 
     def check(self, layer: Layer) -> str | None:
-        wrong = self.lib.adaptive_k_cuda_check(ctypes.byref(layer.c()))
-        return None if wrong is None else wrong.decode()
+        return self.moe.check(self.c(layer))
 
     def workspace_size(self, layer: Layer) -> int:
-        return int(self.lib.adaptive_k_cuda_workspace_size(ctypes.byref(layer.c())))
+        return self.moe.workspace_size(self.c(layer))
 
     def path(self, layer: Layer) -> str:
-        number = self.lib.adaptive_k_cuda_path(ctypes.byref(layer.c()))
-        return next(name for name, value in PATHS.items() if value == number)
+        return self.moe.path(self.c(layer))
 
     def offset(self, layer: Layer, name: str) -> int:
-        return int(self.lib.adaptive_k_cuda_workspace_offset(ctypes.byref(layer.c()), name.encode()))
+        return self.moe.workspace_offset(self.c(layer), name)
 
     def launch(self, layer: Layer, pointers: dict[str, int | None], workspace: int, stream: int | None = None) -> int:
-        c_layer, c_pointers = layer.c(), _Pointers(**pointers)
-        return int(self.lib.adaptive_k_cuda_launch(ctypes.byref(c_layer), ctypes.byref(c_pointers), workspace, stream))
+        return self.moe.launch(self.c(layer), pointers, workspace, stream)
 
 
 def read_workspace(library: Library, layer: Layer, read: Callable[[int, int], bytes]) -> dict[str, Array]:

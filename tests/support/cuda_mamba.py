@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from cuda_launcher import DTYPES, ELEMENTS, Interpreter, Library, attribute_numbers
+from cuda_launcher import DTYPES, Interpreter, Library
 
+from adaptive_k_moe.plugin.c_api import ELEMENTS, Interface
 from adaptive_k_moe.plugin.description import MAMBA
 
 from mamba_oracle import Case, make_inputs, oracle
@@ -45,21 +45,6 @@ POINTERS = [*(tensor.name.lower() for tensor in MAMBA.inputs), *OUTPUTS]
 _IN_ELEMENT = ("conv_input", "dt", "conv_state")
 
 
-NUMBERS = ("sequences", "slots", "heads", "head_dim", "state_size", "taps", "element")
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        ("tokens", ctypes.c_int64),
-        *[(name, ctypes.c_int32) for name in NUMBERS],
-        ("attributes", ctypes.c_double * len(MAMBA.attributes)),
-    ]
-
-
-class _Pointers(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in POINTERS]
-
-
 @dataclass(frozen=True)
 class MambaLayer:
     """A layer's shape and attributes, named as the operator's."""
@@ -75,12 +60,6 @@ class MambaLayer:
     n_groups: int = 1
     dt_min: float = 0.0
     dt_max: float = float("inf")
-
-    def c(self) -> _Layer:
-        values = {**vars(self), "element": ELEMENTS[self.element]}
-        layer = _Layer(**{name: values[name] for name in ("tokens", *NUMBERS)})
-        layer.attributes[:] = attribute_numbers(MAMBA, values)
-        return layer
 
     @property
     def channels(self) -> int:
@@ -107,25 +86,21 @@ class MambaLibrary:
     """The C interface of a loaded library."""
 
     def __init__(self, library: Library) -> None:
-        self.lib = library.lib
-        self.lib.adaptive_k_cuda_mamba_check.restype = ctypes.c_char_p
-        self.lib.adaptive_k_cuda_mamba_workspace_size.restype = ctypes.c_size_t
-        self.lib.adaptive_k_cuda_mamba_launch.argtypes = [ctypes.c_void_p] * 4
+        self.mamba = Interface(library.lib, MAMBA)
+
+    def c(self, layer: MambaLayer) -> Any:
+        return self.mamba.layer({**vars(layer), "element": ELEMENTS[layer.element]}, vars(layer))
 
     def check(self, layer: MambaLayer) -> str | None:
-        wrong = self.lib.adaptive_k_cuda_mamba_check(ctypes.byref(layer.c()))
-        return None if wrong is None else wrong.decode()
+        return self.mamba.check(self.c(layer))
 
     def workspace_size(self, layer: MambaLayer) -> int:
-        return int(self.lib.adaptive_k_cuda_mamba_workspace_size(ctypes.byref(layer.c())))
+        return self.mamba.workspace_size(self.c(layer))
 
     def launch(
         self, layer: MambaLayer, pointers: dict[str, int | None], workspace: int | None, stream: int | None = None
     ) -> int:
-        c_layer, c_pointers = layer.c(), _Pointers(**pointers)
-        return int(
-            self.lib.adaptive_k_cuda_mamba_launch(ctypes.byref(c_layer), ctypes.byref(c_pointers), workspace, stream)
-        )
+        return self.mamba.launch(self.c(layer), pointers, workspace, stream)
 
 
 def typed(inputs: dict[str, Array], element: str) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -32,8 +32,10 @@ ADAPTIVE_K_CUDA_API int adaptive_k_cuda_launch(const AdaptiveKLayer* layer,
                                                void* stream);
 // For tests: 1 when a launch of this layer decodes, 2 when it prefills.
 ADAPTIVE_K_CUDA_API int adaptive_k_cuda_path(const AdaptiveKLayer* layer);
-// For tests: where in the workspace launch() leaves experts, weights, offsets, active, num_active,
-// row_token or token_rows; -1 for other names.
+// Where in the workspace launch() leaves experts and weights (of [T, largest_k()]; -1 and 0 after a
+// token's own), offsets ([E + 1]: the rows of expert e begin at offsets[e], so that their
+// difference is each expert's tokens) and, for tests, active, num_active, row_token or token_rows;
+// -1 for other names.
 ADAPTIVE_K_CUDA_API int64_t adaptive_k_cuda_workspace_offset(const AdaptiveKLayer* layer,
                                                              const char* name);
 }

@@ -60,6 +60,10 @@ const char* check(const MoeParams& params, const MoeShape& s) {
   if (largest_k(params, s.experts) > kMaxK) return "max_k must be at most 32 on CUDA devices";
   if (s.policies < 1) return "policy_kind needs at least one row";
   if (s.choices < 1) return "k_values needs at least one column";
+  if (s.tokens < 0) return "the number of tokens must not be negative";
+  if (s.tokens * largest_k(params, s.experts) >= int64_t{1} << 31)
+    return "tokens times max_k must stay below 2^31";
+  if (s.path == Path::kRoute) return nullptr;
   if (s.hidden < 1 || s.intermediate < 1) return "hidden and intermediate size must be positive";
   if (!is_one_of(static_cast<int32_t>(s.element), 2)) return "the element type is unknown";
   const WeightFormat format = params.weight_format;
@@ -82,9 +86,6 @@ const char* check(const MoeParams& params, const MoeShape& s) {
     return "group_size must divide the hidden and the intermediate size";
   if (s.path == Path::kPrefill && !can_prefill(params, s))
     return "the prefill path takes float16 and bfloat16 only";
-  if (s.tokens < 0) return "the number of tokens must not be negative";
-  if (s.tokens * largest_k(params, s.experts) >= int64_t{1} << 31)
-    return "tokens times max_k must stay below 2^31";
   // The decode kernels count the 16-byte pieces of activation rows in 32 bits.
   const int64_t numbers =
       std::max(s.tokens * s.hidden, s.tokens * largest_k(params, s.experts) * s.intermediate);
@@ -120,6 +121,7 @@ Workspace lay_out(const MoeParams& params, const MoeShape& s, Path path) {
   w.num_active = reserve(4);
   w.row_token = reserve(rows * 4);
   w.token_rows = reserve(rows * 4);
+  if (path == Path::kRoute) return w;
   w.h = reserve(rows * s.intermediate * element);
   if (path == Path::kDecode) {
     w.y = reserve(rows * s.hidden * 4);
@@ -138,6 +140,7 @@ Workspace lay_out(const MoeParams& params, const MoeShape& s, Path path) {
 size_t workspace_size(const MoeParams& params, const MoeShape& s) {
   // A call with fewer tokens may take the other path, so room for both: decode's for the most
   // tokens that may take it.
+  if (s.path == Path::kRoute) return lay_out(params, s, s.path).size;
   size_t size = 0;
   if (choose_path(params, s) == Path::kPrefill) size = lay_out(params, s, Path::kPrefill).size;
   if (s.path != Path::kPrefill) {
@@ -159,13 +162,17 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   const bool quantised = is_quantised(params.weight_format);
   for (int32_t i = 0; i < kNumInputs<Moe>; ++i) {
     const auto input = static_cast<MoeInput>(i);
+    const bool product = input == MoeInput::kHiddenStates || input == MoeInput::kUp ||
+                         input == MoeInput::kDown ||
+                         Moe::kInputs[i].presence == Presence::kIfQuantised;
+    if (product && s.path == Path::kRoute) continue;
     const bool needed = Moe::kInputs[i].presence == Presence::kAlways ||
                         (Moe::kInputs[i].presence == Presence::kIfQuantised && quantised);
     if (needed && a.inputs[input] == nullptr && (input != MoeInput::kThresholds || s.choices > 1))
       return cudaErrorInvalidValue;
   }
-  if (a.output == nullptr || a.k == nullptr || a.entropy == nullptr || workspace == nullptr)
-    return cudaErrorInvalidValue;
+  if (a.output == nullptr && s.path != Path::kRoute) return cudaErrorInvalidValue;
+  if (a.k == nullptr || a.entropy == nullptr || workspace == nullptr) return cudaErrorInvalidValue;
 
   const Path path = choose_path(params, s);
   const Workspace w = lay_out(params, s, path);
@@ -207,6 +214,7 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   p.row_token = integers(w.row_token);
   p.token_rows = integers(w.token_rows);
   ADAPTIVE_K_RETURN_IF(route_and_plan(r, p, stream));
+  if (path == Path::kRoute) return cudaSuccess;
 
   const int64_t max_rows = s.tokens * capacity;
   if (path == Path::kDecode || quantised) {

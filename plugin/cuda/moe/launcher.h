@@ -12,8 +12,10 @@
 namespace adaptive_k::cuda {
 
 // kDecode streams each chosen expert's weights once past a few tokens; kPrefill multiplies tiles of
-// tokens on the tensor cores. kAuto takes one by the number of tokens.
-enum class Path : int32_t { kAuto = 0, kDecode = 1, kPrefill = 2 };
+// tokens on the tensor cores. kAuto takes one by the number of tokens. kRoute stops when the
+// experts are chosen, which it leaves in the workspace; it reads no hidden states and no weights,
+// and their sizes count for nothing.
+enum class Path : int32_t { kAuto = 0, kDecode = 1, kPrefill = 2, kRoute = 3 };
 
 // Everything that is known before the data is. T, H, I, E, P and C of the operator's description.
 struct MoeShape {

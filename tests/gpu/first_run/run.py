@@ -100,14 +100,14 @@ def smoke(run: Run) -> None:
 
 
 def tests(run: Run) -> None:
-    """Stage 2: the kernels' tests, those that take much memory alone."""
+    """Stage 2: the kernels' tests, those that take much memory alone; through torch too, where it is."""
     if importlib.util.find_spec("pytest") is None:
         run.rows.add("tests", "pytest", NOT_RUN, error="pytest is not installed")
         return
     installed = {name: importlib.util.find_spec(name) is not None for name in ("xdist", "pytest_timeout")}
     common = [
         *("-m", "pytest", "-q", "-p", "pytest_rows", "-p", "no:cacheprovider", f"--rootdir={ROOT}"),
-        *(str(HERE.parent / f"test_gpu_{part}.py") for part in ("kernels", "mamba")),
+        *(str(HERE.parent / f"test_gpu_{part}.py") for part in ("kernels", "mamba", "torch")),
         # Its thread ends a process that hangs in the driver, where no signal is handled.
         *(("--timeout=60", "--timeout-method=thread") if installed["pytest_timeout"] else ()),
     ]
