@@ -221,7 +221,7 @@ class _ExpertWeights:
         names = MOE.input_names(*(name for name, there in given.items() if there))
 
         def constant(name: str) -> npt.NDArray[Any]:
-            return _constant(node, names.index(name))
+            return _constant(node, names.index(name), model.weight_format)
 
         self._up, self._down = constant("up"), constant("down")
         self.correction_bias = constant("correction_bias") if model.moe.correction_bias else None
@@ -253,14 +253,15 @@ class _ExpertWeights:
         )[0]
 
 
-def _constant(node: Any, index: int) -> npt.NDArray[Any]:
-    """A weight of the operator; bfloat16 experts are kept as bytes, and bfloat16 scales are before a conversion."""
+def _constant(node: Any, index: int, weight_format: str) -> npt.NDArray[Any]:
+    """A weight of the operator; experts that are no integers are kept as bytes, bfloat16 scales before a conversion."""
     source = node.input_value(index).get_node()
     if source.get_type_name() == "Convert":
         scales: npt.NDArray[np.float32] = source.input_value(0).get_node().get_data(dtype=np.float32)
         return scales
     data: npt.NDArray[Any] = source.data
-    return data.view(ml_dtypes.bfloat16) if data.dtype == np.uint8 else data
+    kind = ml_dtypes.bfloat16 if weight_format == "bfloat16" else np.float32
+    return data.view(kind) if data.dtype == np.uint8 else data  # an earlier release's float32 is as it is
 
 
 def _probe_name(layer: int, name: str) -> str:
