@@ -233,8 +233,8 @@ def moe(
 ) -> tuple[Array, Array, Array]:
     """The operator: output [T, H], k [T] and entropy [T], with the arguments of adaptive_k_moe.plugin.moe.
 
-    `activations_in` rounds a row of activations. With `margin` [T, H], they are rounded to bfloat16, and margin is set to what the output may be off by
-    because float32 sums leave it open which way an expert's hidden value is rounded.
+    `activations_in` rounds a row of activations. With `margin` [T, H], they are rounded to bfloat16, and margin is set
+    to what the output may be off by because float32 sums leave it open which way an expert's hidden value is rounded.
     """
     tokens = len(hidden_states)
     output = np.zeros(hidden_states.shape, np.float64)
