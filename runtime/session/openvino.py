@@ -148,11 +148,11 @@ class OpenVinoSession:
         kv_cache_dtype: KvCacheDtype,
         prepare: Callable[[Any], None] | None,
     ) -> None:
-        from adaptive_k_moe.plugin import openvino_extension_path
+        from adaptive_k_moe.plugin import instruction_set, openvino_extension_path
 
         core = self._ov.Core()
         options = {
-            **precision_options(self._config.pretrained_config, kv_cache_dtype, core),
+            **precision_options(self._config.pretrained_config, kv_cache_dtype, core, instruction_set()),
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": str(num_threads or 0),
         }
@@ -221,24 +221,28 @@ class OpenVinoSession:
             self._request.set_tensor(name, ov.Tensor(array, shared_memory=True))
 
 
-def precision_options(model: PretrainedConfig, kv_cache_dtype: KvCacheDtype, core: Any) -> dict[str, str]:
+def precision_options(
+    model: PretrainedConfig, kv_cache_dtype: KvCacheDtype, core: Any, instructions: str
+) -> dict[str, str]:
     """What OpenVINO is told about the precision of products, attention and KV cache.
 
     An engine of dtype float32 computes in float32 on every machine, and so does one whose integers are to meet exact
     activations (A16). Others take bfloat16 where the processor has it. Of A8, OpenVINO rounds activations to int8
-    where it computes in float32: products in bfloat16, with AMX, are faster in prefill and as fast in decode.
+    where it computes in float32: products in bfloat16 are faster in prefill and as fast in decode with AMX, and slower
+    without.
 
     Args:
         model: the engine's.
         kv_cache_dtype: as asked for.
         core: OpenVINO's, which knows the processor.
+        instructions: the instruction set that the extension's operators use.
 
     Raises:
         EngineError: attention has no cache of this dtype.
     """
     quantization = model.quantization
     rounds = quantization is not None and quantization.rounds_activations
-    half = model.dtype == "bfloat16" and (quantization is None or rounds)
+    half = model.dtype == "bfloat16" and (quantization is None or (rounds and instructions == "amx"))
     half = half and "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     computed: KvCacheDtype = "bfloat16" if half else "float32"
     if kv_cache_dtype not in ("auto", "int8", computed):

@@ -83,22 +83,25 @@ def distance(found: list[np.ndarray], exact: list[np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "quant_algo", "bfloat16", "computed", "group"),
+    ("dtype", "quant_algo", "instructions", "computed", "group"),
     [
-        ("float32", None, True, "f32", "0"),
-        ("bfloat16", None, True, "bf16", "0"),
-        ("bfloat16", None, False, "f32", "0"),
-        ("bfloat16", "W8A16", True, "f32", "0"),
-        ("bfloat16", "W8A8", True, "bf16", "32"),
-        ("bfloat16", "W4A8", False, "f32", "32"),
-        ("float32", "W8A8", True, "f32", "32"),
+        ("float32", None, "amx", "f32", "0"),
+        ("bfloat16", None, "amx", "bf16", "0"),
+        ("bfloat16", None, "avx512 bf16", "bf16", "0"),
+        ("bfloat16", None, "avx512", "f32", "0"),
+        ("bfloat16", "W8A16", "amx", "f32", "0"),
+        ("bfloat16", "W8A8", "amx", "bf16", "32"),
+        ("bfloat16", "W8A8", "avx512 bf16", "f32", "32"),
+        ("bfloat16", "W4A8", "avx512", "f32", "32"),
+        ("float32", "W8A8", "amx", "f32", "32"),
     ],
 )
 def test_an_engine_computes_in_what_it_was_built_for(
-    engines: Engines, dtype: Dtype, quant_algo: QuantAlgo | None, bfloat16: bool, computed: str, group: str
+    engines: Engines, dtype: Dtype, quant_algo: QuantAlgo | None, instructions: str, computed: str, group: str
 ) -> None:
     model = config_of(engines.get(dtype, quant_algo)).pretrained_config
-    options = precision_options(model, "auto", Processor("BF16") if bfloat16 else Processor())
+    processor = Processor() if instructions == "avx512" else Processor("BF16")
+    options = precision_options(model, "auto", processor, instructions.split()[0])
     assert options == {
         "INFERENCE_PRECISION_HINT": computed,
         "KV_CACHE_PRECISION": computed,
