@@ -38,7 +38,7 @@ def lower_for_openvino(directory: Path, model: PretrainedConfig, build_config: B
             f"does not cut off: build with --max_seq_len {model.sliding_window} or less."
         )
     source = directory / "model.onnx"
-    _use_operators(source)
+    _use_operators(source, model)
     try:
         core = ov.Core()
         core.add_extension(str(openvino_extension_path()))
@@ -78,11 +78,12 @@ def _transpose_in_routers(graph: Any) -> list[str]:
     return names
 
 
-def _use_operators(path: Path) -> None:
+def _use_operators(path: Path, model: PretrainedConfig) -> None:
     """Drop the function bodies, so that the extension's operators are taken, and make bfloat16 inputs what these take.
 
     Experts become bytes: OpenVINO's CPU plugin widens 16-bit constants that feed a custom operator, which would be
-    twice the bytes to read. Scales, of which there are few, become float32.
+    twice the bytes to read. Scales, of which there are few, become float32. Experts round their activations to int8
+    where the engine may.
     """
     proto = onnx.load(path, load_external_data=False)
     del proto.functions[:]
@@ -90,6 +91,8 @@ def _use_operators(path: Path) -> None:
     layers = [node for node in proto.graph.node if node.op_type == OP_TYPE]
     bfloat16 = {tensor.name: tensor for tensor in proto.graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
     for layer in layers:
+        if model.quantization is not None and model.quantization.rounds_activations:
+            layer.attribute.append(helper.make_attribute("activation_format", "int8"))
         for index, name in enumerate(layer.input):
             if name not in bfloat16:
                 continue
