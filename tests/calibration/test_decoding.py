@@ -243,7 +243,8 @@ def test_a_target_of_time_is_met_by_the_clock(
     found = calibrate_decode(evaluator, *short, budget, batch=8, work_dir=tmp_path, **options)
     times = {each.policy: each.timing.ratio.value for each in found.reported if each.timing is not None}
     assert found.step_time is not None and found.step_time.largest_error < 1e-6
-    assert times["few"] == pytest.approx(0.8, abs=0.03)  # of another text than the one that it was fitted on
+    # Of another text than the one that it was fitted on; a k_max of 1 may do the least damage and save more.
+    assert 0.65 < times["few"] < 0.83
     assert times["few_static_time"] == pytest.approx(times["few"], abs=0.06)  # in whole experts
     assert times["few_per_token_time"] == pytest.approx(times["few"], abs=0.03)
     assert [*found.policies] == [*times][1:]
