@@ -13,7 +13,14 @@ constexpr bool kVnni = false;
 namespace adaptive_k::cpu {
 const Kernels kAvx2Kernels = {"avx2", kLanes, kTileRows, kMaxBlockRows, sizeof(float),
                               false,  pack,   multiply,  activate,      combine};
-const Kernels kAvx2IntegerKernels = {"avx2",   1,      kIntegerTileRows, kMaxBlockRows,
-                                     1,        true,   pack_integers,    multiply_integers,
-                                     activate_integers, combine};
+const Kernels kAvx2IntegerKernels = {"avx2",
+                                     1,
+                                     kIntegerTileRows,
+                                     kMaxBlockRows,
+                                     1,
+                                     true,
+                                     pack_integers,
+                                     multiply_integers,
+                                     activate_integers,
+                                     combine};
 }  // namespace adaptive_k::cpu

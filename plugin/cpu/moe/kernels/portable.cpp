@@ -112,7 +112,14 @@ struct Integers {
 namespace adaptive_k::cpu {
 const Kernels kPortableKernels = {"portable", kLanes, kTileRows, kMaxBlockRows, sizeof(float),
                                   false,      pack,   multiply,  activate,      combine};
-const Kernels kPortableIntegerKernels = {"portable", 1,      kIntegerTileRows, kMaxBlockRows,
-                                         1,          true,   pack_integers,    multiply_integers,
-                                         activate_integers,   combine};
+const Kernels kPortableIntegerKernels = {"portable",
+                                         1,
+                                         kIntegerTileRows,
+                                         kMaxBlockRows,
+                                         1,
+                                         true,
+                                         pack_integers,
+                                         multiply_integers,
+                                         activate_integers,
+                                         combine};
 }  // namespace adaptive_k::cpu
