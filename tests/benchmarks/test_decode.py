@@ -44,7 +44,7 @@ def test_a_random_model_reads_what_the_trained_routers_choose(work_dir: Path, tm
         ]
     first = np.argsort(-logits[:batch], axis=-1)[..., :8]
     wanted = [[len(np.unique(first[:, at, layer])) for layer in range(2)] for at in steps]
-    np.testing.assert_allclose(found, wanted, atol=1)  # embeddings are bfloat16: a close eighth expert may change
+    np.testing.assert_allclose(found, wanted, atol=2)  # embeddings are bfloat16: close eighth experts may change
     np.testing.assert_allclose(np.mean(found), np.mean(wanted), rtol=0.005)
 
 

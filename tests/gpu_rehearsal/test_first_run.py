@@ -38,7 +38,9 @@ class Done:
 
 def environment(stand_in: Path, faults: str = "", **more: str) -> dict[str, str]:
     libraries = {"ADAPTIVE_K_LIBCUDA": str(stand_in), "ADAPTIVE_K_CUDA_LIBRARY": str(stand_in)}
-    return {**os.environ, "PYTHON": sys.executable, **libraries, "STAND_IN_FAULTS": faults, **more}
+    # The rehearsed run is nobody's worker, whatever this process is.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return {**own, "PYTHON": sys.executable, **libraries, "STAND_IN_FAULTS": faults, **more}
 
 
 def first_run(out: Path, env: dict[str, str], *options: str) -> Done:
@@ -85,7 +87,7 @@ def test_a_fault_costs_its_own_row(stand_in: Path, tmp_path: Path, sanitizer_pat
     """A lost context, a process that crashes and one that hangs, in each stage that has such launches."""
     faults = "int8 decode=dead,int4 decode=crash,int4 prefill=hang"
     env = environment(stand_in, faults, PATH=sanitizer_path)
-    done = first_run(tmp_path / "out", env, "--limit", "case=12", "--limit", "sanitizer=6")
+    done = first_run(tmp_path / "out", env, "--limit", "case=20", "--limit", "sanitizer=6")
     assert done.status == 1
 
     smoke = done.outcomes("smoke")
@@ -95,10 +97,11 @@ def test_a_fault_costs_its_own_row(stand_in: Path, tmp_path: Path, sanitizer_pat
     assert len(smoke) == 14
     assert "CUDA_ERROR_ILLEGAL_ADDRESS (700)" in done.error("smoke", "decode int8")
     assert done.error("smoke", "decode int4") == "ended by SIGSEGV"
-    assert done.error("smoke", "prefill int4") == "killed after its limit of 12 s"
+    assert done.error("smoke", "prefill int4") == "killed after its limit of 20 s"
 
     # The worker whose context was lost is replaced: the test after it, on the same worker, passes.
-    tests = {case.split("[")[-1]: outcome for case, outcome in done.outcomes("tests").items()}
+    kernels = {case: outcome for case, outcome in done.outcomes("tests").items() if "kernels" in case}
+    tests = {case.split("[")[-1]: outcome for case, outcome in kernels.items()}
     assert {case for case, outcome in tests.items() if outcome == "failed"} == {"int8-decode]"}
     assert tests["int8-prefill]"] == "passed"
 
@@ -155,12 +158,12 @@ def test_a_signal_ends_everything_and_the_table_is_printed(stand_in: Path, tmp_p
     env = environment(stand_in, "element decode=hang,int8 decode=hang,int4 decode=hang")
     command = [SCRIPT, out, "--small", "--stages", "smoke"]
     program = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not any("smoke.py" in " ".join(found_command(psutil.Process(pid))) for pid in left_behind(out)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     program.send_signal(signal.SIGTERM)
-    printed, _ = program.communicate(timeout=20)
+    printed, _ = program.communicate(timeout=120)
     assert program.returncode == 1
     assert "run: all stages: stopped before its end" in printed
     assert left_behind(out) == []

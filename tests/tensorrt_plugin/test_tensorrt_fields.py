@@ -24,6 +24,7 @@ ATTRIBUTES: dict[str, Any] = {
     "topk_group": 4,
     "max_k": 6,
     "weight_format": "bfloat16",
+    "activation_format": "",
     "has_expert_norms": 1,
 }
 
@@ -84,6 +85,7 @@ def test_absent_fields_have_the_operators_defaults(library: PluginLibrary) -> No
         "topk_group": struct.pack("i", 1),
         "max_k": struct.pack("i", 0),
         "weight_format": b"\0",
+        "activation_format": b"\0",
         "has_expert_norms": struct.pack("i", 0),
     }
     plugin.destroy()
