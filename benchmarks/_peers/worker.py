@@ -11,6 +11,7 @@ import ctypes
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -26,6 +27,10 @@ class Column(NamedTuple):
     batch: int
     prompt: int
     tokens: int
+
+
+_PREFILLS = 3
+"""Prompts of which a turn takes the median, after one more."""
 
 
 class Stack(Protocol):
@@ -76,7 +81,10 @@ def serve(load: Callable[[dict[str, Any]], tuple[Stack, dict[str, str]]]) -> Non
 
 def _measure(stack: Stack, column: Column) -> float:
     if column.kind == "prefill":
-        return stack.prefill(column.tokens)
+        # While the others had their turns, threads fell asleep and weights left the caches: one prompt, of a quarter of a
+        # second, would measure how a stack wakes up.
+        stack.prefill(column.tokens)
+        return statistics.median(stack.prefill(column.tokens) for _ in range(_PREFILLS))
     return stack.decode(column.batch, column.prompt, column.tokens)
 
 

@@ -203,10 +203,11 @@ def bfloat16(x: Array) -> Array:
 def in_int8(x: Array, group_size: int | None) -> Array:
     """A row rounded to int8 in blocks of neighbours, each with its scale, as float64.
 
-    Blocks are of 128, or of the weights' groups where those are shorter, or of 32 where 128 does not divide them.
+    Blocks are of 256 where the weights have a scale a row; else of 128, or of the weights' groups where those are
+    shorter, or of 32 where 128 does not divide them.
     """
     group = len(x) if group_size is None else group_size
-    block = 128 if group >= len(x) or group % 128 == 0 else group if group < 128 else 32
+    block = 256 if group >= len(x) else 128 if group % 128 == 0 else group if group < 128 else 32
     rounded = []
     for start in range(0, len(x), block):
         part = x[start : start + block].astype(np.float32)

@@ -52,7 +52,7 @@ void linear(const LinearArguments& args, float* output) {
       return;
     }
     char* to = room + first_row[t] * row_bytes;
-    kernels.pack(from, rows, matrix.K, matrix.group_size, to);
+    kernels.pack(from, rows, matrix.K, matrix.format, matrix.group_size, to);
     tiles[t] = {to, rows};
   });
 

@@ -79,7 +79,7 @@ class Layer {
         return;
       }
       char* to = room + tile.first_row * row_bytes;
-      kernels_.pack(rows, tile.rows, matrix.K, matrix.group_size, to);
+      kernels_.pack(rows, tile.rows, matrix.K, matrix.format, matrix.group_size, to);
       (*packed)[i] = {to, tile.rows};
     });
   }

@@ -146,7 +146,8 @@ void store_pairs(__m512i* v, int m, int pairs, uint32_t* to) {
   for (int p = 0; p < pairs; ++p) _mm512_mask_storeu_epi32(to + p * m, mask, v[p]);
 }
 
-void pack(const float* const* rows, int m, int64_t K, int64_t /*group_size*/, void* packed) {
+void pack(const float* const* rows, int m, int64_t K, WeightFormat /*format*/,
+          int64_t /*group_size*/, void* packed) {
   uint32_t* to = static_cast<uint32_t*>(packed);
   const auto load = [](const float* from, int64_t count) {
     const unsigned all = (1u << kTile) - 1;

@@ -253,9 +253,10 @@ void multiply(const Tile* tiles, int num_tiles, const Weights& weights, int64_t 
     multiply_rows<Int4Pair>(tiles, num_tiles, weights, K, cache_bytes, c);
 }
 
-void pack(const float* const* rows, int m, int64_t K, int64_t group_size, void* packed) {
+void pack(const float* const* rows, int m, int64_t K, WeightFormat format, int64_t group_size,
+          void* packed) {
   if (m <= kFewTokens) {
-    kAvx512VnniIntegerKernels.pack(rows, m, K, group_size, packed);
+    kAvx512VnniIntegerKernels.pack(rows, m, K, format, group_size, packed);
     return;
   }
   const ActivationBlocks blocks(K, group_size);

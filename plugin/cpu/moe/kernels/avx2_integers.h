@@ -24,12 +24,19 @@ struct Integers {
                                      : kVnni                    ? 128
                                                                 : 0;
 
-  static B load(const int8_t* p) {
-    const B values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    return kVnni ? _mm256_xor_si256(values, _mm256_set1_epi8(-128)) : values;
+  static void load_two(const int8_t* p, B* two) {
+    two[0] = load(p, kBytes);
+    two[1] = load(p + kBytes, kBytes);
+  }
+  static void load_two(const Int4Pair* p, B* two) {
+    const B fifteen = _mm256_set1_epi8(15);
+    const B pairs = _mm256_xor_si256(load_activations(reinterpret_cast<const int8_t*>(p)),
+                                     _mm256_set1_epi8(-120));  // both + 8
+    two[0] = _mm256_and_si256(pairs, fifteen);
+    two[1] = _mm256_and_si256(_mm256_srli_epi16(pairs, 4), fifteen);
   }
   // Two nibbles of a byte become two bytes of 16 bits, the low one first.
-  static B load(const Int4Pair* p) {
+  static B load(const Int4Pair* p, int /*count: groups are multiples of 32*/) {
     const __m256i pairs =
         _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     const __m256i apart = _mm256_or_si256(pairs, _mm256_slli_epi16(pairs, 4));
@@ -37,11 +44,9 @@ struct Integers {
   }
   // The other half of fewer weights meets activations of zero.
   static B load(const int8_t* p, int count) {
-    if (count == kBytes) return load(p);
-    const B values = _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const B values = load_activations(p, count);
     return kVnni ? _mm256_xor_si256(values, _mm256_set1_epi8(-128)) : values;
   }
-  static B load(const Int4Pair* p, int /*count: groups are multiples of 32*/) { return load(p); }
   static B load_activations(const int8_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }

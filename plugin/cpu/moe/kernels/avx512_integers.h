@@ -21,17 +21,19 @@ struct Integers {
                                      : kVnni                    ? 128
                                                                 : 0;
 
-  static B load(const int8_t* p) {
-    const B values = _mm512_loadu_si512(p);
-    return kVnni ? _mm512_xor_si512(values, _mm512_set1_epi8(-128)) : values;
+  static void load_two(const int8_t* p, B* two) {
+    two[0] = offset(_mm512_loadu_si512(p));
+    two[1] = offset(_mm512_loadu_si512(p + kBytes));
   }
-  static B load(const Int4Pair* p) {
-    return nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  static void load_two(const Int4Pair* p, B* two) {
+    const B fifteen = _mm512_set1_epi8(15);
+    const B pairs = _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(-120));  // both + 8
+    two[0] = _mm512_and_si512(pairs, fifteen);
+    two[1] = _mm512_and_si512(_mm512_srli_epi16(pairs, 4), fifteen);
   }
   // What follows fewer weights meets activations of zero.
   static B load(const int8_t* p, int count) {
-    const B values = _mm512_maskz_loadu_epi8(first_bytes(count), p);
-    return kVnni ? _mm512_xor_si512(values, _mm512_set1_epi8(-128)) : values;
+    return offset(_mm512_maskz_loadu_epi8(first_bytes(count), p));
   }
   static B load(const Int4Pair* p, int count) {
     return nibbles(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_bytes(count / 2)), p));
@@ -74,6 +76,9 @@ struct Integers {
   };
 
  private:
+  static B offset(B values) {
+    return kVnni ? _mm512_xor_si512(values, _mm512_set1_epi8(-128)) : values;
+  }
   static __m128i reduce(const I* rows) {
     const auto pairs = [](I a, I b) {
       return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));

@@ -372,7 +372,8 @@ void multiply(const Tile* tiles, int num_tiles, const Weights& weights, int64_t 
 
 // ---- around the products --------------------------------------------------------------------
 
-void pack(const float* const* rows, int m, int64_t K, int64_t /*group_size*/, void* packed) {
+void pack(const float* const* rows, int m, int64_t K, WeightFormat /*format*/,
+          int64_t /*group_size*/, void* packed) {
   const int64_t whole = K / kLanes;
   for (int i = 0; i < m; ++i) {
     float* to = static_cast<float*>(packed) + i * kLanes;

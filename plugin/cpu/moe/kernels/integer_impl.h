@@ -3,9 +3,10 @@
 // SIMD types `Simd` (impl.h) and `Integers` that the including file defines beforehand.
 //
 // Integers has: I (a vector of int32), B (a vector of bytes), kBytes (of a B), kOffset<W> (what
-// load() adds to a weight), load(const int8_t*) and load(const Int4Pair*) (kBytes weights, in the
-// order of the row), load(p, count) (the first `count`, a multiple of 16; what follows counts
-// nothing), load_activations(p, count) likewise, zero(), dot<W>(I, B weights, B activations), which
+// load() adds to a weight), load_two(p, B[2]) (2 kBytes weights: int8 in the order of the row, int4
+// the even ones and then the odd ones), load(p, count) (the first `count` of kBytes in the order of
+// the row, a multiple of 16; what follows counts nothing), load_activations(p, count) likewise and
+// load_activations(p), zero(), dot<W>(I, B weights, B activations), which
 // adds the products to some lanes, and Four, floats of four weight rows.
 #pragma once
 
@@ -29,7 +30,6 @@ void multiply_integers(const IntegerTile& tile, const ActivationBlocks& blocks,
                        const W* const* rows, const float* const* scales, int64_t group_size,
                        const W* const* next_rows, float* c, int64_t c_stride) {
   constexpr int kUnit = Integers::kBytes;
-  constexpr int kWhole = kActivationBlock / kUnit;
   constexpr int kLine = std::is_same_v<W, int8_t> ? 64 : 128;  // weights in a cache line
   using Four = typename Integers::Four;
   Four acc[M][R / 4];
@@ -74,25 +74,28 @@ void multiply_integers(const IntegerTile& tile, const ActivationBlocks& blocks,
         }
       }
     };
-    if (length == kActivationBlock) {
-      multiply([&](const W* w, const auto& dot) ADAPTIVE_K_INLINE {
+    multiply([&](const W* w, const auto& dot) ADAPTIVE_K_INLINE {
+      int64_t k = 0;
+      for (; k + kActivationBlock <= length; k += kActivationBlock) {
         ADAPTIVE_K_UNROLL
-        for (int u = 0; u < kWhole; ++u) {
-          const auto weights = Integers::load(at(w, u * kUnit));
+        for (int u = 0; u < kActivationBlock; u += 2 * kUnit) {
+          // Of int4 the even ones, then the odd ones: two nibbles are told apart in one place.
+          typename Integers::B weights[2];
+          Integers::load_two(at(w, k + u), weights);
           ADAPTIVE_K_UNROLL
-          for (int m = 0; m < M; ++m) dot(m, weights, Integers::load_activations(x[m] + u * kUnit));
+          for (int m = 0; m < M; ++m) {
+            dot(m, weights[0], Integers::load_activations(x[m] + k + u));
+            dot(m, weights[1], Integers::load_activations(x[m] + k + u + kUnit));
+          }
         }
-      });
-    } else {
-      multiply([&](const W* w, const auto& dot) ADAPTIVE_K_INLINE {
-        for (int64_t u = 0; u < length; u += kUnit) {
-          const int count = static_cast<int>(length - u < kUnit ? length - u : kUnit);
-          const auto weights = Integers::load(at(w, u), count);
-          ADAPTIVE_K_UNROLL
-          for (int m = 0; m < M; ++m) dot(m, weights, Integers::load_activations(x[m] + u, count));
-        }
-      });
-    }
+      }
+      for (; k < length; k += kUnit) {
+        const int count = static_cast<int>(length - k < kUnit ? length - k : kUnit);
+        const auto weights = Integers::load(at(w, k), count);
+        ADAPTIVE_K_UNROLL
+        for (int m = 0; m < M; ++m) dot(m, weights, Integers::load_activations(x[m] + k, count));
+      }
+    });
   }
   ADAPTIVE_K_UNROLL
   for (int m = 0; m < M; ++m) {
@@ -170,16 +173,35 @@ void activate_integers(Activation activation, const float* c, int64_t c_stride, 
   }
 }
 
-void pack_integers(const float* const* rows, int m, int64_t K, int64_t group_size, void* packed) {
+// Brings a block of activations into the order in which multiply_integers() meets int4.
+void tell_apart(int8_t* values, int length) {
+  int8_t even_odd[2 * Integers::kBytes];
+  for (int k = 0; k + kActivationBlock <= length; k += kActivationBlock) {
+    for (int u = k; u < k + kActivationBlock; u += 2 * Integers::kBytes) {
+      for (int i = 0; i < Integers::kBytes; ++i) {
+        even_odd[i] = values[u + 2 * i];
+        even_odd[Integers::kBytes + i] = values[u + 2 * i + 1];
+      }
+      std::memcpy(values + u, even_odd, sizeof even_odd);
+    }
+  }
+}
+
+void pack_integers(const float* const* rows, int m, int64_t K, WeightFormat format,
+                   int64_t group_size, void* packed) {
   const ActivationBlocks blocks(K, group_size);
   auto* values = static_cast<int8_t*>(packed);
   auto* scales = reinterpret_cast<float*>(values + m * blocks.stride);
   auto* sums = reinterpret_cast<int32_t*>(scales + m * blocks.count);
-  for (int i = 0; i < m; ++i)
-    for (int64_t b = 0; b < blocks.count; ++b)
-      quantise(rows[i] + b * blocks.length, static_cast<int>(blocks.length_of(b)),
-               values + i * blocks.stride + b * blocks.length, &scales[i * blocks.count + b],
+  for (int i = 0; i < m; ++i) {
+    for (int64_t b = 0; b < blocks.count; ++b) {
+      int8_t* to = values + i * blocks.stride + b * blocks.length;
+      const int length = static_cast<int>(blocks.length_of(b));
+      quantise(rows[i] + b * blocks.length, length, to, &scales[i * blocks.count + b],
                &sums[i * blocks.count + b]);
+      if (format == WeightFormat::kInt4) tell_apart(to, length);
+    }
+  }
 }
 
 }  // namespace

@@ -59,20 +59,22 @@ struct Weights {
   int64_t group_size;
 };
 
-// The length of most blocks of activations.
+// The length of blocks of activations for weights in groups, and for weights with a scale a row.
 constexpr int kActivationBlock = 128;
+constexpr int kLongActivationBlock = 256;
 
-// The blocks in which a row of K activations becomes int8: of 128, and never across the weights'
-// groups. The last may be shorter.
+// The blocks in which a row of K activations becomes int8, never across the weights' groups. The
+// last may be shorter.
 struct ActivationBlocks {
   int64_t K, length, count;
   int64_t stride;  // bytes of a row's values
 
   ActivationBlocks(int64_t K, int64_t group_size)
       : K(K),
-        length(group_size >= K || group_size % kActivationBlock == 0 ? kActivationBlock
-               : group_size < kActivationBlock                       ? group_size
-                                                                     : 32),
+        length(group_size >= K                      ? kLongActivationBlock
+               : group_size % kActivationBlock == 0 ? kActivationBlock
+               : group_size < kActivationBlock      ? group_size
+                                                    : 32),
         count((K + length - 1) / length),
         stride((K + 63) / 64 * 64) {}
 
@@ -89,8 +91,10 @@ struct Kernels {
   int activation_bytes;  // of a packed element: 4 is float32, of which a lone row needs no packing
   bool rounds_to_int8;   // activations, in blocks
 
-  // Packs m rows of K floats into one tile, for weights in groups of group_size (K without).
-  void (*pack)(const float* const* rows, int m, int64_t K, int64_t group_size, void* packed);
+  // Packs m rows of K floats into one tile, for weights of a format in groups of group_size (K
+  // without).
+  void (*pack)(const float* const* rows, int m, int64_t K, WeightFormat format, int64_t group_size,
+               void* packed);
 
   // c[i * num_rows + r] = dot(row i of the tiles, weight row r), r < num_rows. Weights are read
   // once, straight from where they lie. cache_bytes is the size of the second-level cache:

@@ -73,6 +73,16 @@ struct Integers {
       b.at[i] = static_cast<int8_t>(((p[i / 2].bits >> i % 2 * 4 & 15) ^ 8) - 8);
     return b;
   }
+  static void load_two(const int8_t* p, B* two) {
+    two[0] = load(p);
+    two[1] = load(p + kBytes);
+  }
+  static void load_two(const Int4Pair* p, B* two) {
+    for (int i = 0; i < kBytes; ++i) {
+      two[0].at[i] = static_cast<int8_t>(((p[i].bits & 15) ^ 8) - 8);
+      two[1].at[i] = static_cast<int8_t>(((p[i].bits >> 4) ^ 8) - 8);
+    }
+  }
   // Blocks are multiples of 16.
   template <typename W>
   static B load(const W* p, int /*count*/) {
