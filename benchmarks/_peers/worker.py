@@ -81,8 +81,8 @@ def serve(load: Callable[[dict[str, Any]], tuple[Stack, dict[str, str]]]) -> Non
 
 def _measure(stack: Stack, column: Column) -> float:
     if column.kind == "prefill":
-        # While the others had their turns, threads fell asleep and weights left the caches: one prompt, of a quarter of a
-        # second, would measure how a stack wakes up.
+        # While the others had their turns, threads fell asleep and weights left the caches: one prompt, of a quarter of
+        # a second, would measure how a stack wakes up.
         stack.prefill(column.tokens)
         return statistics.median(stack.prefill(column.tokens) for _ in range(_PREFILLS))
     return stack.decode(column.batch, column.prompt, column.tokens)

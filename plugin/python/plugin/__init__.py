@@ -238,7 +238,7 @@ def moe(
         weight_bits: 8, or 4 where two values share an int8, the one with the even index in the low half; the last
             dimension of weights is then half as long.
         activation_format: "int8" multiplies integer weights with activations that are rounded to int8, with a scale
-            for each block of 256 neighbours, or of 128 for weights in groups (or of a smaller group); "" rounds nothing.
+            for each block of 256 neighbours (128 for weights in groups, or a smaller group); "" rounds nothing.
         correction_bias: See `route`.
         expert_norms: See `route`.
         activation: "swiglu", "geglu" (gated), "silu", "gelu", "gelu_tanh", "relu" or "relu2".
