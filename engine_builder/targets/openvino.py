@@ -27,7 +27,7 @@ _ROUTER_LOGITS = MOE.input_index("router_logits")
 # A product with fewer columns, a gate's, is left to OpenVINO.
 _LEAST_COLUMNS = 16
 
-# A cache line. AMX takes a third more time for rows of weights that lie across two.
+# A cache line. A row of weights that begins within one lies across one more, which AMX takes longer to read.
 _ALIGNMENT = 64
 
 _PIECE_BYTES = 1 << 24
@@ -125,24 +125,18 @@ def _use_linear(graph: onnx.GraphProto) -> None:
     """
     makers = {output: node for node in graph.node for output in node.output}
     stored = {tensor.name: tensor for tensor in graph.initializer}
-
     gathered = {name for node in graph.node if node.op_type == "Gather" for name in node.input}
-
-    def source(name: str) -> onnx.NodeProto | None:
-        return makers.get(name)
-
     for node in graph.node:
-        transpose = source(node.input[1]) if node.op_type == "MatMul" else None
-        values = source(transpose.input[0]) if transpose is not None and transpose.op_type == "Transpose" else None
+        transpose = makers.get(node.input[1]) if node.op_type == "MatMul" else None
+        values = makers.get(transpose.input[0]) if transpose is not None and transpose.op_type == "Transpose" else None
         if values is None or values.op_type not in ("Cast", "DequantizeLinear") or values.input[0] not in stored:
             continue
         weight = stored[values.input[0]]
         if weight.dims[0] < _LEAST_COLUMNS or (values.op_type == "Cast" and weight.name in gathered):
             continue  # (a bfloat16 head that is the embedding, too, has no bytes of its own)
         formats = {TensorProto.INT8: "int8", TensorProto.INT4: "int4", TensorProto.BFLOAT16: "bfloat16"}
-        weight_format = formats[weight.data_type]
         inputs = [node.input[0], weight.name]
-        attributes = {"weight_format": weight_format}
+        attributes = {"weight_format": formats[weight.data_type]}
         if values.op_type == "DequantizeLinear":
             inputs.append(values.input[1])
             attributes["activation_format"] = "int8"

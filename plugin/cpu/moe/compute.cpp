@@ -53,46 +53,21 @@ class Layer {
   }
 
  private:
-  static char* reserve(FloatBuffer& buffer, int64_t bytes) {
-    return reinterpret_cast<char*>(buffer.reserve(divide_up(bytes, sizeof(float))));
-  }
-
-  // Packs rows for the matrix, tile by tile; row(i) is the i-th of the plan's.
+  // Packs the plan's rows for the matrix; row(i) is the i-th.
   template <typename Row>
-  void pack(const Matrix& matrix, FloatBuffer& buffer, std::vector<Tile>* packed, bool serial,
-            const Row& row) {
-    const std::vector<Plan::TileRange>& tiles = plan_.tiles;
-    const int64_t row_bytes = packed_row_bytes(kernels_, matrix);
-    const bool in_place =
-        row_bytes == matrix.K * static_cast<int64_t>(sizeof(float)) && !kernels_.rounds_to_int8;
-    bool all_in_place = in_place;
-    for (const Plan::TileRange& tile : tiles) all_in_place = all_in_place && tile.rows == 1;
-    char* room = all_in_place ? nullptr : reserve(buffer, plan_.num_rows() * row_bytes);
-    packed->resize(tiles.size());
-    const int64_t grain = std::max<int64_t>(1, 8192 / matrix.K);
-    parallel_for(tiles.size(), grain, serial || all_in_place, [&](int64_t i) {
-      const Plan::TileRange& tile = tiles[i];
-      const float* rows[kMaxTileRows];
-      for (int r = 0; r < tile.rows; ++r) rows[r] = row(tile.first_row + r);
-      if (needs_no_packing(kernels_, matrix, tile.rows)) {
-        (*packed)[i] = {rows[0], 1};
-        return;
-      }
-      char* to = room + tile.first_row * row_bytes;
-      kernels_.pack(rows, tile.rows, matrix.K, matrix.format, matrix.group_size, to);
-      (*packed)[i] = {to, tile.rows};
-    });
+  void pack(const Matrix& matrix, FloatBuffer& buffer, std::vector<Tile>* tiles, const Row& row) {
+    pack_rows(kernels_, matrix, plan_.tiles, plan_.num_rows(), serial_, row, buffer, tiles);
   }
 
   void gather(const float* hidden_states) {
     x_tiles_ = &scratch_.x_tiles;
     h_tiles_ = &scratch_.h_tiles;
-    pack(up_, scratch_.x, x_tiles_, serial_,
+    pack(up_, scratch_.x, x_tiles_,
          [&](int64_t row) { return hidden_states + plan_.row_token[row] * hidden_; });
     const int64_t h_bytes = kernels_.rounds_to_int8
                                 ? intermediate_ * static_cast<int64_t>(sizeof(float))
                                 : packed_row_bytes(kernels_, down_);
-    h_ = reserve(scratch_.h, plan_.num_rows() * h_bytes);
+    h_ = reserve_bytes(scratch_.h, plan_.num_rows() * h_bytes);
     h_tiles_->resize(plan_.tiles.size());
     for (size_t i = 0; i < plan_.tiles.size(); ++i)
       (*h_tiles_)[i] = {h_ + plan_.tiles[i].first_row * h_bytes, plan_.tiles[i].rows};
@@ -102,7 +77,7 @@ class Layer {
   void pack_hidden() {
     if (!kernels_.rounds_to_int8) return;
     const auto* rows = reinterpret_cast<const float*>(h_);
-    pack(down_, scratch_.packed_h, h_tiles_, serial_,
+    pack(down_, scratch_.packed_h, h_tiles_,
          [&](int64_t row) { return rows + row * intermediate_; });
   }
 

@@ -5,6 +5,29 @@
 
 namespace adaptive_k::cpu {
 
+void Plan::add_blocks(int32_t expert, int64_t first_row, int64_t rows, int tile_rows,
+                      int block_rows) {
+  const int64_t num_blocks = (rows + block_rows - 1) / block_rows;
+  for (int64_t b = 0; b < num_blocks; ++b) {
+    const int64_t begin = first_row + rows * b / num_blocks;
+    const int64_t end = first_row + rows * (b + 1) / num_blocks;
+    const int64_t num_tiles = (end - begin + tile_rows - 1) / tile_rows;
+    blocks.push_back({expert, static_cast<int32_t>(num_tiles), static_cast<int64_t>(tiles.size()),
+                      begin, end - begin});
+    for (int64_t t = 0; t < num_tiles; ++t) {
+      const int64_t first = begin + (end - begin) * t / num_tiles;
+      const int64_t last = begin + (end - begin) * (t + 1) / num_tiles;
+      tiles.push_back({first, static_cast<int>(last - first)});
+    }
+  }
+}
+
+void Plan::build(int64_t rows, int tile_rows, int block_rows) {
+  blocks.clear();
+  tiles.clear();
+  add_blocks(0, 0, rows, tile_rows, block_rows);
+}
+
 void Plan::build(int64_t tokens, int32_t num_experts, int32_t capacity, int tile_rows,
                  int block_rows, const int32_t* k, const int32_t* experts, const float* weights) {
   num_tokens = tokens;
@@ -25,18 +48,7 @@ void Plan::build(int64_t tokens, int32_t num_experts, int32_t capacity, int tile
     next_row_[e] = row;
     if (rows == 0) continue;
     ++num_experts_used;
-    const int64_t num_blocks = (rows + block_rows - 1) / block_rows;
-    for (int64_t b = 0; b < num_blocks; ++b) {
-      const int64_t begin = row + rows * b / num_blocks, end = row + rows * (b + 1) / num_blocks;
-      const int64_t num_tiles = (end - begin + tile_rows - 1) / tile_rows;
-      blocks.push_back({e, static_cast<int32_t>(num_tiles), static_cast<int64_t>(tiles.size()),
-                        begin, end - begin});
-      for (int64_t t = 0; t < num_tiles; ++t) {
-        const int64_t first = begin + (end - begin) * t / num_tiles;
-        const int64_t last = begin + (end - begin) * (t + 1) / num_tiles;
-        tiles.push_back({first, static_cast<int>(last - first)});
-      }
-    }
+    add_blocks(e, row, rows, tile_rows, block_rows);
     row += rows;
   }
 

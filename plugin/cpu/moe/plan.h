@@ -40,7 +40,12 @@ struct Plan {
   void build(int64_t tokens, int32_t num_experts, int32_t capacity, int tile_rows, int block_rows,
              const int32_t* k, const int32_t* experts, const float* weights);
 
+  // Only `rows` rows of one expert, in blocks and tiles as above.
+  void build(int64_t rows, int tile_rows, int block_rows);
+
  private:
+  void add_blocks(int32_t expert, int64_t first_row, int64_t rows, int tile_rows, int block_rows);
+
   std::vector<int64_t> next_row_;  // [experts]
 };
 

@@ -12,6 +12,7 @@
 
 #include "cpu/machine.h"
 #include "cpu/moe/kernels/kernels.h"
+#include "cpu/moe/plan.h"
 #include "cpu/scratch.h"
 
 namespace adaptive_k::cpu {
@@ -116,6 +117,37 @@ inline int64_t packed_row_bytes(const Kernels& kernels, const Matrix& matrix) {
 inline bool needs_no_packing(const Kernels& kernels, const Matrix& matrix, int rows) {
   return rows == 1 && !kernels.rounds_to_int8 && kernels.activation_bytes == sizeof(float) &&
          matrix.K % kernels.lanes == 0;
+}
+
+inline char* reserve_bytes(FloatBuffer& buffer, int64_t bytes) {
+  return reinterpret_cast<char*>(
+      buffer.reserve(divide_up(bytes, static_cast<int64_t>(sizeof(float)))));
+}
+
+// Packs num_rows rows for the matrix, tile by tile, where they need it; row(i) is the i-th.
+template <typename Row>
+void pack_rows(const Kernels& kernels, const Matrix& matrix,
+               const std::vector<Plan::TileRange>& ranges, int64_t num_rows, bool serial,
+               const Row& row, FloatBuffer& buffer, std::vector<Tile>* tiles) {
+  const int64_t row_bytes = packed_row_bytes(kernels, matrix);
+  bool all_in_place = true;
+  for (const Plan::TileRange& range : ranges)
+    all_in_place = all_in_place && needs_no_packing(kernels, matrix, range.rows);
+  char* room = all_in_place ? nullptr : reserve_bytes(buffer, num_rows * row_bytes);
+  tiles->resize(ranges.size());
+  const int64_t grain = std::max<int64_t>(1, 8192 / matrix.K);
+  parallel_for(ranges.size(), grain, serial || all_in_place, [&](int64_t i) {
+    const Plan::TileRange& range = ranges[i];
+    const float* rows[kMaxTileRows];
+    for (int r = 0; r < range.rows; ++r) rows[r] = row(range.first_row + r);
+    if (needs_no_packing(kernels, matrix, range.rows)) {
+      (*tiles)[i] = {rows[0], 1};
+      return;
+    }
+    char* to = room + range.first_row * row_bytes;
+    kernels.pack(rows, range.rows, matrix.K, matrix.format, matrix.group_size, to);
+    (*tiles)[i] = {to, range.rows};
+  });
 }
 
 }  // namespace adaptive_k::cpu

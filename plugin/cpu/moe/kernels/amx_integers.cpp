@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "cpu/moe/kernels/amx_tiles.h"
+#include "cpu/moe/kernels/avx512_nibbles.h"
 #include "cpu/moe/kernels/quantise.h"
 
 namespace adaptive_k::cpu {
@@ -26,8 +27,6 @@ constexpr int kTilesInPlace = 2;
 // Elements of K in a tile: blocks are whole tiles.
 int depth_of(const ActivationBlocks& blocks) { return blocks.length % kLine == 0 ? kLine : 32; }
 
-__mmask64 first_bytes(int64_t count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
-
 const int8_t* at(const int8_t* row, int64_t k) { return row + k; }
 const Int4Pair* at(const Int4Pair* row, int64_t k) { return row + k / 2; }
 
@@ -36,13 +35,7 @@ __m512i load(const int8_t* row, int64_t k, int64_t count) {
   return _mm512_maskz_loadu_epi8(first_bytes(count), row + k);
 }
 __m512i load(const Int4Pair* row, int64_t k, int64_t count) {
-  const auto mask = static_cast<__mmask32>(first_bytes(count / 2));
-  const __m512i pairs = _mm512_cvtepu8_epi16(_mm256_maskz_loadu_epi8(mask, row + k / 2));
-  // ((pairs | pairs << 4) & 15) ^ 8, less 8.
-  const __m512i apart =
-      _mm512_ternarylogic_epi64(pairs, _mm512_slli_epi16(pairs, 4), _mm512_set1_epi8(15), 0xA8);
-  const __m512i eights = _mm512_set1_epi8(8);
-  return _mm512_sub_epi8(_mm512_xor_si512(apart, eights), eights);
+  return _mm512_sub_epi8(load_nibbles(row + k / 2, count), _mm512_set1_epi8(8));
 }
 
 // Copies 16 weight rows as tiles, [steps][16][depth].
@@ -239,13 +232,14 @@ void multiply_rows(const Tile* tiles, int num_tiles, const Weights& weights, int
   unpack(acc, tiles, num_tiles, num_rows, c);
 }
 
-// Few tokens are bound by reading, which the vector kernels do faster.
-constexpr int kFewTokens = 4;
+// Few tokens are bound by reading, which the vector kernels do faster: as many as one of their
+// tiles.
+bool are_few(int tokens) { return tokens <= kAvx512VnniIntegerKernels.tile_rows; }
 
 void multiply(const Tile* tiles, int num_tiles, const Weights& weights, int64_t K,
               int64_t cache_bytes, float* c) {
   // Tiles of one block are about as large as one another: one of so few is alone.
-  if (tiles[0].rows <= kFewTokens)
+  if (are_few(tiles[0].rows))
     kAvx512VnniIntegerKernels.multiply(tiles, num_tiles, weights, K, cache_bytes, c);
   else if (weights.format == WeightFormat::kInt8)
     multiply_rows<int8_t>(tiles, num_tiles, weights, K, cache_bytes, c);
@@ -255,7 +249,7 @@ void multiply(const Tile* tiles, int num_tiles, const Weights& weights, int64_t 
 
 void pack(const float* const* rows, int m, int64_t K, WeightFormat format, int64_t group_size,
           void* packed) {
-  if (m <= kFewTokens) {
+  if (are_few(m)) {
     kAvx512VnniIntegerKernels.pack(rows, m, K, format, group_size, packed);
     return;
   }

@@ -11,16 +11,6 @@ constexpr bool kVnni = false;
 #include "cpu/moe/kernels/integer_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kAvx2Kernels = {"avx2", kLanes, kTileRows, kMaxBlockRows, sizeof(float),
-                              false,  pack,   multiply,  activate,      combine};
-const Kernels kAvx2IntegerKernels = {"avx2",
-                                     1,
-                                     kIntegerTileRows,
-                                     kMaxBlockRows,
-                                     1,
-                                     true,
-                                     pack_integers,
-                                     multiply_integers,
-                                     activate_integers,
-                                     combine};
+const Kernels kAvx2Kernels = float_kernels("avx2");
+const Kernels kAvx2IntegerKernels = integer_kernels("avx2");
 }  // namespace adaptive_k::cpu

@@ -2,27 +2,15 @@
 // Integers by AVX2 or, where kVnni says so, AVX-VNNI, for integer_impl.h.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
-#include <type_traits>
-
-#include "cpu/moe/kernels/kernels.h"
+#include "cpu/moe/kernels/x86_integers.h"
 
 namespace adaptive_k::cpu {
 namespace {
 
-struct Integers {
+struct Integers : X86Integers {
   using I = __m256i;
   using B = __m256i;
   static constexpr int kBytes = 32;
-  // VNNI multiplies unsigned with signed numbers, and so does vpmaddubsw: int4 come as 0 to 15, and
-  // int8 with VNNI as 0 to 255. Two products of such an int8 could pass the 16 bits of a sum that
-  // vpmaddubsw has, so without VNNI signs move to the activation.
-  template <typename W>
-  static constexpr int32_t kOffset = !std::is_same_v<W, int8_t> ? 8
-                                     : kVnni                    ? 128
-                                                                : 0;
 
   static void load_two(const int8_t* p, B* two) {
     two[0] = load(p, kBytes);
@@ -68,25 +56,6 @@ struct Integers {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
   }
-  // Four floats, of as many weight rows.
-  struct Four {
-    __m128 v;
-
-    static Four zero() { return {_mm_setzero_ps()}; }
-    // Of each row the sum of all lanes, and `offset`.
-    static Four of_sums(const I* rows, int32_t offset) {
-      return {_mm_cvtepi32_ps(_mm_add_epi32(reduce(rows), _mm_set1_epi32(offset)))};
-    }
-    Four times(float a, float b, float c, float d) const {
-      return {_mm_mul_ps(v, _mm_setr_ps(a, b, c, d))};
-    }
-    Four times_plus(float factor, Four other) const {
-      return {_mm_fmadd_ps(v, _mm_set1_ps(factor), other.v)};
-    }
-    void store(float* to) const { _mm_storeu_ps(to, v); }
-  };
-
- private:
   static __m128i reduce(const I* rows) {
     const I h =
         _mm256_hadd_epi32(_mm256_hadd_epi32(rows[0], rows[1]), _mm256_hadd_epi32(rows[2], rows[3]));

@@ -11,16 +11,6 @@ constexpr bool kVnni = false;
 #include "cpu/moe/kernels/integer_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kAvx512Kernels = {"avx512", kLanes, kTileRows, kMaxBlockRows, sizeof(float),
-                                false,    pack,   multiply,  activate,      combine};
-const Kernels kAvx512IntegerKernels = {"avx512",
-                                       1,
-                                       kIntegerTileRows,
-                                       kMaxBlockRows,
-                                       1,
-                                       true,
-                                       pack_integers,
-                                       multiply_integers,
-                                       activate_integers,
-                                       combine};
+const Kernels kAvx512Kernels = float_kernels("avx512");
+const Kernels kAvx512IntegerKernels = integer_kernels("avx512");
 }  // namespace adaptive_k::cpu

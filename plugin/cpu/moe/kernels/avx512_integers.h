@@ -1,25 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Integers by AVX-512 or, where kVnni says so, its VNNI, for integer_impl.h; see avx2_integers.h.
+// Integers by AVX-512 or, where kVnni says so, its VNNI, for integer_impl.h.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
-#include <type_traits>
-
-#include "cpu/moe/kernels/kernels.h"
+#include "cpu/moe/kernels/avx512_nibbles.h"
+#include "cpu/moe/kernels/x86_integers.h"
 
 namespace adaptive_k::cpu {
 namespace {
 
-struct Integers {
+struct Integers : X86Integers {
   using I = __m512i;
   using B = __m512i;
   static constexpr int kBytes = 64;
-  template <typename W>
-  static constexpr int32_t kOffset = !std::is_same_v<W, int8_t> ? 8
-                                     : kVnni                    ? 128
-                                                                : 0;
 
   static void load_two(const int8_t* p, B* two) {
     two[0] = offset(_mm512_loadu_si512(p));
@@ -35,9 +27,7 @@ struct Integers {
   static B load(const int8_t* p, int count) {
     return offset(_mm512_maskz_loadu_epi8(first_bytes(count), p));
   }
-  static B load(const Int4Pair* p, int count) {
-    return nibbles(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(first_bytes(count / 2)), p));
-  }
+  static B load(const Int4Pair* p, int count) { return load_nibbles(p, count); }
   static B load_activations(const int8_t* p) { return _mm512_loadu_si512(p); }
   static B load_activations(const int8_t* p, int count) {
     return _mm512_maskz_loadu_epi8(first_bytes(count), p);
@@ -57,28 +47,6 @@ struct Integers {
     return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #endif
   }
-  // Four floats, of as many weight rows.
-  struct Four {
-    __m128 v;
-
-    static Four zero() { return {_mm_setzero_ps()}; }
-    // Of each row the sum of all lanes, and `offset`.
-    static Four of_sums(const I* rows, int32_t offset) {
-      return {_mm_cvtepi32_ps(_mm_add_epi32(reduce(rows), _mm_set1_epi32(offset)))};
-    }
-    Four times(float a, float b, float c, float d) const {
-      return {_mm_mul_ps(v, _mm_setr_ps(a, b, c, d))};
-    }
-    Four times_plus(float factor, Four other) const {
-      return {_mm_fmadd_ps(v, _mm_set1_ps(factor), other.v)};
-    }
-    void store(float* to) const { _mm_storeu_ps(to, v); }
-  };
-
- private:
-  static B offset(B values) {
-    return kVnni ? _mm512_xor_si512(values, _mm512_set1_epi8(-128)) : values;
-  }
   static __m128i reduce(const I* rows) {
     const auto pairs = [](I a, I b) {
       return _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -90,15 +58,10 @@ struct Integers {
         _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
   }
-  static __mmask64 first_bytes(int count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
-  // Two nibbles of a byte become two bytes of 16 bits, the low one first.
-  static B nibbles(__m256i bytes) {
-    const __m512i pairs = _mm512_cvtepu8_epi16(bytes);
-    const __m512i eights = _mm512_set1_epi8(8);
-    // ((pairs | pairs << 4) & 15) ^ 8: the first by one ternary operation.
-    const __m512i apart =
-        _mm512_ternarylogic_epi64(pairs, _mm512_slli_epi16(pairs, 4), _mm512_set1_epi8(15), 0xA8);
-    return _mm512_xor_si512(apart, eights);
+
+ private:
+  static B offset(B values) {
+    return kVnni ? _mm512_xor_si512(values, _mm512_set1_epi8(-128)) : values;
   }
 };
 

@@ -11,14 +11,5 @@ constexpr bool kVnni = true;
 #include "cpu/moe/kernels/integer_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kAvx512VnniIntegerKernels = {"avx512_vnni",
-                                           1,
-                                           kIntegerTileRows,
-                                           kMaxBlockRows,
-                                           1,
-                                           true,
-                                           pack_integers,
-                                           multiply_integers,
-                                           activate_integers,
-                                           combine};
+const Kernels kAvx512VnniIntegerKernels = integer_kernels("avx512_vnni");
 }  // namespace adaptive_k::cpu

@@ -11,14 +11,5 @@ constexpr bool kVnni = true;
 #include "cpu/moe/kernels/integer_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kAvxVnniIntegerKernels = {"avx_vnni",
-                                        1,
-                                        kIntegerTileRows,
-                                        kMaxBlockRows,
-                                        1,
-                                        true,
-                                        pack_integers,
-                                        multiply_integers,
-                                        activate_integers,
-                                        combine};
+const Kernels kAvxVnniIntegerKernels = integer_kernels("avx_vnni");
 }  // namespace adaptive_k::cpu

@@ -435,5 +435,10 @@ void combine(const float* const* y, const float* weights, int k, int n, float* o
   }
 }
 
+constexpr Kernels float_kernels(const char* name) {
+  return {name,  kLanes, kTileRows, kMaxBlockRows, sizeof(float),
+          false, pack,   multiply,  activate,      combine};
+}
+
 }  // namespace
 }  // namespace adaptive_k::cpu

@@ -6,8 +6,8 @@
 // load() adds to a weight), load_two(p, B[2]) (2 kBytes weights: int8 in the order of the row, int4
 // the even ones and then the odd ones), load(p, count) (the first `count` of kBytes in the order of
 // the row, a multiple of 16; what follows counts nothing), load_activations(p, count) likewise and
-// load_activations(p), zero(), dot<W>(I, B weights, B activations), which
-// adds the products to some lanes, and Four, floats of four weight rows.
+// load_activations(p), zero(), dot<W>(I, B weights, B activations), which adds the products to some
+// lanes, reduce(I[4]), which sums the lanes of each, and Four, four floats made of() those sums.
 #pragma once
 
 #include "cpu/moe/kernels/impl.h"
@@ -66,7 +66,8 @@ void multiply_integers(const IntegerTile& tile, const ActivationBlocks& blocks,
         ADAPTIVE_K_UNROLL
         for (int m = 0; m < M; ++m) {
           const int64_t at_block = m * blocks.count + b;
-          Four v = Four::of_sums(sums[m], -Integers::kOffset<W> * tile.sums[at_block]);
+          Four v = Four::of(Integers::reduce(sums[m]),
+                            -Integers::template kOffset<W> * tile.sums[at_block]);
           if constexpr (kGrouped)
             v = v.times(scales[r][group], scales[r + 1][group], scales[r + 2][group],
                         scales[r + 3][group]);
@@ -202,6 +203,19 @@ void pack_integers(const float* const* rows, int m, int64_t K, WeightFormat form
       if (format == WeightFormat::kInt4) tell_apart(to, length);
     }
   }
+}
+
+constexpr Kernels integer_kernels(const char* name) {
+  return {name,
+          1,
+          kIntegerTileRows,
+          kMaxBlockRows,
+          1,
+          true,
+          pack_integers,
+          multiply_integers,
+          activate_integers,
+          combine};
 }
 
 }  // namespace

@@ -64,12 +64,12 @@ constexpr int kActivationBlock = 128;
 constexpr int kLongActivationBlock = 256;
 
 // The blocks in which a row of K activations becomes int8, never across the weights' groups. The
-// last may be shorter.
+// last may be shorter. Always inlined: files of different instruction sets have it.
 struct ActivationBlocks {
   int64_t K, length, count;
   int64_t stride;  // bytes of a row's values
 
-  ActivationBlocks(int64_t K, int64_t group_size)
+  __attribute__((always_inline)) ActivationBlocks(int64_t K, int64_t group_size)
       : K(K),
         length(group_size >= K                      ? kLongActivationBlock
                : group_size % kActivationBlock == 0 ? kActivationBlock
@@ -78,9 +78,13 @@ struct ActivationBlocks {
         count((K + length - 1) / length),
         stride((K + 63) / 64 * 64) {}
 
-  int64_t length_of(int64_t block) const { return block + 1 < count ? length : K - block * length; }
+  __attribute__((always_inline)) int64_t length_of(int64_t block) const {
+    return block + 1 < count ? length : K - block * length;
+  }
   // Of a packed row, with scales and sums.
-  int64_t row_bytes() const { return (stride + 8 * count + 63) / 64 * 64; }
+  __attribute__((always_inline)) int64_t row_bytes() const {
+    return (stride + 8 * count + 63) / 64 * 64;
+  }
 };
 
 struct Kernels {

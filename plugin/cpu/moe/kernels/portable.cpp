@@ -96,15 +96,17 @@ struct Integers {
       for (int i = lane * 4; i < lane * 4 + 4; ++i) sums[lane] += weights.at[i] * activations.at[i];
     return sums;
   }
+  static I reduce(const I* rows) {
+    I sums;
+    for (int r = 0; r < 4; ++r) sums[r] = rows[r][0] + rows[r][1] + rows[r][2] + rows[r][3];
+    return sums;
+  }
   struct Four {
     Simd::V v;
 
     static Four zero() { return {Simd::zero()}; }
-    static Four of_sums(const I* rows, int32_t offset) {
-      I sums;
-      for (int r = 0; r < 4; ++r)
-        sums[r] = rows[r][0] + rows[r][1] + rows[r][2] + rows[r][3] + offset;
-      return {__builtin_convertvector(sums, Simd::V)};
+    static Four of(I sums, int32_t offset) {
+      return {__builtin_convertvector(sums + offset, Simd::V)};
     }
     Four times(float a, float b, float c, float d) const { return {v * Simd::V{a, b, c, d}}; }
     Four times_plus(float factor, Four other) const {
@@ -120,16 +122,6 @@ struct Integers {
 #include "cpu/moe/kernels/integer_impl.h"
 
 namespace adaptive_k::cpu {
-const Kernels kPortableKernels = {"portable", kLanes, kTileRows, kMaxBlockRows, sizeof(float),
-                                  false,      pack,   multiply,  activate,      combine};
-const Kernels kPortableIntegerKernels = {"portable",
-                                         1,
-                                         kIntegerTileRows,
-                                         kMaxBlockRows,
-                                         1,
-                                         true,
-                                         pack_integers,
-                                         multiply_integers,
-                                         activate_integers,
-                                         combine};
+const Kernels kPortableKernels = float_kernels("portable");
+const Kernels kPortableIntegerKernels = integer_kernels("portable");
 }  // namespace adaptive_k::cpu
