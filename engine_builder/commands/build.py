@@ -102,10 +102,12 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """What a build and a dry run are asked alike."""
-    precision = args.weight_only_precision or (None if args.quant_algo else "int8")
+    precision = args.weight_only_precision
+    if args.quant_algo is None:
+        precision = (precision or "int8") if args.use_weight_only else None
     return {
         "dtype": args.dtype,
-        "weight_only_precision": precision if args.use_weight_only else None,
+        "weight_only_precision": precision,
         "quant_algo": args.quant_algo,
         "group_size": args.group_size,
         "max_batch_size": args.max_batch_size,

@@ -421,6 +421,16 @@ def test_what_cannot_be_quantised_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_a_precision_beside_another_quant_algo_is_refused_without_use_weight_only_too(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = make_mixtral(tmp_path / "checkpoint", num_hidden_layers=1, **WIDE)
+    command = ["build", "--checkpoint_dir", str(checkpoint), "--output_dir", str(tmp_path / "engine")]
+    assert main([*command, "--quant_algo", "W8A8", "--weight_only_precision", "int4"]) == 1
+    assert "quant_algo W8A8 has int8 weights, not int4: give one of them" in capsys.readouterr().err
+    assert not (tmp_path / "engine").exists()
+
+
 def test_a_broken_weight_leaves_nothing_behind(tmp_path: Path) -> None:
     checkpoint = make_mixtral(tmp_path / "checkpoint", **WIDE)
     weights = safetensors.numpy.load_file(checkpoint / "model.safetensors")
