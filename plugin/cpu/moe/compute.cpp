@@ -105,6 +105,12 @@ class Layer {
         weights.add(p * neurons, neurons, intermediate_);
         if (gated_) weights.add(intermediate_ + p * neurons, neurons, 2 * intermediate_);
       }
+      if (end < panels || i / strips + 1 < num_blocks) {
+        const int32_t expert = plan_.blocks[end < panels ? i / strips : i / strips + 1].expert;
+        const int64_t next = end < panels ? end * neurons : 0;
+        weights.then(expert, next);
+        weights.then(expert, gated_ ? intermediate_ + next : next + kPanelRows / 2);
+      }
       float* c = thread_floats(block.num_rows * weights.size());
       multiply(block, *x_tiles_, weights, c);
       for (int t = 0; t < block.num_tiles; ++t) {
@@ -131,9 +137,14 @@ class Layer {
       const int count = static_cast<int>(std::min(columns, hidden_ - first));
       const int64_t width = round_up(count, kColumns);
       float* c = thread_floats(plan_.num_rows() * width);
-      for (const Plan::Block& block : plan_.blocks) {
+      for (size_t b = 0; b < plan_.blocks.size(); ++b) {
+        const Plan::Block& block = plan_.blocks[b];
         WeightRows weights(down_, block.expert);
         weights.add(first, width, hidden_);
+        const bool last = b + 1 == plan_.blocks.size();
+        for (int64_t row = last ? first + columns : first, n = 0; n < kNextGroups;
+             ++n, row += kColumns)
+          weights.then(plan_.blocks[last ? 0 : b + 1].expert, row);
         multiply(block, *h_tiles_, weights, c + block.first_row * width);
       }
       for (int64_t t = 0; t < plan_.num_tokens; ++t) {

@@ -131,9 +131,15 @@ void multiply_integer_rows(const Tile* tiles, int num_tiles, const Weights& weig
   const ActivationBlocks blocks(K, weights.group_size);
   const W* const* rows = reinterpret_cast<const W* const*>(weights.rows);
   const bool grouped = weights.group_size < K;
+  // After the last rows come those of the next product; if there is none, what is fetched again is
+  // there.
+  const W* after[kWideGroup];
+  for (int i = 0; i < kWideGroup; ++i) {
+    const auto* begin = static_cast<const W*>(weights.next[0]);
+    after[i] = begin == nullptr ? rows[weights.num_rows - kWideGroup + i] : at(begin, i * K);
+  }
   for (int r = 0; r < weights.num_rows; r += kWideGroup) {
-    // The last rows are needed by no one: what is fetched again is there.
-    const W* const* next = rows + (r + kWideGroup < weights.num_rows ? r + kWideGroup : r);
+    const W* const* next = r + kWideGroup < weights.num_rows ? rows + r + kWideGroup : after;
     float* to = c + r;
     for (int t = 0; t < num_tiles; ++t) {
       const int m = tiles[t].rows;

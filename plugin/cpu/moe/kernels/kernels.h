@@ -48,6 +48,9 @@ struct Int4Pair {
   uint8_t bits;
 };
 
+// How many groups of 16 rows a product is told of that come after its own.
+constexpr int kNextGroups = 4;
+
 // The weight rows of one product, wherever they lie.
 struct Weights {
   WeightFormat format;
@@ -57,6 +60,8 @@ struct Weights {
   // whole row or a multiple of 32 values; K is a multiple of 16 for int8 and of 32 for int4.
   const float* const* scales;
   int64_t group_size;
+  // What the thread is likely to read next: the starts of groups of 16 rows, or null.
+  const void* next[kNextGroups];
 };
 
 // The length of blocks of activations for weights in groups, and for weights with a scale a row.
