@@ -163,9 +163,7 @@ def _supervise(starter: _Starter, directory: ServerDirectory) -> None:
     try:
         starter.tell(pid=server.pid)
         if request := starter.ask(lambda: server.poll() is not None):
-            deadline = time.monotonic() + request["drain"]
-            server.terminate()
-            starter.ask(lambda: server.poll() is not None or time.monotonic() > deadline)
+            _drain(server, request["drain"], starter)
         elif server.returncode is not None:
             starter.tell(status=server.returncode)
     finally:
@@ -192,6 +190,32 @@ def _launch(command: list[str], environment: dict[str, str], directory: ServerDi
         start_new_session=True,  # its own group, so that all of it can be ended
         preexec_fn=end_with_supervisor,
     )
+
+
+def _drain(server: subprocess.Popen[bytes], seconds: float, starter: _Starter) -> None:
+    """Let running requests end: ask the server to stop, and wait until it has, or its models have.
+
+    Triton ends its models' processes when the last answer is out and nobody is served any more. Itself it stays for up
+    to two seconds longer, asleep.
+    """
+    deadline = time.monotonic() + seconds
+    has_models = bool(_children(server.pid))
+    server.terminate()
+
+    def has_ended() -> bool:
+        models_ended = has_models and not _children(server.pid)
+        return server.poll() is not None or models_ended or time.monotonic() > deadline
+
+    starter.ask(has_ended)
+
+
+def _children(pid: int) -> list[str]:
+    """The processes that this one's threads started; none where the kernel does not say."""
+    found: list[str] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += children.read_text().split()
+    return found
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

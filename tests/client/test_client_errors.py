@@ -129,9 +129,9 @@ def test_a_server_that_stalls_runs_into_the_timeout(service: Any) -> None:
 
     fake.behave = stall
     with Client(url, timeout=30) as client:
-        stream = client.generate("p", stream=True, timeout=0.3)
+        stream = client.generate("p", stream=True, timeout=2.0)
         assert next(stream).text == "a"
-        with pytest.raises(ClientError, match=r"did not finish its answer within 0.3 s"):
+        with pytest.raises(ClientError, match=r"did not finish its answer within 2 s"):
             next(stream)
 
 
@@ -192,19 +192,19 @@ def test_the_async_twin(service: Any) -> None:
             fake.left.clear()
             async with client.generate("p", stream=True) as stream:
                 assert (await anext(stream)).text == "a"
-            assert await asyncio.to_thread(fake.left.wait, 5)
+            assert await asyncio.to_thread(fake.left.wait, 60)
             fake.left.clear()
             stream = client.generate("p", stream=True)
             await anext(stream)
             del stream
-            assert await asyncio.to_thread(fake.left.wait, 5)
+            assert await asyncio.to_thread(fake.left.wait, 60)
             with pytest.raises(ClientError, match=r"within 0.2 s"):
                 await client.generate("p", timeout=0.2)
             task = asyncio.create_task(client.generate("p"))
             await asyncio.sleep(0.1)
             fake.left.clear()
             task.cancel()
-            assert await asyncio.to_thread(fake.left.wait, 5)
+            assert await asyncio.to_thread(fake.left.wait, 60)
             fake.behave = lambda context: iter([service_pb2.ModelStreamInferResponse(error_message="no")])
             with pytest.raises(ClientError, match="refused the request: no"):
                 await client.generate("p")

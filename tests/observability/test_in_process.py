@@ -181,7 +181,7 @@ def test_a_page_that_is_closed_answers_no_more() -> None:
     server = metrics.start_http_server(0, registry=prometheus_client.CollectorRegistry())
     server.close()
     with pytest.raises(OSError, match="refused"):
-        urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5)
+        urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=60)
 
 
 def test_records_of_an_llm(engine_dir: Path) -> None:
@@ -194,7 +194,7 @@ def test_records_of_an_llm(engine_dir: Path) -> None:
             llm.generate([[]])
         handle = llm.generate_async("import os", SamplingParams(max_tokens=400, end_id=-1))
         handle.abort()
-        handle.result(10)
+        handle.result(60)
     records.close()
     assert [trace.finish_reason for trace in seen] == ["length", "refused", "cancelled"]
     assert seen[0].avg_k == pytest.approx(output.avg_k)

@@ -229,7 +229,7 @@ def test_stop_before_the_second_side_has_begun(browser: Browser) -> None:
     browser.click("#run")
     browser.until("document.querySelectorAll('.side:nth-child(1) .piece').length > 3")
     browser.press("Escape")
-    browser.until(IDLE, 5)
+    browser.until(IDLE)
     assert _pieces(browser, 2) == []
     assert browser.text(".side:nth-child(1) .against") == ""
 
@@ -244,10 +244,10 @@ def test_stop_ends_the_request_on_the_server(browser: Browser, server: TritonSer
         browser.click("#stop")
     else:
         browser.press("Escape")
-    browser.until(IDLE, 5)
+    browser.until(IDLE)
     assert len(_pieces(browser)) < 900
     assert browser.evaluate("document.querySelector('.failure').hidden")
-    browser.until(f"fetch('{page}api/metrics').then((answer) => answer.json()).then((all) => all.running === 0)", 10)
+    browser.until(f"fetch('{page}api/metrics').then((answer) => answer.json()).then((all) => all.running === 0)")
 
 
 def test_charts_follow_the_server(browser: Browser) -> None:
@@ -255,7 +255,7 @@ def test_charts_follow_the_server(browser: Browser) -> None:
     browser.until("document.querySelectorAll('.chart').length === 4")
     browser.until("Array.from(document.querySelectorAll('.keys span'), (key) => key.textContent).includes('waiting 0')")
     # The rate of a chart is drawn once there are two readings; ours made it more than nothing.
-    browser.until("Number(document.querySelector('.chart output').textContent.split('at most ')[1]) > 0", 20)
+    browser.until("Number(document.querySelector('.chart output').textContent.split('at most ')[1]) > 0")
     assert browser.evaluate("document.querySelectorAll('.chart svg[aria-label]').length") == 4
 
 

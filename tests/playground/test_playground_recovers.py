@@ -58,11 +58,11 @@ def test_a_server_that_dies_in_the_middle_and_comes_back(
             browser.until("document.querySelector('#server').dataset.state === 'down'")
             assert browser.text("#server").strip().startswith(sentence)
         server.stop()
-        assert httpx.get(f"{page}api/engine", timeout=30).status_code == 503
+        assert httpx.get(f"{page}api/engine", timeout=60).status_code == 503
 
         port = int(server.grpc_url.rpartition(":")[2])
         stack.enter_context(TritonServer(hostile_engine_dir, grpc_port=port, **options))
-        assert eventually(lambda: httpx.get(f"{page}api/engine", timeout=30).status_code == 200)
+        assert eventually(lambda: httpx.get(f"{page}api/engine", timeout=60).status_code == 200)
         assert ask(page, prompt=PROMPT, max_tokens=4)[-1][0] == "end"
         if browser:
             browser.until("document.querySelector('#server').dataset.state === 'up'")

@@ -259,3 +259,19 @@ def test_what_make_needs_is_here_and_what_is_not_is_named(repository: Path) -> N
     assert done.stderr == (
         "error: a C++ compiler, cmake missing here: on Debian and Ubuntu, apt-get install g++ cmake.\n"
     )
+
+
+def test_make_names_the_library_that_an_interpreter_lacks(tmp_path: Path, repository: Path) -> None:
+    """As Debian's python3 without libpython3.X; the check is run as make runs it, with nothing where the library is."""
+    check = repository / "cmake" / "check_machine.py"
+    code = f"""
+import runpy, sys, sysconfig
+read = sysconfig.get_config_var
+sysconfig.get_config_var = lambda name: {str(tmp_path)!r} if name == "LIBDIR" else read(name)
+sys.base_prefix = {str(tmp_path)!r}
+runpy.run_path({str(check)!r}, run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert f"apt-get install libpython{VERSION}" in done.stderr

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -173,6 +174,17 @@ def test_sigterm_leaves_nothing_behind(engine_dir: Path, tmp_path: Path) -> None
         assert process.stderr.read() == ""
     assert eventually(lambda: not _living(server))
     assert not _leftovers(server, directory)
+
+
+def test_a_running_answer_comes_to_its_end_before_the_server_does(engine_dir: Path, tmp_path: Path) -> None:
+    with TritonServer(engine_dir, log_file=tmp_path / "log", **ANY_PORTS) as server, Client(server.grpc_url) as client:
+        stream = client.generate("import os", stream=True, max_tokens=100, end_id=-1)
+        pieces = [next(stream)]
+        stopping = threading.Thread(target=server.stop)
+        stopping.start()
+        pieces += stream
+        stopping.join()
+        assert sum(piece.num_output_tokens for piece in pieces) == 100
 
 
 @pytest.mark.parametrize("taken", [signal.SIG_DFL, signal.SIG_IGN], ids=["terminal", "nohup"])

@@ -133,19 +133,19 @@ def test_unary_calls_that_are_given_up_are_cancelled(unary: TritonServer, model:
         long = text_request(PROMPT, 500, stream=False, end_id=-1)
     with grpcclient.InferenceServerClient(unary.grpc_url) as client:
         calls = [client.async_infer(model, wire(long), callback=lambda result, error: None) for _ in range(MANY)]
-        assert eventually(lambda: metric(unary.metrics_url, "adaptive_k_kv_blocks_used") > 0, 20)
+        assert eventually(lambda: metric(unary.metrics_url, "adaptive_k_kv_blocks_used") > 0)
         for call in calls:
             call.cancel()
-        assert eventually(lambda: metric(unary.metrics_url, "adaptive_k_cancellations_total") > cancelled, 5)
-        assert eventually(lambda: metric(unary.metrics_url, "adaptive_k_queue_depth") == 0, 5)
-    assert eventually(lambda: metric(unary.metrics_url, "adaptive_k_kv_blocks_used") == 0, 5)
+        assert eventually(lambda: metric(unary.metrics_url, "adaptive_k_cancellations_total") > cancelled)
+        assert eventually(lambda: metric(unary.metrics_url, "adaptive_k_queue_depth") == 0)
+    assert eventually(lambda: metric(unary.metrics_url, "adaptive_k_kv_blocks_used") == 0)
 
 
 def test_unary_calls_are_ended_by_their_id(unary: TritonServer) -> None:
     long = token_request([5, 6], 500, stream=False)
     with ThreadPoolExecutor(MANY) as pool:
         running = [pool.submit(_infer, unary, "tensorrt_llm", long, request_id="mine") for _ in range(MANY)]
-        assert eventually(lambda: metric(unary.metrics_url, "adaptive_k_kv_blocks_used") > 0, 20)
+        assert eventually(lambda: metric(unary.metrics_url, "adaptive_k_kv_blocks_used") > 0)
         stopped = _infer(unary, "tensorrt_llm", stop_request(), request_id="mine")
         assert stopped.as_numpy("output_ids") is None  # what that client calls a cancellation response
         answers = [call.result(60) for call in running]

@@ -100,7 +100,7 @@ class Browser:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    def until(self, expression: str, seconds: float = 30) -> None:
+    def until(self, expression: str, seconds: float = 60) -> None:
         """Wait until a JavaScript expression, or what its promise brings, is true."""
         deadline = time.monotonic() + seconds
         while not self.evaluate(f"Promise.resolve({expression}).then(Boolean)"):
