@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adaptive_k_moe.calibration import decoding
 from adaptive_k_moe.calibration.bootstrap import Interval
 from adaptive_k_moe.calibration.calibrate_decode import (
     DecodeCalibration,
@@ -88,6 +89,34 @@ def test_reads_lie_between_one_tokens_experts_and_the_batchs(evaluator: Evaluato
     assert reads.min() >= 1 and reads.max() <= BATCH and 1 < reads.mean() < BATCH
     alone = DecodeReader(evaluator, reader.windows, 1, max_steps=1)
     assert {int(step.reads.max()) for step in alone.steps(evaluator.tables({}), 0)} == {2}
+
+
+def test_steps_of_one_are_taken_together_where_nobody_can_tell(
+    evaluator: Evaluator, reader: DecodeReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = DecodeReader(evaluator, reader.windows.take(np.arange(3)), 1, max_steps=10**6)
+    sizes: list[int] = []
+    step = evaluator.step
+    monkeypatch.setattr(
+        evaluator, "step", lambda tokens, *args, **kwargs: sizes.append(len(tokens)) or step(tokens, *args, **kwargs)
+    )
+
+    def scores(policy: Policy, at_once: int) -> Scores:
+        monkeypatch.setattr(decoding, "ALONE_AT_ONCE", at_once)
+        sizes.clear()
+        return read(evaluator, alone, policy)
+
+    rule = PhasesPolicy(kind="phases", prefill=FULL, decode=RatioPolicy(kind="ratio", ratio=0.5))
+    together = scores(rule, 16)
+    assert set(sizes) == {3}
+    one_by_one = scores(rule, 1)
+    assert set(sizes) == {1}
+    assert 1 < together.avg_reads < 2 and (together.reads == together.k).all()
+    for figure in ("nll", "kl", "agreement", "k", "reads"):
+        np.testing.assert_allclose(getattr(together, figure), getattr(one_by_one, figure), atol=1e-4)
+    for sharing in (shared(0.1), PhasesPolicy(kind="phases", prefill=shared(0.1).decode, decode=FULL)):
+        scores(sharing, 16)
+        assert set(sizes) == {1}, "its tokens look at their company"
 
 
 def test_reads_of_shared_fall_as_the_price_rises(evaluator: Evaluator, reader: DecodeReader) -> None:
