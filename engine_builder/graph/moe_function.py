@@ -226,6 +226,8 @@ def make_moe_function(
     b.op("Reshape", k, flat, name="k")
     weights = by_expert(weigh(chosen))
     chosen = by_expert(chosen)
+    load = b.op("ReduceSum", chosen, begin, keepdims=0)
+    b.op("Cast", load, name="expert_load", to=onnx.TensorProto.INT32)
 
     # All experts on all tokens: [E, T, H].
     tokens = b.op("Unsqueeze", "hidden_states", b.const([0], "int64"))

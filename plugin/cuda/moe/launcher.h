@@ -39,6 +39,7 @@ struct MoeArguments {
   void* output = nullptr;    // [T, H] element type
   int32_t* k = nullptr;      // [T]
   float* entropy = nullptr;  // [T]
+  int32_t* expert_load = nullptr;  // [E] tokens that run each expert; null where nobody asks
 };
 
 // Returns nullptr when this implementation runs such a layer, else the sentence that says why not.
