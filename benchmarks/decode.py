@@ -185,6 +185,9 @@ def main() -> None:
                     write_results(args.output, {**asdict(machine), "rows": [asdict(row) for row in rows]})
     if args.table:
         print_table(rows)
+        print()
+    if not args.prepare:
+        print_summary(rows)
 
 
 def kept_rows(path: Path, machine: Machine | None) -> list[Row]:
@@ -372,8 +375,7 @@ def profile(evaluator: Evaluator, tokens: Any, tables: PolicyTables) -> dict[str
     with evaluator.with_session(partial(OpenVinoSession, profile=True)) as session:
         assert isinstance(session, OpenVinoSession)
         session.set_policies(tables)
-        prompt = tokens[:, :PROMPT]
-        evaluator.step(prompt, np.zeros(prompt.shape, np.int32), np.arange(1))
+        evaluator.prefill(tokens[:, :PROMPT], 0)
         for turn in range(PROFILE_ROUNDS + 1):  # the first one warms up
             for name in tables.names:
                 row = tables.decode_row[tables.index(name)]
@@ -414,6 +416,24 @@ def print_table(rows: Sequence[Row]) -> None:
                 f"{first.shape}, {first.weights}, {first.batch}: an expert read takes {fit[0]:.1f} us, one run for "
                 f"a token {fit[1]:.2f} us; by these, times are within {fit[2]:.0%}"
             )
+
+
+def print_summary(rows: Sequence[Row]) -> None:
+    """As Markdown a line for each shape, weights and batch: time and, in brackets, reads as shares of full's."""
+    names = list(dict.fromkeys(row.policy for row in rows if row.policy != FULL))
+    print(f"| shape, weights | batch | {FULL}, ms a step | " + " | ".join(names) + " | time over bytes |")
+    print("|" + " --- |" * (len(names) + 4))
+    for _, group in itertools.groupby(rows, order):
+        alike = {row.policy: row for row in group}
+        full = alike[FULL]
+        least = full.milliseconds / max(1.0, full.time_share)  # it was timed twice
+        others = [alike.get(name) for name in names]
+        cells = ["" if row is None else f"{row.milliseconds / least:.2f} ({row.reads_share:.0%})" for row in others]
+        bytes_ = [row.time_over_bytes for row in others if row is not None]
+        print(
+            f"| {full.shape}, {full.weights} | {full.batch} | {least:.1f} | " + " | ".join(cells) + " | "
+            f"{min(bytes_):.2f} to {max(bytes_):.2f} |"
+        )
 
 
 def fitted(rows: Sequence[Row]) -> tuple[float, float, float] | None:

@@ -174,13 +174,10 @@ class DecodeReader:
         evaluator.session.set_policies(tables)
         alone = self.batch == 1 and not tables.sees_step(policy)
         at_once = min(ALONE_AT_ONCE, evaluator.config.build_config.max_batch_size) if alone else self.batch
-        piece = max(1, evaluator.config.build_config.max_num_tokens // at_once)
         for begin in range(0, len(self.windows), at_once):
             rows = np.arange(begin, min(begin + at_once, len(self.windows)))
             tokens = self.windows.tokens[rows]
-            for past in range(0, self.prompt, piece):
-                part = tokens[:, past : min(past + piece, self.prompt)]
-                evaluator.step(part, np.full(part.shape, policy, np.int32), np.arange(0), past=past)
+            evaluator.prefill(tokens[:, : self.prompt], policy)
             for position in range(self.prompt, self.windows.window - 1):
                 part = tokens[:, position : position + 1]
                 decode = np.full(part.shape, tables.decode_row[policy], np.int32)

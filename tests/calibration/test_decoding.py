@@ -42,6 +42,8 @@ from adaptive_k_moe.policy import (
 from adaptive_k_moe.runtime import LLM
 from adaptive_k_moe.runtime.perplexity import measure_perplexity
 
+from checkpoints import Shape, make_checkpoint
+
 BATCH = 4
 STEPS = 31  # one group of short windows to fit on
 FULL = FixedPolicy(kind="fixed", k=2)
@@ -277,6 +279,41 @@ def test_a_target_of_time_is_met_by_the_clock(
     assert times["few_static_time"] == pytest.approx(times["few"], abs=0.06)  # in whole experts
     assert times["few_per_token_time"] == pytest.approx(times["few"], abs=0.03)
     assert [*found.policies] == [*times][1:]
+
+
+def test_a_target_of_time_from_the_command_line_and_by_the_real_clock(
+    checkpoint_dir: Path, some_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On experts so large that they are a step; how fast this machine is today is not asked."""
+    changes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 2048, "max_position_embeddings": 512}
+    changes |= {"num_local_experts": 8, "num_experts_per_tok": 4}
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape("large experts", changes))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint_dir / name, checkpoint)
+    text, output, report = tmp_path / "text.txt", tmp_path / "policy.json", tmp_path / "report"
+    text.write_text(some_text[:3600], encoding="utf-8")
+    command = f"calibrate --checkpoint_dir {checkpoint} --text {text} --window 64 --output {output} --report {report}"
+    options = "--batch_size 4 --target_time 0.8 --policy_name quick --layer_rounds 0 --timing_rounds 2 --max_steps 31"
+    assert main([*command.split(), *options.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "time against full" in printed and "budget met on the reported part: " in printed
+    content = json.loads((report / "decode.json").read_text())
+    assert content["budget"] == {"time": 0.8} and content["batch"] == 4
+    step = content["step_time"]
+    assert min(step.values()) >= 0 and step["by_reads"] + step["by_k"] > 0
+    full, quick, *opponents = content["reported"]
+    assert (full["policy"], quick["policy"], opponents[0]["policy"]) == ("full", "quick", "quick_static")
+    assert "quick_static_time" in [each["policy"] for each in opponents]
+    assert (quick["reads"], quick["avg_k"]) < (full["reads"], full["avg_k"]) and quick["kl_to_full_nats"]["value"] > 0
+    for each in content["reported"]:
+        timing = each["timing"]
+        assert (timing["policy"], timing["phase"], timing["batch"]) == (each["policy"], "decode", 4)
+        assert timing["seconds"] > 0 and timing["ratio"]["low"] <= timing["ratio"]["value"] <= timing["ratio"]["high"]
+    met = quick["timing"]["ratio"]["low"] <= 0.8
+    assert content["budget_met_on_reported"] == ("yes" if met else "no")
+    # Opponents at equal time are in the report alone.
+    written = {each["policy"] for each in content["reported"] if not each["policy"].endswith("_time")}
+    assert set(read_policy_file(output).policies) == written >= {"quick", "quick_static"}
 
 
 def test_rules_at_equal_damage(laboratory: DecodeLaboratory) -> None:
