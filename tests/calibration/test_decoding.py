@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -326,6 +327,17 @@ def test_rules_at_equal_damage(laboratory: DecodeLaboratory) -> None:
         assert 0.009 < found.scores.mean_kl <= 0.012
     assert 0 < static.scores.mean_kl <= 0.012  # in whole experts
     assert sharing.scores.avg_reads < min(ratio.scores.avg_reads, static.scores.avg_reads)
+
+
+def test_a_search_goes_on_where_a_larger_number_changes_nothing_yet() -> None:
+    class Laboratory:
+        evaluator = SimpleNamespace(full_k=2)
+
+        def decode(self, kind: str, rule: RatioPolicy) -> SimpleNamespace:
+            return SimpleNamespace(scores=SimpleNamespace(mean_kl=max(0.0, rule.ratio - 0.3)))
+
+    found = meet(Laboratory(), RatioPolicy(kind="ratio", ratio=0.1), [1.0], Budget(kl=0.05))  # type: ignore[arg-type]
+    assert found is not None and 0.045 < found.scores.mean_kl <= 0.05
 
 
 def test_the_commands_write_and_measure_what_shares(
