@@ -252,7 +252,9 @@ def make_moe_function(
     given = {"correction_bias": correction_bias, "quantised": quantization is not None, "expert_norms": expert_norms}
     inputs = MOE.input_names(*(name for name, there in given.items() if there))
     opset = [helper.make_opsetid("", 24)]
-    return helper.make_function(DOMAIN, OP_TYPE, inputs, MOE.output_names(), b.nodes, opset, list(MOE.defaults()))
+    # ONNX Runtime wants all outputs of a function from its nodes, so the last one is the lowering's to add.
+    outputs = [name for name in MOE.output_names() if name != "expert_load"]
+    return helper.make_function(DOMAIN, OP_TYPE, inputs, outputs, b.nodes, opset, list(MOE.defaults()))
 
 
 def _mask_groups(b: FunctionBody, ranked: str, moe: MoeConfig) -> str:

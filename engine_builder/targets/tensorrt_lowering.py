@@ -45,7 +45,7 @@ def lower_graph(path: Path, model: PretrainedConfig, build: BuildConfig) -> onnx
     _use_dtype(proto, path, model.dtype)
     if model.mamba is not None:
         _derive_sequences(proto.graph)
-    _give_expert_load(proto.graph)
+    _give_expert_load(proto)
     _drop_unused(proto.graph)
     _declare(proto.graph, make_bindings(model, build))
     # Every type and rank of the graph against the operators' rules and the table.
@@ -111,8 +111,12 @@ def _update_cache_in_place(graph: onnx.GraphProto) -> None:
                 node.input[index] = producer.output[0]
 
 
-def _give_expert_load(graph: onnx.GraphProto) -> None:
+def _give_expert_load(proto: onnx.ModelProto) -> None:
     """The tokens of each expert, [layers, experts], as one more output: other targets count them in the operator."""
+    graph = proto.graph
+    for function in proto.functions:
+        if function.name == moe_function.OP_TYPE:
+            function.output.append("expert_load")
     graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "expert_load.axis"))
     rows = []
     for node in _experts(graph):

@@ -98,6 +98,7 @@ def function_session(rule: Rule) -> ort.InferenceSession:
     function = make_moe_function(
         rule.moe, max_k=MAX_K, correction_bias=rule.correction_bias, expert_norms=rule.expert_norms
     )
+    function.output.append("expert_load")
     model = helper.make_model(
         graph,
         ir_version=11,
