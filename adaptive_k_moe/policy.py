@@ -569,8 +569,12 @@ class PolicyTables:
         return [
             name
             for index, (name, decode) in enumerate(zip(self.names, self.decode_row, strict=True))
-            if decode != index or self.policy_kind[index] in _SEE_STEP
+            if decode != index or self.sees_step(index)
         ]
+
+    def sees_step(self, index: int) -> bool:
+        """Whether what a token of a policy runs depends on the step's other tokens, in one of its phases."""
+        return any(self.policy_kind[row] in _SEE_STEP for row in (index, self.decode_row[index]))
 
     def index(self, name: str | None) -> int:
         """The index of a policy, which is its prompt's row; None is the default.

@@ -3,6 +3,7 @@
 
     python benchmarks/decode.py                                           # all of it
     python benchmarks/decode.py --shapes olmoe --weights int8 --batch_sizes 16
+    python benchmarks/decode.py --prepare                                 # before: damage and engines, no times
     python benchmarks/decode.py --table                                   # print the file
 
 Two models stand behind every row, and no figure is of both:
@@ -15,16 +16,20 @@ Two models stand behind every row, and no figure is of both:
   number with which its tokens lose as much: the share of the squared weights of their own top-k that they do not run.
 
 Rules: `full`; `static`, a fixed k by layer; the better of `ratio` and `top_p` by reads; `shared` with the trained k_max
-and with lower ones. All are timed in turns on the same tokens (`calibration/timing.py`). Then each step is profiled:
-time in AdaptiveKMoe, and in everything else. Contexts are short, so attention over the cache takes next to nothing.
+and with lower ones. All are timed in turns on the same tokens (`calibration/timing.py`). Then steps are profiled, in
+turns again: time in AdaptiveKMoe, and in everything else. Contexts are short, so attention over the cache takes next
+to nothing. "time over bytes" is the experts' time over the bytes of the experts read, both as shares of full's: 1 where
+fewer bytes are as much less time. A fit over a batch's policies says what an expert read and an expert run take.
 
 Damage takes no times, so it is measured once and kept in --rules. Checkpoints and engines (1 to 3 GB each) are kept in
---work_dir. Results are added to --output.
+--work_dir. Results are added to --output, in place of those of the same shape, weights and batch; those of another
+machine are dropped.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -57,6 +62,7 @@ from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.engine_builder import build
 from adaptive_k_moe.engine_config import EngineConfig, read_engine_config
 from adaptive_k_moe.plugin import instruction_set, route
+from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS
 from adaptive_k_moe.policy import (
     FULL,
     FixedPolicy,
@@ -69,7 +75,7 @@ from adaptive_k_moe.policy import (
 )
 from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
 
-from _results import write_results
+from _results import cpu_name, write_results
 from _roofline import BITS, read_bandwidth
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,6 +86,16 @@ LOST_STEPS = 32
 """Steps in which it is counted what a rule leaves out."""
 
 PROFILE_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What measured: rows of two are not in one file."""
+
+    cpu: str
+    instruction_set: str
+    threads: int
+    target_kl: float
 
 
 @dataclass
@@ -102,9 +118,21 @@ class Row:
     experts_milliseconds: float
     other_milliseconds: float
     experts_time_share: float
+    experts_bytes: float
+    read_bandwidth: float
     damage_of: str
     kl: float
     reads_share_there: float
+
+    @property
+    def time_over_bytes(self) -> float:
+        """The experts' time over their bytes, each as a share of full's."""
+        return self.experts_time_share / self.reads_share
+
+    @property
+    def share_of_bandwidth(self) -> float:
+        """At which the experts' bytes come, of the bandwidth that was measured beside it."""
+        return self.experts_bytes / (self.experts_milliseconds / 1e3) / self.read_bandwidth
 
 
 @dataclass(frozen=True)
@@ -125,7 +153,7 @@ class Damaging:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
-    parser.add_argument("--weights", nargs="+", choices=("bfloat16", "int8", "int4"), default=["int8"])
+    parser.add_argument("--weights", nargs="+", choices=tuple(BITS), default=["int8"])
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--kl", type=float, default=0.02, help="damage of every rule, nats a token")
     parser.add_argument("--tokens", type=int, default=1520, help="decoded in a measurement of damage, at least")
@@ -138,8 +166,8 @@ def main() -> None:
     parser.add_argument("--prepare", action="store_true", help="only measure damage and build engines")
     parser.add_argument("--table", action="store_true", help="print the file and measure nothing")
     args = parser.parse_args()
-    content = json.loads(args.output.read_text()) if args.output.exists() else {"rows": []}
-    rows = [Row(**row) for row in content["rows"]]
+    machine = Machine(cpu_name(), instruction_set(), args.num_threads, args.kl)
+    rows = kept_rows(args.output, None if args.table else machine)
     if not args.table:
         for name in args.shapes:
             shape = SHAPES[name]
@@ -148,19 +176,26 @@ def main() -> None:
                 directory = shape_engine(name, weights, args.work_dir)
                 if args.prepare:
                     continue
-                for row in measure(name, weights, directory, rules, args):
-                    rows = [each for each in rows if identity(each) != identity(row)]
-                    rows.append(row)
-        if args.prepare:
-            return
-        content = {"instruction_set": instruction_set(), "threads": args.num_threads, "target_kl": args.kl}
-        content["read_bandwidth"] = read_bandwidth(args.num_threads)
-        write_results(args.output, {**content, "rows": [asdict(row) for row in sorted(rows, key=order)]})
-    print_table(sorted(rows, key=order))
+                for batch, found in rules.items():
+                    measured = measure(name, weights, directory, batch, found, args)
+                    print_table(measured)
+                    rows = [each for each in rows if order(each) != order(measured[0])] + measured
+                    rows.sort(key=order)
+                    # After each, so that a run which is stopped has not been for nothing.
+                    write_results(args.output, {**asdict(machine), "rows": [asdict(row) for row in rows]})
+    if args.table:
+        print_table(rows)
+        print()
+    if not args.prepare:
+        print_summary(rows)
 
 
-def identity(row: Row) -> tuple[Any, ...]:
-    return row.shape, row.weights, row.batch, row.policy
+def kept_rows(path: Path, machine: Machine | None) -> list[Row]:
+    """The rows of a file, if this machine measured them; None asks for no machine."""
+    content = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    if machine is not None and any(content.get(name) != value for name, value in asdict(machine).items()):
+        return []
+    return [Row(**row) for row in content["rows"]]
 
 
 def order(row: Row) -> tuple[Any, ...]:
@@ -197,6 +232,7 @@ def rules_of_equal_damage(shape: Shape, batch: int, args: argparse.Namespace) ->
         if each is not None:
             assert isinstance(each.candidate.policy, PhasesPolicy)
             rules[name] = Damaging(each.candidate.policy.decode, each.scores.mean_kl, each.scores.avg_reads / reads)
+    known = json.loads(args.rules.read_text()) if args.rules.exists() else {}  # others may have written meanwhile
     known[key] = {
         name: {"rule": rule_json(each.rule), "kl": each.kl, "reads_share": each.reads_share}
         for name, each in rules.items()
@@ -280,86 +316,140 @@ def shape_engine(name: str, weights: str, work_dir: Path) -> Path:
     if not directory.exists():
         checkpoint = shape_checkpoint(name, work_dir)
         print(f"engine of {name}'s shape, {weights}", flush=True)
-        precision = None if weights == "bfloat16" else weights
+        precision = weights if weights.startswith("int") else None
+        dtype = "bfloat16" if precision else weights
         sizes = {"max_batch_size": WINDOWS, "max_seq_len": 128, "max_num_tokens": PROMPT * WINDOWS}
-        build(checkpoint, directory, dtype="bfloat16", weight_only_precision=precision, **sizes)  # type: ignore[arg-type]
+        build(checkpoint, directory, dtype=dtype, weight_only_precision=precision, **sizes)  # type: ignore[arg-type]
     return directory
 
 
 def measure(
-    name: str, weights: str, directory: Path, rules: Mapping[int, Mapping[str, Damaging]], args: argparse.Namespace
+    name: str, weights: str, directory: Path, batch: int, found: Mapping[str, Damaging], args: argparse.Namespace
 ) -> list[Row]:
-    """All policies at all batch sizes on one engine."""
-    shape, rows = SHAPES[name], []
+    """All policies at one batch size on one engine."""
+    shape = SHAPES[name]
     tokens = shape_tokens(shape, PROMPT + STEPS)
     windows = Windows(tokens, 1, np.zeros(len(tokens), np.int64), [name])
-    with (
-        Evaluator(directory, num_threads=args.num_threads) as evaluator,
-        evaluator.with_session(partial(OpenVinoSession, profile=True)),
-    ):
-        for batch, found in rules.items():
-            policies = {
-                policy: on_shape(shape, evaluator.config, each.rule, batch, args.work_dir)
-                for policy, each in found.items()
-                if policy != FULL
-            }
-            tables = evaluator.tables(policies)
-            timings = time_policies(
-                evaluator, windows, tables, list(policies), batches=(batch,), rounds=args.rounds, decode_steps=STEPS,
-                phases=("decode",), prompt_tokens=PROMPT,
-            )  # fmt: skip
-            experts = {timing.policy: profile(evaluator, tokens[:batch], tables, timing.policy) for timing in timings}
-            for timing in timings:
-                assert timing.reads is not None and timings[0].reads is not None
-                mine, others = experts[timing.policy]
-                ratio, damage = timing.ratio, found[timing.policy]
-                rows.append(
-                    Row(
-                        shape=name, weights=weights, batch=batch, policy=timing.policy,
-                        rule=rule_json(policies.get(timing.policy, damage.rule)),
-                        avg_k=timing.avg_k, reads=timing.reads, reads_share=timing.reads / timings[0].reads,
-                        milliseconds=1e3 * timing.seconds / STEPS, tokens_per_second=timing.tokens_per_second,
-                        time_share=ratio.value, time_share_low=ratio.low, time_share_high=ratio.high,
-                        experts_milliseconds=1e3 * mine, other_milliseconds=1e3 * others,
-                        experts_time_share=mine / experts[FULL][0],
-                        damage_of=shape.model, kl=damage.kl, reads_share_there=damage.reads_share,
-                    )
-                )  # fmt: skip
-            print_table(rows[-len(timings) :])
+    with Evaluator(directory, num_threads=args.num_threads) as evaluator:
+        policies = {
+            policy: on_shape(shape, evaluator.config, each.rule, batch, args.work_dir)
+            for policy, each in found.items()
+            if policy != FULL
+        }
+        tables = evaluator.tables(policies)
+        bandwidth = read_bandwidth(args.num_threads)
+        timings = time_policies(
+            evaluator, windows, tables, list(policies), batches=(batch,), rounds=args.rounds, decode_steps=STEPS,
+            phases=("decode",), prompt_tokens=PROMPT,
+        )  # fmt: skip
+        profiles = profile(evaluator, tokens[:batch], tables)
+        moe = evaluator.config.pretrained_config.moe
+        matrices = 3 if moe.activation in GATED_ACTIVATIONS else 2
+        width = moe.latent_size or evaluator.config.pretrained_config.hidden_size
+        expert_bytes = matrices * width * moe.intermediate_size * BITS[weights] / 8
+    rows = []
+    for timing in timings:
+        assert timing.reads is not None and timings[0].reads is not None
+        mine, others = profiles[timing.policy]
+        ratio, damage = timing.ratio, found[timing.policy]
+        rows.append(
+            Row(
+                shape=name, weights=weights, batch=batch, policy=timing.policy,
+                rule=rule_json(policies.get(timing.policy, damage.rule)),
+                avg_k=timing.avg_k, reads=timing.reads, reads_share=timing.reads / timings[0].reads,
+                milliseconds=1e3 * timing.seconds / STEPS, tokens_per_second=timing.tokens_per_second,
+                time_share=ratio.value, time_share_low=ratio.low, time_share_high=ratio.high,
+                experts_milliseconds=1e3 * mine, other_milliseconds=1e3 * others,
+                experts_time_share=mine / profiles[FULL][0],
+                experts_bytes=timing.reads * shape.num_moe_layers * expert_bytes, read_bandwidth=bandwidth,
+                damage_of=shape.model, kl=damage.kl, reads_share_there=damage.reads_share,
+            )
+        )  # fmt: skip
     return rows
 
 
-def profile(evaluator: Evaluator, tokens: Any, tables: PolicyTables, policy: str) -> tuple[float, float]:
-    """Mean seconds of a step in AdaptiveKMoe and in all other operators."""
-    row = tables.decode_row[tables.index(policy)]
-    session, batch = evaluator.session, len(tokens)
-    assert isinstance(session, OpenVinoSession)
-    before = session.profile()
-    for step in range(PROFILE_ROUNDS * STEPS):
-        past = PROMPT + step % STEPS
-        part = tokens[:, past : past + 1]
-        evaluator.step(part, np.full(part.shape, row, np.int32), np.arange(batch), past=past)
-    taken = {kind: (total - before[kind]) / (PROFILE_ROUNDS * STEPS) for kind, total in session.profile().items()}
-    experts = taken.pop("AdaptiveKMoe")
-    return experts, sum(taken.values())
+def profile(evaluator: Evaluator, tokens: Any, tables: PolicyTables) -> dict[str, tuple[float, float]]:
+    """By policy the mean seconds of a step in AdaptiveKMoe and in all other operators, of steps taken in turns."""
+    sums = {name: np.zeros(2) for name in tables.names}
+    # Of its own: the session tells means over all its steps in whole microseconds, and few steps make that exact.
+    with evaluator.with_session(partial(OpenVinoSession, profile=True)) as session:
+        assert isinstance(session, OpenVinoSession)
+        session.set_policies(tables)
+        evaluator.prefill(tokens[:, :PROMPT], 0)
+        for turn in range(PROFILE_ROUNDS + 1):  # the first one warms up
+            for name in tables.names:
+                row = tables.decode_row[tables.index(name)]
+                before = session.profile() if turn else {}
+                for past in range(PROMPT, PROMPT + STEPS):
+                    part = tokens[:, past : past + 1]
+                    evaluator.step(part, np.full(part.shape, row, np.int32), np.arange(len(tokens)), past=past)
+                if turn:
+                    taken = {kind: total - before[kind] for kind, total in session.profile().items()}
+                    experts = taken.pop("AdaptiveKMoe")
+                    sums[name] += experts, sum(taken.values())
+    steps = PROFILE_ROUNDS * STEPS
+    return {name: (float(experts / steps), float(others / steps)) for name, (experts, others) in sums.items()}
 
 
 def print_table(rows: Sequence[Row]) -> None:
     """As Markdown."""
     print(
         "| shape, weights | batch | policy | KL, of the bundled model | k | reads | of full's | ms a step | tokens/s "
-        "| time, of full's | ms in experts, elsewhere | experts' time, of full's |"
+        "| time, of full's | ms in experts, elsewhere | time over bytes | of bandwidth |"
     )
-    print("|" + " --- |" * 12)
+    print("|" + " --- |" * 13)
     for row in rows:
         bounds = f"{row.time_share_low:.2f} to {row.time_share_high:.2f}"
         print(
             f"| {row.shape}, {row.weights} | {row.batch} | {described(row)} | {row.kl:.4f}, {row.damage_of} "
             f"(reads {row.reads_share_there:.0%}) | {row.avg_k:.2f} | {row.reads:.1f} | {row.reads_share:.0%} "
             f"| {row.milliseconds:.1f} | {row.tokens_per_second:.0f} | {row.time_share:.2f} ({bounds}) "
-            f"| {row.experts_milliseconds:.1f}, {row.other_milliseconds:.1f} | {row.experts_time_share:.2f} |",
+            f"| {row.experts_milliseconds:.1f}, {row.other_milliseconds:.1f} | {row.time_over_bytes:.2f} "
+            f"| {row.share_of_bandwidth:.0%} |",
             flush=True,
         )
+    for _, group in itertools.groupby(rows, order):
+        alike = list(group)
+        if fit := fitted(alike):
+            first = alike[0]
+            print(
+                f"{first.shape}, {first.weights}, {first.batch}: an expert read takes {fit[0]:.1f} us, one run for "
+                f"a token {fit[1]:.2f} us; by these, times are within {fit[2]:.0%}"
+            )
+
+
+def print_summary(rows: Sequence[Row]) -> None:
+    """As Markdown a line for each shape, weights and batch: time and, in brackets, reads as shares of full's."""
+    names = list(dict.fromkeys(row.policy for row in rows if row.policy != FULL))
+    print(f"| shape, weights | batch | {FULL}, ms a step | " + " | ".join(names) + " | time over bytes |")
+    print("|" + " --- |" * (len(names) + 4))
+    for _, group in itertools.groupby(rows, order):
+        alike = {row.policy: row for row in group}
+        full = alike[FULL]
+        least = full.milliseconds / max(1.0, full.time_share)  # it was timed twice
+        others = [alike.get(name) for name in names]
+        cells = ["" if row is None else f"{row.milliseconds / least:.2f} ({row.reads_share:.0%})" for row in others]
+        bytes_ = [row.time_over_bytes for row in others if row is not None]
+        print(
+            f"| {full.shape}, {full.weights} | {full.batch} | {least:.1f} | " + " | ".join(cells) + " | "
+            f"{min(bytes_):.2f} to {max(bytes_):.2f} |"
+        )
+
+
+def fitted(rows: Sequence[Row]) -> tuple[float, float, float] | None:
+    """Microseconds of an expert that a layer reads and of one run for a token; and the largest error, of a time.
+
+    By least squares over policies at one batch, no term below 0; None of too few policies, or where reads are runs.
+    """
+    if len(rows) < 4 or rows[0].batch == 1:
+        return None
+    layers = SHAPES[rows[0].shape].num_moe_layers
+    terms = np.array([(row.reads, row.avg_k * row.batch) for row in rows]) * layers
+    times = np.array([1e3 * row.experts_milliseconds for row in rows])
+    read, run = np.linalg.lstsq(terms / times[:, None], np.ones(len(rows)), rcond=None)[0]
+    if run < 0:
+        read, run = float(np.mean(times / terms[:, 0])), 0.0
+    return float(read), float(run), float(np.abs(terms @ (read, run) / times - 1).max())
 
 
 def described(row: Row) -> str:

@@ -5,7 +5,12 @@
     python benchmarks/load.py --shape olmoe --weights int8         # random layers of OLMoE-1B-7B's size
     python benchmarks/load.py --engine_dir engine --policy auto    # an engine and a policy by load of its own
     python benchmarks/load.py --serve                              # over gRPC, to a real server
+    python benchmarks/load.py --prepare                            # before: damage and the engine, no load
     python benchmarks/load.py --quick                              # does it run? its figures say nothing
+
+Damage and the engine take no times and are kept in --work_dir, so that only the load itself needs an idle machine.
+Answers are sampled at temperature 1: with greedy decoding random weights soon repeat one token, whose experts lie in a
+cache.
 
 Arrivals are a Poisson process, the same one for both policies of a rate. Rates are given, or shares of what the engine
 answers a second under `full` with a full batch, measured first (a closed loop). The two policies take turns. Requests
@@ -194,36 +199,44 @@ def main() -> None:
     )
     parser.add_argument("--eval", type=Path, metavar="FILE", help="what `adaptive-k eval --output FILE` wrote")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prepare", action="store_true", help="only measure damage and build the engine")
     parser.add_argument("--quick", action="store_true", help="windows of two seconds")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/load.json"))
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "load.json")
     args = parser.parse_args()
     if args.quick:
         args.seconds = 2.0
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.engine_dir:
-            run(args, args.engine_dir, None)
-        else:
-            args.model = SHAPES[args.shape].model if args.shape else args.model
-            rules, damage = calibrated(args)
-            run(args, build_engine(args, Path(scratch), rules), damage)
+    if args.engine_dir:
+        run(args, args.engine_dir, None)
+        return
+    args.model = SHAPES[args.shape].model if args.shape else args.model
+    rules, damage = calibrated(args)
+    directory = engine_for(args, rules)
+    if not args.prepare:
+        run(args, directory, damage)
 
 
-def build_engine(args: argparse.Namespace, scratch: Path, rules: Mapping[str, Any]) -> Path:
-    """An engine with the policies of `policies_for`."""
-    checkpoint = shape_checkpoint(args.shape, args.work_dir) if args.shape else MODELS / args.model
-    integers = args.weights.startswith("int")
-    config = build(
-        checkpoint,
-        scratch / "engine",
-        dtype="bfloat16" if integers else args.weights,
-        weight_only_precision=args.weights if integers else None,
-        max_batch_size=args.max_batch_size,
-        max_seq_len=PROMPT_TOKENS[1] + args.max_tokens + 1,
+def engine_for(args: argparse.Namespace, rules: Mapping[str, Any]) -> Path:
+    """An engine with the policies of `policies_for`, built where it is not there yet."""
+    max_seq_len = PROMPT_TOKENS[1] + args.max_tokens + 1
+    directory: Path = (
+        args.work_dir / f"load-{args.shape or args.model}-{args.weights}-{args.max_batch_size}-{max_seq_len}"
     )
+    if not directory.exists():
+        print(f"engine of {model_name(args, directory)}, {args.weights}", flush=True)
+        integers = args.weights.startswith("int")
+        build(
+            shape_checkpoint(args.shape, args.work_dir) if args.shape else MODELS / args.model,
+            directory,
+            dtype="bfloat16" if integers else args.weights,
+            weight_only_precision=args.weights if integers else None,
+            max_batch_size=args.max_batch_size,
+            max_seq_len=max_seq_len,
+        )
+    config = read_engine_config(directory, verify_files=False)
     policies = PolicySet.model_validate(policies_for(config.pretrained_config.num_experts_per_tok, rules))
     config = config.model_copy(update={"adaptive_k": config.pretrained_config.fit_policies(policies)})
-    write_engine_config(scratch / "engine", config)
-    return scratch / "engine"
+    write_engine_config(directory, config)
+    return directory
 
 
 def run(args: argparse.Namespace, directory: Path, kl: Mapping[str, float] | None) -> None:
@@ -320,7 +333,7 @@ def closed_loop_rate(llm: LLM, args: argparse.Namespace) -> float:
     """Requests a second under `full` while there is always one to come; the first batch warms up."""
     rng = np.random.default_rng(args.seed)
     batch = llm.stats().max_batch_size
-    params = SamplingParams(max_tokens=args.max_tokens, end_id=-1, adaptive_k_policy=FULL)
+    params = SamplingParams(max_tokens=args.max_tokens, end_id=-1, temperature=1.0, adaptive_k_policy=FULL)
     llm.generate([random_prompt(llm.config, rng) for _ in range(batch)], params)
     count = (2 if args.quick else 6) * batch
     outputs = llm.generate([random_prompt(llm.config, rng) for _ in range(count)], params)
@@ -332,7 +345,7 @@ def closed_loop_rate(llm: LLM, args: argparse.Namespace) -> float:
 
 def window(llm: LLM, sums: StepSums, args: argparse.Namespace, arrivals: Arrivals, policy: str) -> Figures:
     """Let requests arrive for some time, and see how they fare."""
-    params = SamplingParams(max_tokens=args.max_tokens, end_id=-1, adaptive_k_policy=policy)
+    params = SamplingParams(max_tokens=args.max_tokens, end_id=-1, temperature=1.0, adaptive_k_policy=policy)
     handles: list[GenerationHandle] = []
     samples: list[tuple[float, float]] = []
     sums.clear()
@@ -425,7 +438,7 @@ async def served_window(
     firsts: list[float | None] = [None] * len(texts)
     tokens = [0] * len(texts)
     samples: list[tuple[float, float]] = []
-    options = {"max_tokens": args.max_tokens, "end_id": -1, "adaptive_k_policy": policy}
+    options = {"max_tokens": args.max_tokens, "end_id": -1, "temperature": 1.0, "adaptive_k_policy": policy}
     before = await asyncio.to_thread(read_metrics, url)
     start = time.monotonic()
 

@@ -59,6 +59,10 @@ LARGEST_STEP = 1.0
 PROBE = 0.3
 """By how much it is moved to see what that does."""
 
+FURTHEST = 10.0
+"""How far step 1 looks for a rule that uses the budget up, as a natural logarithm of the factor: a small number may
+change nothing at first."""
+
 TIME_CORRECTIONS = 2
 """How often a policy that was found for a time is timed, and the search repeated with what the fit missed."""
 
@@ -198,6 +202,7 @@ def meet(
     low: tuple[float, float] | None = None
     high: tuple[float, float] | None = None
     x, step = 0.0, 0.5
+    moved_low: bool | None = None
     kept: list[tuple[float, Measured]] = []
     for _ in range(passes):
         factors = [factor * math.exp(x) for factor in start]
@@ -207,18 +212,21 @@ def meet(
             kept.append((abs(value), found))
             if abs(value) <= CLOSE:
                 break
-        end = low if value > 0 else high
-        if end is not None and (low is None or high is None) and end[1] == value:
-            break  # a larger factor changes nothing more
+        # An end that stays twice counts half (the Illinois rule, as in `solve`).
         if value > 0:
+            high = high if high is None or not moved_low else (high[0], high[1] / 2)
             low = (x, value)
         else:
+            low = low if low is None or moved_low is not False else (low[0], low[1] / 2)
             high = (x, value)
+        moved_low = value > 0
         if low is not None and high is not None:
             share = min(max(low[1] / (low[1] - high[1]), 0.1), 0.9)
             x = low[0] + share * (high[0] - low[0])
         else:
             x, step = x + math.copysign(step, value), step * 2
+            if abs(x) > FURTHEST:
+                break
     return min(kept, key=lambda item: item[0])[1] if kept else None
 
 

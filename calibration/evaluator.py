@@ -281,6 +281,18 @@ class Evaluator:
             )
         )
 
+    def prefill(self, tokens: npt.NDArray[np.int64], row: int) -> None:
+        """Read prompts, in steps of at most `max_num_tokens` tokens.
+
+        Args:
+            tokens: [S, n] those of S sequences.
+            row: the policy's row.
+        """
+        piece = max(1, self.config.build_config.max_num_tokens // len(tokens))
+        for past in range(0, tokens.shape[1], piece):
+            part = tokens[:, past : past + piece]
+            self.step(part, np.full(part.shape, row, np.int32), np.arange(0), past=past)
+
     def scores(
         self,
         windows: Windows,

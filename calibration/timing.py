@@ -191,14 +191,13 @@ def _run(
         phase: what is timed.
         prompt: tokens of each sequence before the first decoded one.
     """
-    count = len(pieces[0])
     seconds: list[float] = []
     ks: list[float] = []
     reads: list[float] = []
 
     def timed(tokens: npt.NDArray[np.int64], past: int) -> None:
         own = np.full(tokens.shape, rows[phase == "decode"], np.int32)
-        wanted = np.arange(1, count + 1) * tokens.shape[1] - 1
+        wanted = np.arange(1, len(tokens) + 1) * tokens.shape[1] - 1
         started = time.perf_counter()
         output = evaluator.step(tokens, own, wanted, past=past)
         seconds.append(time.perf_counter() - started)
@@ -211,8 +210,7 @@ def _run(
             timed(piece, 0)
     else:
         (tokens,) = pieces
-        first = tokens[:, :prompt]
-        evaluator.step(first, np.full(first.shape, rows[0], np.int32), np.arange(1, count + 1) * prompt - 1)
+        evaluator.prefill(tokens[:, :prompt], rows[0])
         for past in range(prompt, tokens.shape[1]):
             timed(tokens[:, past : past + 1], past)
     return seconds, (float(np.mean(ks)), float(np.mean(reads)) if reads else None)

@@ -131,6 +131,7 @@ def make_bindings(model: PretrainedConfig, build: BuildConfig) -> list[Binding]:
         binding("logits", "float32", "num_logits", model.vocab_size, output=True),
         binding("k", "int32", "num_tokens", moe_layers, output=True),
         binding("entropy", "float32", "num_tokens", moe_layers, output=True),
+        binding("expert_load", "int32", moe_layers, model.num_experts, output=True),
         *(binding(present, model.dtype, *cache, output=True, of=past) for past, present in pairs),
         *(binding(present, dtype, *shape, output=True, of=past) for past, present, dtype, shape in states),
     ]

@@ -226,6 +226,8 @@ def make_moe_function(
     b.op("Reshape", k, flat, name="k")
     weights = by_expert(weigh(chosen))
     chosen = by_expert(chosen)
+    load = b.op("ReduceSum", chosen, begin, keepdims=0)
+    b.op("Cast", load, name="expert_load", to=onnx.TensorProto.INT32)
 
     # All experts on all tokens: [E, T, H].
     tokens = b.op("Unsqueeze", "hidden_states", b.const([0], "int64"))
@@ -250,7 +252,9 @@ def make_moe_function(
     given = {"correction_bias": correction_bias, "quantised": quantization is not None, "expert_norms": expert_norms}
     inputs = MOE.input_names(*(name for name, there in given.items() if there))
     opset = [helper.make_opsetid("", 24)]
-    return helper.make_function(DOMAIN, OP_TYPE, inputs, MOE.output_names(), b.nodes, opset, list(MOE.defaults()))
+    # ONNX Runtime wants all outputs of a function from its nodes, so the last one is the lowering's to add.
+    outputs = [name for name in MOE.output_names() if name != "expert_load"]
+    return helper.make_function(DOMAIN, OP_TYPE, inputs, outputs, b.nodes, opset, list(MOE.defaults()))
 
 
 def _mask_groups(b: FunctionBody, ranked: str, moe: MoeConfig) -> str:

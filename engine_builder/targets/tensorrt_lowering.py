@@ -45,6 +45,7 @@ def lower_graph(path: Path, model: PretrainedConfig, build: BuildConfig) -> onnx
     _use_dtype(proto, path, model.dtype)
     if model.mamba is not None:
         _derive_sequences(proto.graph)
+    _give_expert_load(proto)
     _drop_unused(proto.graph)
     _declare(proto.graph, make_bindings(model, build))
     # Every type and rank of the graph against the operators' rules and the table.
@@ -108,6 +109,24 @@ def _update_cache_in_place(graph: onnx.GraphProto) -> None:
                 if not producer.output[0].startswith("present."):
                     raise AssertionError(f"{node.name}: input {index} does not come from a cache")
                 node.input[index] = producer.output[0]
+
+
+def _give_expert_load(proto: onnx.ModelProto) -> None:
+    """The tokens of each expert, [layers, experts], as one more output: other targets count them in the operator."""
+    graph = proto.graph
+    for function in proto.functions:
+        if function.name == moe_function.OP_TYPE:
+            function.output.append("expert_load")
+    graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "expert_load.axis"))
+    rows = []
+    for node in _experts(graph):
+        load = f"{node.name}.expert_load"
+        node.output.append(load)
+        row = helper.make_node("Unsqueeze", [load, "expert_load.axis"], [f"{load}.row"], f"{load}.row")
+        graph.node.append(row)
+        rows.append(row.output[0])
+    graph.node.append(helper.make_node("Concat", rows, ["expert_load"], "expert_load", axis=0))
+    graph.output.append(helper.make_tensor_value_info("expert_load", TensorProto.INT32, None))
 
 
 def _derive_sequences(graph: onnx.GraphProto) -> None:

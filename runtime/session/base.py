@@ -58,8 +58,8 @@ class StepOutput:
         logits: [N, V] float32 logits of the rows asked for.
         k: [T, L] experts that ran for each token in each MoE layer.
         entropy: [T, L] entropy of the router's softmax, in nats.
-        reads: [L] experts whose weights the step read in each MoE layer: those that some token ran. None where the
-            session does not know.
+        reads: [L] experts whose weights the step read in each MoE layer: those that some token ran. A target that
+            takes several executions for a step counts an expert once in each. None where the session does not know.
     """
 
     logits: FloatArray

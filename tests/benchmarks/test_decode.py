@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import decode
 import numpy as np
@@ -62,3 +65,35 @@ def test_a_shape_with_more_experts_gets_the_number_that_loses_as_much(work_dir: 
         assert 0.01 < there < 0.5
     same = small_shape(64, normalised=False)
     assert decode.on_shape(same, small, rule, 16, work_dir) is rule
+
+
+def row(**given: Any) -> decode.Row:
+    base = dict.fromkeys((field.name for field in fields(decode.Row)), 1.0)
+    return decode.Row(**{**base, "shape": "olmoe", "weights": "int8", "batch": 16, "rule": {}, **given})  # type: ignore[arg-type]
+
+
+def test_time_over_bytes_and_what_an_expert_takes() -> None:
+    reads, ks = [50.0, 40.0, 30.0, 30.0], [8.0, 5.0, 8.0, 6.0]
+    layers, batch = decode.SHAPES["olmoe"].num_moe_layers, 16
+    times = [(400 * r + 25 * batch * k) * layers / 1e3 for r, k in zip(reads, ks, strict=True)]  # ms
+    rows = [
+        row(policy=str(at), reads=reads[at], reads_share=reads[at] / 50, avg_k=ks[at],
+            experts_milliseconds=times[at], experts_time_share=times[at] / times[0])
+        for at in range(4)
+    ]  # fmt: skip
+    assert decode.fitted(rows) == pytest.approx((400, 25, 0), abs=1e-6)
+    assert decode.fitted(rows[:3]) is None
+    assert rows[2].time_over_bytes == pytest.approx(times[2] / times[0] / 0.6) and rows[2].time_over_bytes > 1.05
+    # Where runs take nothing no term falls below 0.
+    free = [replace(each, experts_milliseconds=each.reads * (1 - each.avg_k / 1000)) for each in rows]
+    read, run, error = decode.fitted(free) or (0.0, 1.0, 0.0)
+    assert read > 0 and run == 0 and 0 < error < 0.01
+
+
+def test_rows_of_another_machine_are_not_kept(tmp_path: Path) -> None:
+    path, machine = tmp_path / "decode.json", decode.Machine("a", "amx", 2, 0.02)
+    assert decode.kept_rows(path, machine) == []
+    path.write_text(json.dumps({**asdict(machine), "rows": [asdict(row(policy="full"))]}))
+    assert [each.policy for each in decode.kept_rows(path, machine)] == ["full"]
+    assert decode.kept_rows(path, replace(machine, cpu="b")) == []
+    assert len(decode.kept_rows(path, None)) == 1

@@ -7,10 +7,12 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from adaptive_k_moe.calibration import decoding
 from adaptive_k_moe.calibration.bootstrap import Interval
 from adaptive_k_moe.calibration.calibrate_decode import (
     DecodeCalibration,
@@ -40,6 +42,8 @@ from adaptive_k_moe.policy import (
 )
 from adaptive_k_moe.runtime import LLM
 from adaptive_k_moe.runtime.perplexity import measure_perplexity
+
+from checkpoints import Shape, make_checkpoint
 
 BATCH = 4
 STEPS = 31  # one group of short windows to fit on
@@ -88,6 +92,34 @@ def test_reads_lie_between_one_tokens_experts_and_the_batchs(evaluator: Evaluato
     assert reads.min() >= 1 and reads.max() <= BATCH and 1 < reads.mean() < BATCH
     alone = DecodeReader(evaluator, reader.windows, 1, max_steps=1)
     assert {int(step.reads.max()) for step in alone.steps(evaluator.tables({}), 0)} == {2}
+
+
+def test_steps_of_one_are_taken_together_where_nobody_can_tell(
+    evaluator: Evaluator, reader: DecodeReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = DecodeReader(evaluator, reader.windows.take(np.arange(3)), 1, max_steps=10**6)
+    sizes: list[int] = []
+    step = evaluator.step
+    monkeypatch.setattr(
+        evaluator, "step", lambda tokens, *args, **kwargs: sizes.append(len(tokens)) or step(tokens, *args, **kwargs)
+    )
+
+    def scores(policy: Policy, at_once: int) -> Scores:
+        monkeypatch.setattr(decoding, "ALONE_AT_ONCE", at_once)
+        sizes.clear()
+        return read(evaluator, alone, policy)
+
+    rule = PhasesPolicy(kind="phases", prefill=FULL, decode=RatioPolicy(kind="ratio", ratio=0.5))
+    together = scores(rule, 16)
+    assert set(sizes) == {3}
+    one_by_one = scores(rule, 1)
+    assert set(sizes) == {1}
+    assert 1 < together.avg_reads < 2 and (together.reads == together.k).all()
+    for figure in ("nll", "kl", "agreement", "k", "reads"):
+        np.testing.assert_allclose(getattr(together, figure), getattr(one_by_one, figure), atol=1e-4)
+    for sharing in (shared(0.1), PhasesPolicy(kind="phases", prefill=shared(0.1).decode, decode=FULL)):
+        scores(sharing, 16)
+        assert set(sizes) == {1}, "its tokens look at their company"
 
 
 def test_reads_of_shared_fall_as_the_price_rises(evaluator: Evaluator, reader: DecodeReader) -> None:
@@ -250,6 +282,41 @@ def test_a_target_of_time_is_met_by_the_clock(
     assert [*found.policies] == [*times][1:]
 
 
+def test_a_target_of_time_from_the_command_line_and_by_the_real_clock(
+    checkpoint_dir: Path, some_text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On experts so large that they are a step; how fast this machine is today is not asked."""
+    changes = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 2048, "max_position_embeddings": 512}
+    changes |= {"num_local_experts": 8, "num_experts_per_tok": 4}
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", Shape("large experts", changes))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint_dir / name, checkpoint)
+    text, output, report = tmp_path / "text.txt", tmp_path / "policy.json", tmp_path / "report"
+    text.write_text(some_text[:3600], encoding="utf-8")
+    command = f"calibrate --checkpoint_dir {checkpoint} --text {text} --window 64 --output {output} --report {report}"
+    options = "--batch_size 4 --target_time 0.8 --policy_name quick --layer_rounds 0 --timing_rounds 2 --max_steps 31"
+    assert main([*command.split(), *options.split()]) == 0
+    printed = capsys.readouterr().out
+    assert "time against full" in printed and "budget met on the reported part: " in printed
+    content = json.loads((report / "decode.json").read_text())
+    assert content["budget"] == {"time": 0.8} and content["batch"] == 4
+    step = content["step_time"]
+    assert min(step.values()) >= 0 and step["by_reads"] + step["by_k"] > 0
+    full, quick, *opponents = content["reported"]
+    assert (full["policy"], quick["policy"], opponents[0]["policy"]) == ("full", "quick", "quick_static")
+    assert "quick_static_time" in [each["policy"] for each in opponents]
+    assert (quick["reads"], quick["avg_k"]) < (full["reads"], full["avg_k"]) and quick["kl_to_full_nats"]["value"] > 0
+    for each in content["reported"]:
+        timing = each["timing"]
+        assert (timing["policy"], timing["phase"], timing["batch"]) == (each["policy"], "decode", 4)
+        assert timing["seconds"] > 0 and timing["ratio"]["low"] <= timing["ratio"]["value"] <= timing["ratio"]["high"]
+    met = quick["timing"]["ratio"]["low"] <= 0.8
+    assert content["budget_met_on_reported"] == ("yes" if met else "no")
+    # Opponents at equal time are in the report alone.
+    written = {each["policy"] for each in content["reported"] if not each["policy"].endswith("_time")}
+    assert set(read_policy_file(output).policies) == written >= {"quick", "quick_static"}
+
+
 def test_rules_at_equal_damage(laboratory: DecodeLaboratory) -> None:
     budget = Budget(kl=0.012)
     sharing = meet(laboratory, SharedPolicy(kind="shared", price=0.05, k_min=1), [1.0] * 6, budget)
@@ -260,6 +327,17 @@ def test_rules_at_equal_damage(laboratory: DecodeLaboratory) -> None:
         assert 0.009 < found.scores.mean_kl <= 0.012
     assert 0 < static.scores.mean_kl <= 0.012  # in whole experts
     assert sharing.scores.avg_reads < min(ratio.scores.avg_reads, static.scores.avg_reads)
+
+
+def test_a_search_goes_on_where_a_larger_number_changes_nothing_yet() -> None:
+    class Laboratory:
+        evaluator = SimpleNamespace(full_k=2)
+
+        def decode(self, kind: str, rule: RatioPolicy) -> SimpleNamespace:
+            return SimpleNamespace(scores=SimpleNamespace(mean_kl=max(0.0, rule.ratio - 0.3)))
+
+    found = meet(Laboratory(), RatioPolicy(kind="ratio", ratio=0.1), [1.0], Budget(kl=0.05))  # type: ignore[arg-type]
+    assert found is not None and 0.045 < found.scores.mean_kl <= 0.05
 
 
 def test_the_commands_write_and_measure_what_shares(

@@ -9,7 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adaptive_k_moe.calibration.evaluator import Evaluator
+from adaptive_k_moe.calibration.timing import time_policies
+from adaptive_k_moe.calibration.windows import Windows
 from adaptive_k_moe.cli import main
+from adaptive_k_moe.runtime.session import StepInput
 
 
 def test_all_figures_of_all_policies(
@@ -42,6 +46,35 @@ def test_all_figures_of_all_policies(
     assert steps["full", 1]["reads"] == 2 and steps["top1", 1]["reads"] == 1
     assert steps["balanced", 1]["reads"] < steps["balanced", 4]["reads"] < 8
     assert all(item["timing"]["batch"] == item["batch"] for item in steps.values())
+
+
+def test_decode_is_timed_with_as_many_sequences_in_flight_as_a_batch_has(
+    evaluator: Evaluator, parts: tuple[Windows, Windows], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no prompt is read in a step of more tokens than the engine takes."""
+    steps: list[StepInput] = []
+    run = evaluator.session.step
+    monkeypatch.setattr(evaluator.session, "step", lambda step: steps.append(step) or run(step))
+    limits = evaluator.config.build_config.model_copy(update={"max_num_tokens": 100})
+    monkeypatch.setattr(evaluator, "config", evaluator.config.model_copy(update={"build_config": limits}))
+    windows = parts[0].take(np.arange(16) % len(parts[0]))
+    timings = time_policies(
+        evaluator,
+        windows,
+        evaluator.tables({}),
+        [],
+        batches=(1, 4, 16, 64),
+        rounds=1,
+        decode_steps=3,
+        phases=("decode",),
+    )
+    assert [(timing.batch, timing.num_tokens) for timing in timings] == [(1, 3), (4, 12), (16, 48)]
+    assert max(len(step.input_ids) for step in steps) <= 100
+    decoding = [step for step in steps if (np.diff(step.subsequence_begins) == 1).all() and step.past_lens.min() >= 32]
+    assert {len(step.past_lens) for step in decoding} == {1, 4, 16}
+    for step in decoding:  # each in blocks of its own, after its own prompt
+        blocks = [block for table in step.block_tables for block in table]
+        assert len(set(blocks)) == len(blocks) and set(step.past_lens) <= {32, 33, 34}
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_the_graph_for_the_plugin_gives_it_the_types_that_it_takes(shape: Shape,
     assert len(nodes) == lowered.model.num_moe_layers
     for node in nodes:
         assert [types[name] for name in node.input] == [own, f32, i32, i32, f32, i32, own, own, f32]
-        assert [types[name] for name in node.output] == [own, i32, f32]
+        assert [types[name] for name in node.output] == [own, i32, f32, i32]
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"adaptive_k", b"1")
         assert attributes["weight_format"] == dtype.encode()
@@ -189,6 +189,8 @@ def test_weights_keep_their_values_in_the_new_type(tmp_path: Path) -> None:
     halves = 0
     for tensor in onnx.load(lowered.path).graph.initializer:
         array = onnx.numpy_helper.to_array(tensor)
+        if tensor.name == "expert_load.axis":
+            continue  # no weight: the lowering's own
         assert tensor.data_type != TensorProto.FLOAT or "gate.weight" in tensor.name, tensor.name
         halves += array.dtype == np.float16
         np.testing.assert_array_equal(array, before[tensor.name].astype(array.dtype))

@@ -79,8 +79,8 @@ RULES = [
 def function_session(rule: Rule) -> ort.InferenceSession:
     """A model of one node, the operator, with its function body and nothing of ours installed."""
     inputs = [*MOE.input_names(), *rule.optional]
-    integer = {"policy_index", "policy_kind", "k_values", "k"}
-    ranks = {"policy_index": 1, "policy_kind": 1, "up": 3, "down": 3, "k": 1, "entropy": 1}
+    integer = {"policy_index", "policy_kind", "k_values", "k", "expert_load"}
+    ranks = {"policy_index": 1, "policy_kind": 1, "up": 3, "down": 3, "k": 1, "entropy": 1, "expert_load": 1}
     ranks |= dict.fromkeys(rule.optional, 1)
 
     def value(name: str) -> onnx.ValueInfoProto:
@@ -98,6 +98,7 @@ def function_session(rule: Rule) -> ort.InferenceSession:
     function = make_moe_function(
         rule.moe, max_k=MAX_K, correction_bias=rule.correction_bias, expert_norms=rule.expert_norms
     )
+    function.output.append("expert_load")
     model = helper.make_model(
         graph,
         ir_version=11,
@@ -148,6 +149,13 @@ def routing(rule: Rule, feed: dict[str, np.ndarray]) -> dict[str, Any]:
 
 def by_plugin(rule: Rule, feed: dict[str, np.ndarray]) -> Any:
     return plugin.moe(*(feed[name] for name in MOE.input_names()), activation=rule.activation, **routing(rule, feed))
+
+
+def expert_load(rule: Rule, feed: dict[str, np.ndarray]) -> np.ndarray:
+    """[E] tokens that each expert runs for."""
+    rows = (feed[name] for name in MOE.input_names()[1:6])
+    experts = plugin.route(*rows, **routing(rule, feed)).experts
+    return np.bincount(experts[experts >= 0], minlength=rule.num_experts)
 
 
 def selected(rule: Rule, feed: dict[str, np.ndarray]) -> Any:
@@ -227,9 +235,11 @@ def layers(draw: st.DrawFn, rule: Rule) -> dict[str, np.ndarray]:
 def test_random_layers(rule: Rule, data: st.DataObject) -> None:
     feed = data.draw(layers(rule))
     assume(not near_a_limit(rule, feed))
-    expected_output, expected_k, expected_entropy = by_function(rule, feed)
+    expected_output, expected_k, expected_entropy, load = by_function(rule, feed)
     output, k, entropy = by_plugin(rule, feed)
     np.testing.assert_array_equal(k, expected_k)
+    assert load.sum() == k.sum()
+    assert np.abs(load - expert_load(rule, feed)).sum() <= 2  # rounding may decide between two experts of equal worth
     np.testing.assert_allclose(entropy, expected_entropy, atol=2e-6, rtol=2e-6)
     np.testing.assert_allclose(output, expected_output, atol=2e-5, rtol=2e-5)
 
@@ -242,7 +252,7 @@ def test_many_tokens_with_mixed_rows(rule: Rule) -> None:
     limits = np.array([[0.5, 1.2], *([p, np.inf] for p in (0.7, 0.3, 0.8, 20, 2))], np.float32)
     ks = np.array([[1, 2, 4], [1, 3, 3], [1, 3, 3], [1, 2, 6], [0, 1, 4], [1, 1, 4]], np.int32)
     feed = arguments(rule, logits, kinds, limits, ks, rng.integers(0, 6, 300))
-    expected_output, expected_k, _ = by_function(rule, feed)
+    expected_output, expected_k, *_ = by_function(rule, feed)
     output, k, _ = by_plugin(rule, feed)
     agree = k == expected_k  # a token at a limit may fall to either side by rounding
     assert agree.mean() > 0.99
@@ -254,6 +264,6 @@ def test_an_expert_without_a_chance_in_a_chosen_group_goes_before_those_of_other
     logits = np.array([[-3, -3, -3, -3, -3, -3, -3, -1, -np.inf]], np.float32)
     kind, limits, ks = np.array([0], np.int32), np.array([[0.01]], np.float32), np.array([[1, 3]], np.int32)
     feed = arguments(rule, logits, kind, limits, ks, [0])
-    (expected_output, expected_k, _), (output, k, _) = by_function(rule, feed), by_plugin(rule, feed)
+    (expected_output, expected_k, *_), (output, k, _) = by_function(rule, feed), by_plugin(rule, feed)
     assert k.tolist() == expected_k.tolist() == [3]
     np.testing.assert_allclose(output, expected_output, atol=2e-5, rtol=2e-5)

@@ -211,7 +211,9 @@ def check_plan(layer: Layer, exact: Inputs, result: Result) -> None:
     tokens, ranks = np.nonzero(np.arange(layer.capacity)[None] < result.k[:, None])
     experts = result.experts[tokens, ranks]
     order = np.lexsort((tokens, experts))
-    np.testing.assert_array_equal(np.diff(result.offsets), np.bincount(experts, minlength=layer.experts))
+    load = np.bincount(experts, minlength=layer.experts)
+    np.testing.assert_array_equal(np.diff(result.offsets), load)
+    np.testing.assert_array_equal(result.expert_load, load)
     assert result.offsets[0] == 0
     np.testing.assert_array_equal(result.active, np.unique(experts))
     np.testing.assert_array_equal(result.row_token, tokens[order])

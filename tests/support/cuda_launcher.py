@@ -73,6 +73,7 @@ class Result:
     output: Array
     k: Array
     entropy: Array
+    expert_load: Array
     experts: Array = field(default_factory=lambda: np.zeros(0))
     weights: Array = field(default_factory=lambda: np.zeros(0))
     offsets: Array = field(default_factory=lambda: np.zeros(0))
@@ -167,12 +168,13 @@ class Interpreter(Library):
         output = np.full((layer.tokens, layer.hidden), 77, DTYPES[layer.element])
         k = np.full(layer.tokens, -1, np.int32)
         entropy = np.full(layer.tokens, np.nan, np.float32)  # read too early, it keeps a token from sharing
+        load = np.full(layer.experts, -1, np.int32)
         # As large as promised, with room to align it.
         size = self.workspace_size(layer)
         memory = np.full(size + 256, garbage, np.uint8)
         skip = -memory.ctypes.data % 256
         guard = memory[skip + size :].copy()
-        arrays = {**inputs, "output": output, "k": k, "entropy": entropy}
+        arrays = {**inputs, "output": output, "k": k, "entropy": entropy, "expert_load": load}
         pointers = {name: None if arrays.get(name) is None else arrays[name].ctypes.data for name in POINTERS}
         status = self.launch(layer, pointers, memory.ctypes.data + skip)
         self.lib.simt_set_fault(0)
@@ -180,7 +182,7 @@ class Interpreter(Library):
             raise RuntimeError(f"launch returned {status}: {self.lib.simt_last_error().decode()}")
         if not (memory[skip + size :] == guard).all():
             raise RuntimeError("the workspace was written past its end")
-        result = Result(output, k, entropy)
+        result = Result(output, k, entropy, load)
         if layer.tokens:
             parts = read_workspace(self, layer, lambda at, size: memory[skip + at : skip + at + size].tobytes())
             for name, value in parts.items():

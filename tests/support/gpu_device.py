@@ -174,6 +174,7 @@ class DeviceLayer:
             "output": layer.tokens * layer.hidden * DTYPES[layer.element].itemsize,
             "k": layer.tokens * 4,
             "entropy": layer.tokens * 4,
+            "expert_load": layer.experts * 4,
         }
         for name, size in sizes.items():
             self.pointers[name] = driver.allocate(size)
@@ -200,6 +201,7 @@ class DeviceLayer:
             output.reshape(layer.tokens, layer.hidden),
             np.frombuffer(read(self.pointers["k"] or 0, self._sizes["k"]), np.int32),
             np.frombuffer(read(self.pointers["entropy"] or 0, self._sizes["entropy"]), np.float32),
+            np.frombuffer(read(self.pointers["expert_load"] or 0, self._sizes["expert_load"]), np.int32),
         )
         if layer.tokens:
             parts = read_workspace(self.gpu, layer, lambda at, size: read(self.workspace + at, size))

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-OUTPUTS = ("output", "k", "entropy")
+OUTPUTS = ("output", "k", "entropy", "expert_load")
 
 
 def layer_model(
@@ -47,6 +47,7 @@ def layer_model(
         value("k_values", integer, rows, choices),
     ]
     outputs = [value("output", element, "T", hidden), value("k", integer, "T"), value("entropy", single, "T")]
+    outputs.append(value("expert_load", integer, num_experts))
     names = [*(v.name for v in inputs), *weights]
     node = helper.make_node("AdaptiveKMoe", names, OUTPUTS, "layers.0.moe", domain="adaptive_k", **attributes)
     constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
@@ -59,6 +60,9 @@ def layer_model(
             helper.make_node("Identity", ["hidden_states"], ["output"]),
             helper.make_node("Identity", ["policy_index"], ["k"]),
             helper.make_node("ReduceMax", ["router_logits", "axis"], ["entropy"], keepdims=0),
+            helper.make_node(
+                "Constant", [], ["expert_load"], value=numpy_helper.from_array(np.zeros(num_experts, "i"))
+            ),
         ]
         made = helper.make_function("adaptive_k", "AdaptiveKMoe", names, OUTPUTS, body, opsets[:1], [])
         model.functions.append(made)

@@ -257,6 +257,7 @@ class Layer:
             Tensor(self.element, (self.tokens, self.hidden), (most, self.hidden)),
             Tensor(INT32, (self.tokens,), (most,)),
             Tensor(FLOAT, (self.tokens,), (most,)),
+            Tensor(INT32, (self.experts,)),
         ]
 
 
@@ -338,13 +339,21 @@ class Plugin:
             fields.append(Field(name, int(type_), int(length), bytes.fromhex(data)))
         return fields
 
-    def output_types(self, inputs: Sequence[int], num_outputs: int = 3) -> list[int] | None:
+    @property
+    def num_outputs(self) -> int:
+        return int(self.lib.plugin_num_outputs(self.pointer))
+
+    def output_types(self, inputs: Sequence[int], num_outputs: int | None = None) -> list[int] | None:
+        num_outputs = self.num_outputs if num_outputs is None else num_outputs
         out = (ctypes.c_int32 * max(num_outputs, 1))()
         given = (ctypes.c_int32 * len(inputs))(*inputs)
         status = self.lib.plugin_output_types(self.pointer, given, len(inputs), out, num_outputs)
         return None if status else list(out)[:num_outputs]
 
-    def output_shapes(self, inputs: Sequence[Tensor], shape_inputs: int = 0, num_outputs: int = 3) -> str | None:
+    def output_shapes(
+        self, inputs: Sequence[Tensor], shape_inputs: int = 0, num_outputs: int | None = None
+    ) -> str | None:
+        num_outputs = self.num_outputs if num_outputs is None else num_outputs
         text = ctypes.c_char_p()
         status = self.lib.plugin_output_shapes(
             self.pointer, tensor_array(inputs), len(inputs), shape_inputs, num_outputs, ctypes.byref(text)
@@ -487,7 +496,8 @@ class Recorder:
     PARAMS = ("activation", "scoring", "norm_topk_prob", "n_group", "topk_group", "max_k", "weight_format")
     POINTERS = (
         "hidden_states", "router_logits", "policy_index", "policy_kind", "thresholds", "k_values", "up", "down",
-        "correction_bias", "up_scales", "down_scales", "expert_norms", "output", "k", "entropy", "workspace", "stream",
+        "correction_bias", "up_scales", "down_scales", "expert_norms", "output", "k", "entropy", "expert_load",
+        "workspace", "stream",
     )  # fmt: skip
 
     MAMBA_NUMBERS = (

@@ -78,7 +78,7 @@ def check_moe(layer: Layer, inputs: Inputs, exact: Inputs, device: str) -> None:
     routed_k, routed_entropy, experts, weights = routing_of(tensors, layer)
     assert torch.equal(k, routed_k)
     torch.testing.assert_close(entropy, routed_entropy, rtol=0, atol=0, equal_nan=True)
-    result = Result(*(to_numpy(part) for part in (output, k, entropy, experts, weights)))
+    result = Result(*(to_numpy(part) for part in (output, k, entropy, load, experts, weights)))
     check_routing(layer, exact, result)
     check_output(layer, exact, result)
     chosen = result.experts[result.experts >= 0]

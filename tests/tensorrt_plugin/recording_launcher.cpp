@@ -64,7 +64,7 @@ EXPORT void recorder_read(int64_t* numbers, float* routed_scaling_factor, void**
   const auto& a = g_arguments;
   for (int32_t i = 0; i < adaptive_k::kNumInputs<adaptive_k::Moe>; ++i)
     *pointers++ = const_cast<void*>(a.inputs.at[i]);
-  void* all[] = {a.output, a.k, a.entropy, g_workspace, g_stream};
+  void* all[] = {a.output, a.k, a.entropy, a.expert_load, g_workspace, g_stream};
   for (size_t i = 0; i < sizeof(all) / sizeof(all[0]); ++i) pointers[i] = all[i];
 }
 

@@ -63,8 +63,8 @@ def by_function_body(model: onnx.ModelProto, node: onnx.NodeProto, feed: dict[st
     inputs = [
         helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in feed.items()
     ]
-    outputs = [helper.make_tensor_value_info(name, type_, None) for name, type_ in
-               zip(node.output, (TensorProto.FLOAT16, TensorProto.INT32, TensorProto.FLOAT), strict=True)]  # fmt: skip
+    types = (TensorProto.FLOAT16, TensorProto.INT32, TensorProto.FLOAT, TensorProto.INT32)
+    outputs = [helper.make_tensor_value_info(n, type_, None) for n, type_ in zip(node.output, types, strict=True)]
     alone = onnx.ModelProto()
     alone.CopyFrom(model)
     alone.graph.CopyFrom(helper.make_graph([node], "alone", inputs, outputs))
@@ -101,5 +101,6 @@ def test_the_kernels_read_what_the_builder_writes(
     np.testing.assert_array_equal(made[1], expected[1])
     assert len(set(made[1].tolist())) == 2  # both choices occur
     np.testing.assert_allclose(made[2], expected[2], atol=1e-5)
+    np.testing.assert_array_equal(made[3], expected[3])
     largest = np.abs(expected[0].astype(np.float64)).max()
     np.testing.assert_allclose(made[0].astype(np.float64), expected[0], atol=TOLERANCES[h.HALF] * largest)

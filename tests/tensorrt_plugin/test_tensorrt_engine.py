@@ -108,8 +108,8 @@ class Step:
             assert context.set_input_shape(name, array.shape)
             # An empty table still needs an address.
             context.set_tensor_address(name, tensor.data_ptr() or self.inputs[0].data_ptr())
-        self.expected = [np.asarray(array) for array in case.expected]
-        dtypes = (case.inputs[0].dtype, np.dtype(np.int32), np.dtype(np.float32))
+        self.expected = [*(np.asarray(array) for array in case.expected), np.zeros(case.layer.experts, np.int32)]
+        dtypes = (case.inputs[0].dtype, np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.int32))
         self.dtypes = dtypes
         self.outputs = [
             torch.full((array.size * dtype.itemsize,), 255, dtype=torch.uint8, device="cuda")
@@ -132,6 +132,7 @@ class Step:
             tensor.cpu().numpy().view(dtype).reshape(array.shape)
             for tensor, dtype, array in zip(self.outputs, self.dtypes, self.expected, strict=True)
         ]
+        assert found[3].min() >= 0 and found[3].sum() == found[1].sum()
         return found[0], found[1], found[2]
 
     def bits(self) -> list[bytes]:

@@ -22,6 +22,7 @@ def run(plugin: Plugin, case: Case) -> tuple[Array, Array, Array]:
         aligned(np.full((layer.tokens, layer.hidden), -7, DTYPES[layer.element])),
         aligned(np.full(layer.tokens, -7, np.int32)),
         aligned(np.full(layer.tokens, -7, np.float32)),
+        aligned(np.full(layer.experts, -7, np.int32)),
     ]
     assert plugin.configure(tensors, outputs) == 0, plugin.library.log()
     workspace = aligned(np.full(max(plugin.workspace(tensors, outputs), 1), 255, np.uint8))
@@ -29,6 +30,7 @@ def run(plugin: Plugin, case: Case) -> tuple[Array, Array, Array]:
     pointers = [a.ctypes.data for a in case.inputs]
     status = plugin.enqueue(tensors, outputs, pointers, [m.ctypes.data for m in made], workspace.ctypes.data)
     assert status == 0, plugin.library.log()
+    assert made[3].min() >= 0 and made[3].sum() == made[1].sum()
     return made[0], made[1], made[2]
 
 
@@ -67,7 +69,7 @@ def test_steps_of_different_sizes_run_in_the_workspace_of_the_largest(computing:
         assert plugin.workspace(layer.inputs(), layer.outputs()) <= workspace.size
         if tokens == 0:
             assert plugin.shape_change(layer.inputs(), layer.outputs()) == 0
-            assert plugin.enqueue(layer.inputs(), layer.outputs(), [0] * 8, [0] * 3) == 0
+            assert plugin.enqueue(layer.inputs(), layer.outputs(), [0] * 8, [0] * 4) == 0
         else:
             case = make_case(tokens, layer, **attributes)
             check(case, run(plugin, case))
@@ -96,6 +98,6 @@ def test_a_missing_pointer_is_a_status_and_a_sentence(computing: PluginLibrary) 
     layer, attributes = CASES["float32-1"]
     plugin = computing.made(**attributes)
     assert plugin.shape_change(layer.inputs(), layer.outputs()) == 0
-    assert plugin.enqueue(layer.inputs(), layer.outputs(), [0] * 8, [0] * 3) != 0
+    assert plugin.enqueue(layer.inputs(), layer.outputs(), [0] * 8, [0] * 4) != 0
     assert computing.errors() == ["AdaptiveKMoe: its kernels were not launched (CUDA error 1)"]
     plugin.destroy()

@@ -63,7 +63,7 @@ def test_output_types_follow_hidden_states(
     make: Callable[..., Plugin], layer: Layer, attributes: dict[str, Any], element: int
 ) -> None:
     plugin = make(**attributes)
-    assert plugin.output_types(types(replace(layer, element=element))) == [element, INT32, FLOAT]
+    assert plugin.output_types(types(replace(layer, element=element))) == [element, INT32, FLOAT, INT32]
 
 
 @over_layers
@@ -72,12 +72,12 @@ def test_output_shapes_are_those_of_the_tokens(
 ) -> None:
     plugin = make(**attributes)
     tokens = "0.0" if layer.tokens < 0 else str(layer.tokens)
-    assert plugin.output_shapes(layer.inputs()) == f"{tokens} 16;{tokens};{tokens};"
+    assert plugin.output_shapes(layer.inputs()) == f"{tokens} 16;{tokens};{tokens};{layer.experts};"
 
 
 def test_output_shapes_with_nothing_known_but_the_ranks(plugin: Plugin) -> None:
     inputs = [Tensor(t.type, (-1,) * len(t.shape)) for t in Layer().inputs()]
-    assert plugin.output_shapes(inputs) == "0.0 0.1;0.0;0.0;"
+    assert plugin.output_shapes(inputs) == "0.0 0.1;0.0;0.0;1.1;"
 
 
 @over_layers
@@ -188,7 +188,7 @@ def test_enqueue_hands_every_pointer_to_its_place(
     inputs, outputs = layer.inputs(), layer.outputs()
     assert running.shape_change(inputs, outputs) == 0
     before = recorder.launches()
-    given, made = [0x1000 + 16 * i for i in range(len(inputs))], [0x9000, 0x9010, 0x9020]
+    given, made = [0x1000 + 16 * i for i in range(len(inputs))], [0x9000, 0x9010, 0x9020, 0x9030]
     assert running.enqueue(inputs, outputs, given, made, workspace=0xA000, stream=0xB000) == 0
     assert recorder.launches() == before + 1
 
@@ -198,7 +198,9 @@ def test_enqueue_hands_every_pointer_to_its_place(
     names += ["expert_norms"] * layer.norms
     expected: dict[str, int | None] = dict.fromkeys(Recorder.POINTERS)
     expected.update(zip(names, given, strict=True))
-    expected.update(zip(["output", "k", "entropy", "workspace", "stream"], [*made, 0xA000, 0xB000], strict=True))
+    expected.update(
+        zip(["output", "k", "entropy", "expert_load", "workspace", "stream"], [*made, 0xA000, 0xB000], strict=True)
+    )
     assert recorder.read().pointers == expected
     if running is not plugin:
         running.destroy()
@@ -211,11 +213,11 @@ def test_a_clone_is_ready_with_the_shapes_of_its_original(plugin: Plugin, record
     clone = plugin.clone()
     assert clone.text() == plugin.text()
     assert clone.serialized() == plugin.serialized()
-    assert clone.enqueue(inputs, outputs, [16] * 8, [16] * 3) == 0
+    assert clone.enqueue(inputs, outputs, [16] * 8, [16] * 4) == 0
     # Each goes its own way from here.
     other = Layer(tokens=9)
     assert clone.shape_change(other.inputs(), other.outputs()) == 0
-    assert plugin.enqueue(inputs, outputs, [16] * 8, [16] * 3) == 0
+    assert plugin.enqueue(inputs, outputs, [16] * 8, [16] * 4) == 0
     assert recorder.read().shape["tokens"] == 4
     clone.destroy()
 
@@ -227,7 +229,7 @@ def test_a_configured_plugin_runs_without_word_of_the_shapes(plugin: Plugin, rec
     clone = plugin.clone()
     for tokens in (32, 5):
         step = Layer(tokens=tokens)
-        assert clone.enqueue(step.inputs(), step.outputs(), [16] * 8, [16] * 3) == 0
+        assert clone.enqueue(step.inputs(), step.outputs(), [16] * 8, [16] * 4) == 0
         assert recorder.read().shape["tokens"] == tokens
     clone.destroy()
 
@@ -237,13 +239,13 @@ def test_a_change_that_nobody_announced_is_noticed(plugin: Plugin, recorder: Rec
     first = Layer(tokens=4)
     assert plugin.shape_change(first.inputs(), first.outputs()) == 0
     second = replace(first, **change)  # type: ignore[arg-type]
-    assert plugin.enqueue(second.inputs(), second.outputs(), [16] * 8, [16] * 3) == 0
+    assert plugin.enqueue(second.inputs(), second.outputs(), [16] * 8, [16] * 4) == 0
     shape = recorder.read().shape
     assert {name: shape[name] for name in change} == change
     launches = recorder.launches()
     wrong = second.inputs()
     wrong[0] = Tensor(HALF, (3, 16))
-    assert plugin.enqueue(wrong, second.outputs(), [16] * 8, [16] * 3) != 0
+    assert plugin.enqueue(wrong, second.outputs(), [16] * 8, [16] * 4) != 0
     assert errors(plugin).startswith("input router_logits has shape")
     assert recorder.launches() == launches
 
@@ -251,12 +253,12 @@ def test_a_change_that_nobody_announced_is_noticed(plugin: Plugin, recorder: Rec
 def test_no_tokens_is_a_step_like_any_other(plugin: Plugin, recorder: Recorder) -> None:
     layer = Layer(tokens=0)
     assert plugin.shape_change(layer.inputs(), layer.outputs()) == 0
-    assert plugin.enqueue(layer.inputs(), layer.outputs(), [16] * 8, [16] * 3) == 0
+    assert plugin.enqueue(layer.inputs(), layer.outputs(), [16] * 8, [16] * 4) == 0
     assert recorder.read().shape["tokens"] == 0
 
 
 def test_there_are_three_outputs_and_no_tactics_of_its_own(plugin: Plugin) -> None:
-    assert plugin.lib.plugin_num_outputs(plugin.pointer) == 3
+    assert plugin.num_outputs == 4
     assert plugin.lib.plugin_num_tactics(plugin.pointer) == 0
 
 
@@ -301,11 +303,11 @@ def test_a_wrong_number_of_inputs_is_refused_everywhere(
     assert errors(plugin) == sentence
 
 
-@pytest.mark.parametrize("count", [0, 2, 4])
+@pytest.mark.parametrize("count", [0, 3, 5])
 def test_a_wrong_number_of_outputs_is_refused_everywhere(plugin: Plugin, count: int) -> None:
     layer = Layer(tokens=2)
     inputs, outputs = layer.inputs(), (layer.outputs() * 2)[:count]
-    sentence = f"has {count} outputs but makes 3: output, k and entropy"
+    sentence = f"has {count} outputs but makes 4: output, k, entropy and expert_load"
     assert plugin.output_types(types(layer), count) is None
     assert errors(plugin) == sentence
     assert plugin.output_shapes(inputs, num_outputs=count) is None
@@ -318,11 +320,11 @@ def test_a_wrong_number_of_outputs_is_refused_everywhere(plugin: Plugin, count: 
     assert errors(plugin) == sentence
 
 
-@pytest.mark.parametrize("pos", [-1, 11, 1000])
+@pytest.mark.parametrize("pos", [-1, 12, 1000])
 def test_a_tensor_that_is_not_there_has_no_format(plugin: Plugin, pos: int) -> None:
     layer = Layer()
     assert not plugin.supports(pos, layer.inputs(), layer.outputs())
-    assert errors(plugin) == f"was asked for the format of tensor {pos} of 11"
+    assert errors(plugin) == f"was asked for the format of tensor {pos} of 12"
 
 
 def test_shape_inputs_are_refused(plugin: Plugin) -> None:
@@ -485,7 +487,7 @@ def test_a_wrong_shape_is_refused_by_name(
     assert errors(plugin).startswith(sentence)
     assert plugin.shape_change(inputs, outputs) != 0
     assert errors(plugin).startswith(sentence)
-    assert plugin.enqueue(inputs, outputs, [16] * len(inputs), [16] * 3) != 0
+    assert plugin.enqueue(inputs, outputs, [16] * len(inputs), [16] * 4) != 0
     assert errors(plugin) == "was enqueued before its inputs were described and accepted"
 
 
@@ -499,7 +501,7 @@ def test_after_refused_shapes_nothing_runs(plugin: Plugin, recorder: Recorder) -
         wrong[7] = Tensor(HALF, (4, 16, 9))
         assert refused_by(wrong, outputs) != 0
         plugin.library.log()
-        assert plugin.enqueue(inputs, outputs, [16] * 8, [16] * 3) != 0
+        assert plugin.enqueue(inputs, outputs, [16] * 8, [16] * 4) != 0
         assert errors(plugin) == "was enqueued before its inputs were described and accepted"
         assert recorder.launches() == before
 
@@ -530,7 +532,7 @@ def test_a_rank_out_of_bounds_is_refused(plugin: Plugin, rank: int) -> None:
     inputs = layer.inputs()
     broken = h.tensor_array([*inputs, *layer.outputs()])
     broken[0].rank = rank
-    assert plugin.lib.plugin_shape_change(plugin.pointer, broken, len(inputs), 3) != 0
+    assert plugin.lib.plugin_shape_change(plugin.pointer, broken, len(inputs), 4) != 0
     assert "input hidden_states has shape" in errors(plugin)
 
 
@@ -550,14 +552,14 @@ def test_a_launch_that_fails_is_a_status_and_a_sentence(plugin: Plugin, recorder
     layer = Layer(tokens=2)
     assert plugin.shape_change(layer.inputs(), layer.outputs()) == 0
     recorder.answer(status=719)
-    assert plugin.enqueue(layer.inputs(), layer.outputs(), [16] * 8, [16] * 3) != 0
+    assert plugin.enqueue(layer.inputs(), layer.outputs(), [16] * 8, [16] * 4) != 0
     assert errors(plugin) == "its kernels were not launched (CUDA error 719)"
 
 
 def test_enqueue_wants_its_inputs_described(plugin: Plugin, recorder: Recorder) -> None:
     layer = Layer(tokens=2)
     before = recorder.launches()
-    assert plugin.enqueue(layer.inputs(), layer.outputs(), [16] * 8, [16] * 3) != 0
+    assert plugin.enqueue(layer.inputs(), layer.outputs(), [16] * 8, [16] * 4) != 0
     assert errors(plugin) == "was enqueued before its inputs were described and accepted"
     assert recorder.launches() == before
 
@@ -570,7 +572,7 @@ def test_no_exception_reaches_tensorrt(plugin: Plugin, recorder: Recorder, throw
     inputs, outputs = layer.inputs(), layer.outputs()
     assert plugin.shape_change(inputs, outputs) == 0
     recorder.answer(throws=throws)
-    assert plugin.enqueue(inputs, outputs, [16] * 8, [16] * 3) != 0
+    assert plugin.enqueue(inputs, outputs, [16] * 8, [16] * 4) != 0
     assert errors(plugin) == sentence
     assert plugin.configure(inputs, outputs) != 0
     assert errors(plugin) == sentence

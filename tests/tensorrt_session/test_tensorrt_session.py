@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from fake_gpu import Gpu
 from gpu_engines import POLICIES, make_engine, poison
@@ -183,6 +184,44 @@ def test_any_schedule_gives_each_sequence_what_it_gets_alone_on_a_cpu(model: Mod
     assert not model.gpu.misuses
 
 
+def test_reads_are_the_experts_that_some_token_runs(model: Model) -> None:
+    """As the CPU counts them; a step of two executions reads for each."""
+    sessions = (model.session, model.reference)
+    texts = [text for text in model.texts if len(text) >= 17][:3]
+    before = [session.expert_load() for session in sessions]
+
+    def step(session: Session, parts: list[tuple[int, int, int]]) -> npt.NDArray[np.int32]:
+        """Reads of a step over pieces: text, from where, to where."""
+        pieces = [texts[text][begin:end] for text, begin, end in parts]
+        own = -(-SIZES["max_seq_len"] // session.block_size)
+        found = session.step(
+            StepInput(
+                input_ids=np.concatenate(pieces),
+                position_ids=np.concatenate([np.arange(begin, end) for _, begin, end in parts]),
+                policy_index=np.repeat(
+                    np.array([model.policy_of(text) for text, *_ in parts], np.int32), [len(p) for p in pieces]
+                ),
+                past_lens=np.array([begin for _, begin, _ in parts], np.int32),
+                subsequence_begins=np.cumsum([0, *map(len, pieces)]).astype(np.int32),
+                block_tables=[list(range(text * own, text * own + own)) for text, *_ in parts],
+                state_slots=np.array([text for text, *_ in parts], np.int32) if session.num_state_slots else None,
+                logits_indices=np.arange(1),
+            )
+        )
+        assert found.reads is not None and found.reads.dtype == np.int32
+        return found.reads
+
+    most = model.config.pretrained_config.num_experts
+    for parts in ([(0, 0, 10)], [(1, 0, 1)], [(1, 1, 2), (0, 10, 11)]):
+        here, there = (step(session, parts) for session in sessions)
+        assert here.tolist() == there.tolist() and here.min() > 0 and here.max() <= most
+    decode, prompt = [(1, 2, 3), (0, 11, 12)], [(2, 0, 12)]
+    both = step(model.session, [*decode, *prompt])
+    assert both.tolist() == (step(model.reference, decode) + step(model.reference, prompt)).tolist()
+    here, there = (session.expert_load() - old for session, old in zip(sessions, before, strict=True))
+    np.testing.assert_array_equal(here, there)
+
+
 # Requests. --------------------------------------------------------------------------------------------
 
 
@@ -278,7 +317,7 @@ def test_the_third_decode_of_a_size_is_captured_and_replayed_from_then_on(model:
     used = {name: counts.get(name, 0) - before.get(name, 0) for name in counts}
     assert used["cudaGraphLaunch"] == 3
     assert used.get("cudaStreamBeginCapture", 0) == used.get("cudaMalloc", 0) == used.get("cudaHostAlloc", 0) == 0
-    assert used["cudaMemcpyAsync"] == 3 * (1 + 3)  # all inputs at once; logits, k and entropy
+    assert used["cudaMemcpyAsync"] == 3 * (1 + 4)  # all inputs at once; logits, k, entropy and load
     assert used["cudaStreamSynchronize"] == 3 * 2
 
 

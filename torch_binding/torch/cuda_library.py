@@ -69,11 +69,10 @@ class CudaLibrary:
             "output": torch.empty_like(hidden),
             "k": logits.new_empty(tokens, dtype=torch.int32),
             "entropy": logits.new_empty(tokens),
+            "expert_load": logits.new_zeros(experts, dtype=torch.int32),  # of no tokens nothing is launched
         }
-        workspace = self._launch(self._moe, MOE, layer, tensors, outputs, stream)
-        if tokens == 0:
-            return *outputs.values(), logits.new_zeros(experts, dtype=torch.int32)
-        return *outputs.values(), self._left(layer, workspace, "offsets", torch.int32, experts + 1).diff()
+        self._launch(self._moe, MOE, layer, tensors, outputs, stream)
+        return outputs["output"], outputs["k"], outputs["entropy"], outputs["expert_load"]
 
     def route(self, tensors: Tensors, attributes: Attributes, stream: int | None) -> tuple[Any, Any, Any, Any]:
         """K, entropy, experts and weights."""

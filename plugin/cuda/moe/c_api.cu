@@ -47,6 +47,7 @@ int adaptive_k_cuda_launch(const AdaptiveKLayer* layer, const AdaptiveKPointers*
   a.output = p->output;
   a.k = static_cast<int32_t*>(p->k);
   a.entropy = static_cast<float*>(p->entropy);
+  a.expert_load = static_cast<int32_t*>(p->expert_load);
   return static_cast<int>(
       launch(params_of(*layer), shape_of(*layer), a, workspace, static_cast<cudaStream_t>(stream)));
 }

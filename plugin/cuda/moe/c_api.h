@@ -20,7 +20,7 @@ struct AdaptiveKLayer {
 
 struct AdaptiveKPointers {
   const void* inputs[adaptive_k::kNumInputs<adaptive_k::Moe>];  // null where one is absent
-  void *output, *k, *entropy;
+  void *output, *k, *entropy, *expert_load;                     // the last may be null
 };
 
 // Null, or the sentence that says why such a layer cannot run.

@@ -211,6 +211,7 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   p.offsets = integers(w.offsets);
   p.active = integers(w.active);
   p.num_active = integers(w.num_active);
+  p.expert_load = a.expert_load;
   p.row_token = integers(w.row_token);
   p.token_rows = integers(w.token_rows);
   ADAPTIVE_K_RETURN_IF(route_and_plan(r, p, stream));

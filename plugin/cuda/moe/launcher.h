@@ -36,9 +36,10 @@ struct MoeShape {
 // null, and so may expert_norms, which is as all ones, and thresholds where there is one choice.
 struct MoeArguments {
   Addresses<MoeInput> inputs;
-  void* output = nullptr;    // [T, H] element type
-  int32_t* k = nullptr;      // [T]
-  float* entropy = nullptr;  // [T]
+  void* output = nullptr;          // [T, H] element type
+  int32_t* k = nullptr;            // [T]
+  float* entropy = nullptr;        // [T]
+  int32_t* expert_load = nullptr;  // [E] tokens that run each expert; null where nobody asks
 };
 
 // Returns nullptr when this implementation runs such a layer, else the sentence that says why not.

@@ -20,6 +20,7 @@ struct PlanArguments {
   int32_t* offsets;        // [E + 1] where each expert's rows begin; the last is the number of rows
   int32_t* active;         // [E] the experts that have rows, rising; then undefined
   int32_t* num_active;     // [1]
+  int32_t* expert_load;    // [E] the rows of each expert, or null
   int32_t* row_token;      // [T * capacity] the token of each row
   int32_t* token_rows;     // [T, capacity] the row of each selected expert, by rank
 };

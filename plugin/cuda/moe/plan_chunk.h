@@ -90,6 +90,7 @@ __device__ __forceinline__ int scan_experts(const PlanArguments& a, int rows, Pl
   rows_before -= rows;
   if (e < a.num_experts) {
     a.offsets[e] = rows_before;
+    if (a.expert_load != nullptr) a.expert_load[e] = rows;
     if (rows > 0) a.active[active_before - 1] = e;
     if (e == a.num_experts - 1) {
       a.offsets[e + 1] = rows_before + rows;

@@ -27,7 +27,7 @@ enum class MoeInput : int32_t {
   kExpertNorms,
   kCount,
 };
-enum class MoeOutput : int32_t { kOutput, kK, kEntropy };
+enum class MoeOutput : int32_t { kOutput, kK, kEntropy, kExpertLoad };
 
 struct Moe {
   using Params = MoeParams;
@@ -68,6 +68,7 @@ struct Moe {
       {"output", "T, H"},
       {"k", "T", TypeRule::kInt32},
       {"entropy", "T", TypeRule::kFloat32},
+      {"expert_load", "E", TypeRule::kInt32},
   };
 
   static WeightFormat weight_format(const MoeParams& params) { return params.weight_format; }

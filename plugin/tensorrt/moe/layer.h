@@ -43,13 +43,17 @@ struct MoeLayer {
       outputs[static_cast<int32_t>(per_token)].nbDims = 1;
       outputs[static_cast<int32_t>(per_token)].d[0] = in[0].d[0];
     }
+    auto& load = outputs[static_cast<int32_t>(MoeOutput::kExpertLoad)];
+    load.nbDims = 1;
+    load.d[0] = in[static_cast<int32_t>(MoeInput::kRouterLogits)].d[1];
   }
 
   static cudaError_t launch(const MoeParams& params, const Shape& shape,
                             const Addresses<MoeInput>& inputs, void* const* outputs,
                             void* workspace, cudaStream_t stream) {
     const cuda::MoeArguments arguments = {inputs, outputs[0], static_cast<int32_t*>(outputs[1]),
-                                          static_cast<float*>(outputs[2])};
+                                          static_cast<float*>(outputs[2]),
+                                          static_cast<int32_t*>(outputs[3])};
     return cuda::launch(params, shape, arguments, workspace, stream);
   }
 };

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from math import prod
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.engine_format.tensorrt import (
@@ -67,6 +69,9 @@ class TensorRtSession:
         if kv_cache_max_tokens is not None:
             self._num_slots = max(1, min(self._num_slots, kv_cache_max_tokens // build.max_seq_len))
         self._slots = SlotMap(self._num_slots)
+        moe = config.pretrained_config.moe
+        self._load_shape = (config.pretrained_config.num_moe_layers, moe.num_experts)
+        self._expert_load = np.zeros(self._load_shape, np.int64)
         table = make_bindings(config.pretrained_config, build)
         if problem := slots_that_cannot_be_bound(table):
             raise EngineError(f"{engine_dir} cannot be run: {problem} and build it again.")
@@ -146,6 +151,10 @@ class TensorRtSession:
         self._policies.write(tables, self._stream)
         self._cuda.synchronize(self._stream)
 
+    def expert_load(self) -> npt.NDArray[np.int64]:
+        """See `CountsExperts.expert_load`."""
+        return self._expert_load  # a step makes another, so that threads see one whole
+
     def close(self) -> None:
         """See `Session.close`."""
         if self._engine is not None:
@@ -180,7 +189,9 @@ class TensorRtSession:
         # One for each sequence, and one more for each cut of a chunk that is too long or asks for too many logits.
         executions = 1 + self._num_slots + tokens // self._max_chunk + tokens // self._max_logits
         padding = executions * ALIGNMENT
-        self._records = Readback(self._cuda, 2 * (tokens * model.num_moe_layers * ITEM_SIZES["int32"] + padding))
+        load = aligned(prod(self._load_shape) * ITEM_SIZES["int32"])
+        records = 2 * (tokens * model.num_moe_layers * ITEM_SIZES["int32"] + padding) + executions * load
+        self._records = Readback(self._cuda, records)
         # No input of an execution has more elements than the execution has tokens.
         widths = [ITEM_SIZES[binding.dtype] for binding in self._step_inputs]
         self._staging = Mirror(self._cuda, sum(tokens * width + padding for width in widths))
@@ -198,17 +209,21 @@ class TensorRtSession:
             logits=np.empty((len(step.logits_indices), self.vocab_size), np.float32),
             k=np.empty((len(step.input_ids), self.num_moe_layers), np.int32),
             entropy=np.empty((len(step.input_ids), self.num_moe_layers), np.float32),
+            reads=(reads := np.empty(self.num_moe_layers, np.int32)),
         )
+        loads = np.empty((len(executions), *self._load_shape), np.int32)
         # All inputs of the step in one copy. Decode is the first, so its addresses are those of every such step.
         self._staging.reset()
         staged = [self._stage(execution) for execution in executions]
         self._staging.upload(self._stream)
-        for execution, addresses in zip(executions, staged, strict=True):
-            self._execute(execution, addresses, output)
+        for index, (execution, addresses) in enumerate(zip(executions, staged, strict=True)):
+            self._execute(execution, addresses, output, loads[index : index + 1])
         self._cuda.synchronize(self._stream)
         self._logits.deliver()
         self._cuda.synchronize(self._copy_stream)
         self._records.deliver()
+        reads[:] = np.count_nonzero(loads, axis=2).sum(axis=0)
+        self._expert_load = self._expert_load + loads.sum(axis=0)
         return output
 
     def _gather(self, step: StepInput) -> None:
@@ -237,8 +252,10 @@ class TensorRtSession:
             addresses[binding.name] = self._staging.address(offset)
         return addresses
 
-    def _execute(self, execution: Execution, staged: dict[str, int], output: StepOutput) -> None:
-        """Run the engine once, and let its outputs be copied back beside what comes next."""
+    def _execute(
+        self, execution: Execution, staged: dict[str, int], output: StepOutput, load: npt.NDArray[np.int32]
+    ) -> None:
+        """Run the engine once, and let its outputs be copied back beside what comes next; `load` is [1, L, E]."""
         logits_size = len(execution.inputs["logits_indices"]) * self.vocab_size * output.logits.itemsize
         if not self._logits.has_room(logits_size):
             self._cuda.synchronize(self._stream)
@@ -246,10 +263,12 @@ class TensorRtSession:
         logits = self._logits.take(logits_size)
         record_size = len(execution.rows) * self.num_moe_layers * output.k.itemsize
         k, entropy = self._records.take(record_size), self._records.take(record_size)
+        expert_load = self._records.take(load.nbytes)
 
         addresses = staged | self._policies.addresses
         addresses |= {"logits": self._logits.address(logits)}
         addresses |= {"k": self._records.address(k), "entropy": self._records.address(entropy)}
+        addresses |= {"expert_load": self._records.address(expert_load)}
         for cache in self._caches:
             addresses[cache.name] = addresses[self._present[cache.name]] = cache.bound_address(execution.place)
         shapes = {name: array.shape for name, array in execution.inputs.items()} | self._policies.shapes
@@ -262,12 +281,13 @@ class TensorRtSession:
             self._prefill.enqueue(self._stream)
 
         self._logits.fetch(logits, execution.logits_from, output.logits, execution.logits_to, self._stream)
-        # k and entropies on a stream of their own, so that the next execution need not wait for them.
+        # What was routed on a stream of their own, so that the next execution need not wait for them.
         self._cuda.record(self._computed, self._stream)
         self._cuda.wait(self._copy_stream, self._computed)
         every = np.arange(len(execution.rows))
         self._records.fetch(k, every, output.k, execution.rows, self._copy_stream)
         self._records.fetch(entropy, every, output.entropy, execution.rows, self._copy_stream)
+        self._records.fetch(expert_load, every[:1], load, every[:1], self._copy_stream)
 
     def _settle(self, error: BaseException) -> None:
         """After a failure: wait for what is under way, so that the next step can begin; note if that fails, too."""
