@@ -52,6 +52,7 @@ def load_expert_parallel(checkpoint_dir: str | Path, expert_parallel_group: Any,
                 part = weight.new_empty((share.end - share.first, *weight.shape[1:]))
                 setattr(block.experts, name, torch.nn.Parameter(part, requires_grad=False))
 
+    options.setdefault("dtype", config.dtype or torch.float32)
     part = type(whole.__name__, (whole,), {"__init__": make, "__module__": whole.__module__})
     with ExitStack() as files:
         model = part.from_pretrained(None, config=config, state_dict=_tensors(directory, share, files), **options)
@@ -74,7 +75,8 @@ def _tensors(directory: Path, share: ExpertShare, files: ExitStack) -> dict[str,
                 if share.first <= expert < share.end:
                     found[f"{one.group(1)}{expert - share.first}{one.group(3)}"] = file.get_slice(name)
             elif _EXPERTS.fullmatch(name):
-                found[name] = file.get_slice(name)[share.first : share.end]
+                # In memory of its own: a slice would keep the whole file mapped.
+                found[name] = file.get_slice(name)[share.first : share.end].clone()
             else:
                 found[name] = file.get_slice(name)
     return found
