@@ -52,6 +52,10 @@ class CheckpointTensors:
     def __contains__(self, name: str) -> bool:
         return name in self._shard_of
 
+    def shards(self) -> list[Path]:
+        """The files with the tensors."""
+        return [self._directory / shard for shard in sorted(set(self._shard_of.values()))]
+
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
         return tuple(self._handle(name).get_slice(name).get_shape())

@@ -43,6 +43,7 @@ def moe_attributes(
         "max_k": max_k,
         "weight_format": weight_format,
         "activation_format": activation_format,
+        "first_expert": -1,
         "has_expert_norms": int(expert_norms),
     }
 
@@ -86,6 +87,7 @@ def make_moe_function(
     correction_bias: bool,
     expert_norms: bool = False,
     quantization: QuantizationConfig | None = None,
+    first_expert: int = -1,
 ) -> onnx.FunctionProto:
     """The operator's body for one configuration of its attributes.
 
@@ -97,6 +99,7 @@ def make_moe_function(
         expert_norms: whether the operator has the input of that name as its last: [E] float32, by which rows of the
             kind `contribution` multiply the scores; without it all are 1.
         quantization: of the weights, whose scales then come before `expert_norms`.
+        first_expert: the attribute of that name: weights are of a range of the experts, which begins here.
     """
     b = FunctionBody()
     f32 = onnx.TensorProto.FLOAT
@@ -228,6 +231,10 @@ def make_moe_function(
     chosen = by_expert(chosen)
     load = b.op("ReduceSum", chosen, begin, keepdims=0)
     b.op("Cast", load, name="expert_load", to=onnx.TensorProto.INT32)
+    if first_expert >= 0:  # the output is the part of these experts alone
+        first = b.const([first_expert], "int64")
+        range_end = b.op("Add", first, b.op("Shape", "down", start=0, end=1))
+        weights, chosen = (b.op("Slice", value, first, range_end, axis1) for value in (weights, chosen))
 
     # All experts on all tokens: [E, T, H].
     tokens = b.op("Unsqueeze", "hidden_states", b.const([0], "int64"))

@@ -33,6 +33,7 @@ enum Fault : int {
   kFaultPlanBase,            // earlier chunks of tokens not counted
   kFaultPlanStartBarrier,    // no barrier between clearing the bitmap (and routing) and filling it
   kFaultPlanBarrier,         // no barrier between filling the bitmap and reading it
+  kFaultPlanRange,           // the first expert of a range left out
   kFaultDecodeRow,           // the last row of an expert repeats the one before it
   kFaultDecodeTail,          // the end of a weight row left out
   kFaultDecodeScale,         // the first group's scale taken for all
@@ -41,6 +42,7 @@ enum Fault : int {
   kFaultGatherRow,           // a row gathers its neighbour's token
   kFaultActivation,          // gate and up exchanged
   kFaultGroupedOffset,       // an expert's rows begin one late
+  kFaultCombineRange,        // experts of others not left out of the sum
   kFaultCombineOrder,        // a token's last expert left out of the sum
   kFaultUpActivation,        // gate and up exchanged where decode and mixed products fuse them
   kFaultMixedScale,          // the first group's scale taken for all

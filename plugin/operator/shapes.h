@@ -47,9 +47,7 @@ Binder bind_shapes(const typename Op::Params& params, const Shapes<Op>& shapes) 
   Binder binder;
   for (const bool less_one : {false, true}) {
     for (int32_t i = 0; i < kNumInputs<Op>; ++i) {
-      const Tensor& t = Op::kInputs[i];
-      const std::string pattern =
-          t.gated_shape != nullptr && Op::gated(params) ? t.gated_shape : t.shape;
+      const std::string pattern = input_shape<Op>(params, i);
       if (pattern.find('/') != std::string::npos) continue;
       if ((pattern.find('-') != std::string::npos) != less_one) continue;
       binder.bind(input_name<Op>(params, i), shapes[i], pattern);

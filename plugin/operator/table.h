@@ -100,6 +100,15 @@ const char* input_name(const typename Op::Params& params, int32_t place) {
   return t.gated_name != nullptr && Op::gated(params) ? t.gated_name : t.name;
 }
 
+// The symbols of an input's shape. Weights of a part of the experts are of W of them, not of E.
+template <typename Op>
+std::string input_shape(const typename Op::Params& params, int32_t place) {
+  const Tensor& t = Op::kInputs[place];
+  std::string shape = t.gated_shape != nullptr && Op::gated(params) ? t.gated_shape : t.shape;
+  if (t.type == TypeRule::kWeights && Op::partial(params)) shape[0] = 'W';
+  return shape;
+}
+
 // The inputs of one call: for each of the table its index in the call, or -1.
 template <typename Op>
 struct CallInputs {

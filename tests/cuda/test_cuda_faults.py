@@ -26,6 +26,7 @@ NUMBER = {name: number for number, name in enumerate(FAULTS, start=1)}
 
 SMALL = dict(tokens=6, hidden=16, intermediate=16, experts=4, element="float32", max_k=3)
 MANY = {**SMALL, "tokens": 40, "experts": 3}
+PART = {"first_expert": 0, "local_experts": 2}
 QUANTISED = {**SMALL, "hidden": 64, "intermediate": 64, "weights": "int8", "group_size": 32}
 MIXED = {**QUANTISED, "element": "float16", "hidden": 320, "path": "prefill"}
 
@@ -45,6 +46,7 @@ CASES: dict[str, tuple[dict[str, Any], str, Callable[..., None]]] = {
     "kFaultPlanBase": ({**MANY, "tokens": 300, "hidden": 8, "intermediate": 8, "path": "prefill"}, "plain", check_plan),
     "kFaultPlanStartBarrier": (SMALL, "plain", check_plan),
     "kFaultPlanBarrier": (MANY, "plain", check_plan),
+    "kFaultPlanRange": ({**MANY, **PART, "path": "decode"}, "plain", check_output),
     "kFaultDecodeRow": ({**MANY, "path": "decode"}, "plain", check_output),
     "kFaultDecodeTail": ({**SMALL, "path": "decode"}, "plain", check_output),
     "kFaultDecodeScale": ({**QUANTISED, "path": "decode"}, "plain", check_output),
@@ -57,6 +59,7 @@ CASES: dict[str, tuple[dict[str, Any], str, Callable[..., None]]] = {
     "kFaultGatherRow": ({**MANY, "path": "prefill"}, "plain", check_output),
     "kFaultActivation": ({**SMALL, "path": "prefill"}, "plain", check_output),
     "kFaultGroupedOffset": ({**SMALL, "path": "prefill"}, "plain", check_output),
+    "kFaultCombineRange": ({**MANY, **PART, "path": "prefill"}, "plain", check_output),
     "kFaultCombineOrder": (SMALL, "plain", check_output),
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_cases import check_all, check_routing, expected, make_inputs
+from cuda_cases import check_all, check_routing, expected, make_decided, make_inputs
 from cuda_launcher import Interpreter, Layer
 
 from adaptive_k_moe.plugin.description import MOE
@@ -165,6 +165,45 @@ def test_quantised_paths_agree(interpreter: Interpreter) -> None:
     np.testing.assert_array_equal(decode.token_rows, prefill.token_rows)
     largest = np.abs(decode.output.astype(np.float32)).max()
     np.testing.assert_allclose(decode.output.astype(np.float32), prefill.output.astype(np.float32), atol=2e-3 * largest)
+
+
+RANGES = [(0, 3), (3, 4), (7, 1), (0, 8)]
+
+
+@pytest.mark.parametrize(("first", "count"), RANGES)
+@pytest.mark.parametrize("tokens", [1, 20, 150])
+@pytest.mark.parametrize(
+    ("element", "weights", "path"),
+    [("float32", "element", "decode"), ("float16", "element", "prefill"), ("bfloat16", "int4", "decode"),
+     ("bfloat16", "int8", "prefill")],
+)  # fmt: skip
+def test_a_range_of_the_experts_gives_its_part_of_the_sum(
+    interpreter: Interpreter, element: str, weights: str, path: str, tokens: int, first: int, count: int
+) -> None:
+    """Routing, sharing and k are over all experts. The plan and the launch's checks are all that knows of the range."""
+    if path == "decode" and tokens > 20:
+        tokens = 33
+    layer = Layer(
+        tokens, 64, 64, 8, element=element, weights=weights, path=path, max_k=4, first_expert=first, local_experts=count
+    )  # fmt: skip
+    for logits in ("plain", "special"):
+        run_and_check(interpreter, layer, tokens + first, logits)
+    inputs, exact = make_decided(layer, tokens)
+    check_all(layer, exact, interpreter.run(layer, inputs))
+
+
+def test_nobody_runs_the_experts_of_a_range(interpreter: Interpreter) -> None:
+    """Every token runs the first expert; the others' part of the sum is 0."""
+    for path in ("decode", "prefill"):
+        for weights in ("element", "int8"):
+            layer = Layer(9, 64, 64, 4, weights=weights, path=path, max_k=1, first_expert=1, local_experts=3)
+            inputs, _ = make_inputs(layer, 0)
+            logits = inputs["router_logits"]
+            assert logits is not None
+            logits[:, 0] = 50
+            result = interpreter.run(layer, inputs)
+            assert (result.k == 1).all() and not result.output.any() and len(result.active) == 0
+            assert result.offsets.tolist() == [0, 9, 9, 9, 9]
 
 
 def test_tokens_beyond_decode_take_the_prefill_path(interpreter: Interpreter) -> None:

@@ -35,6 +35,10 @@ GOOD = Layer(4, 64, 64, 8, max_k=4)
         ({"weights": "int4", "group_size": 16}, "multiple of 32"),
         ({"weights": "int8", "group_size": 96}, "must divide"),
         ({"element": "float32", "weights": "int8", "path": "prefill"}, "float16 and bfloat16 only"),
+        ({"first_expert": -2}, "first_expert must be -1"),
+        ({"first_expert": 8, "local_experts": 1}, "less than the number of experts"),
+        ({"first_expert": 0}, "must be a range of the experts"),
+        ({"first_expert": 5, "local_experts": 4}, "must be a range of the experts"),
         ({"tokens": -1}, "must not be negative"),
         ({"tokens": 1 << 30}, "below 2^31"),
         ({"tokens": 1 << 25, "hidden": 1024, "path": "decode"}, "too large for the decode path"),
@@ -50,6 +54,7 @@ def test_wrong_shapes_are_refused_in_a_sentence(interpreter: Interpreter, change
 def test_good_shapes_are_accepted(interpreter: Interpreter) -> None:
     assert interpreter.check(GOOD) is None
     assert interpreter.check(replace(GOOD, tokens=0)) is None
+    assert interpreter.check(replace(GOOD, first_expert=5, local_experts=3)) is None
     assert interpreter.check(replace(GOOD, experts=512, max_k=32)) is None
     assert interpreter.check(replace(GOOD, tokens=1 << 25, hidden=1024)) is None  # prefill counts in 64 bits
 

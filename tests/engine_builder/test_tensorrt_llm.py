@@ -432,6 +432,7 @@ def test_the_operator_gets_a_mixtrals_rule_and_the_policy(functions: dict[str, A
     assert fields == {name: attributes[name] for name in fields}
     # What it does not name has the operator's default, which the plugin's page states.
     defaults = {"routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "activation_format": ""}
+    defaults["first_expert"] = -1
     assert {name: attributes[name] for name in attributes.keys() - fields.keys() - {"weight_format"}} == defaults
     kind, thresholds, k_values, norms = functions["policy_tables"](content["adaptive_k"], 1)
     assert [a.dtype for a in (kind, thresholds, k_values, norms)] == [np.int32, np.float32, np.int32, np.float32]

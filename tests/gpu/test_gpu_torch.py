@@ -17,7 +17,16 @@ if not torch.cuda.is_available():
 os.environ.setdefault("ADAPTIVE_K_CUDA_LIBRARY", str(LIBRARY))
 
 from cuda_mamba import CASES  # noqa: E402
-from torch_cases import FORMATS, ROUTERS, attributes_of, check_mamba, check_moe, make, tensors_of  # noqa: E402
+from torch_cases import (  # noqa: E402
+    FORMATS,
+    ROUTERS,
+    attributes_of,
+    check_mamba,
+    check_moe,
+    check_ranges,
+    make,
+    tensors_of,
+)
 
 from adaptive_k_moe.policy import read_policy_file  # noqa: E402
 from adaptive_k_moe.torch import adapt  # noqa: E402
@@ -38,6 +47,12 @@ def exact_products() -> None:
 @pytest.mark.parametrize("tokens", [1, 40, 300])
 def test_torch_moe_and_route(tokens: int, form: str, router: str) -> None:
     check_moe(*make(router, form, tokens), "cuda")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("tokens", [3, 300])
+def test_torch_ranges_of_the_experts(tokens: int, form: str) -> None:
+    check_ranges(*make("sigmoid", form, tokens), "cuda")
 
 
 @pytest.mark.parametrize("case", CASES[:8], ids=str)
@@ -96,3 +111,22 @@ def test_torch_generate_gives_the_cpus_tokens(checkpoint: Any) -> None:
                 answers[device, name] = tokens.tolist(), k.tolist()
     for name in ("full", "balanced", "fast"):
         assert answers["cuda", name] == answers["cpu", name], name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_torch_ranks_give_the_tokens_of_one_process(tmp_path: Any) -> None:
+    """Expert parallel over NCCL, each process with a GPU of its own."""
+    from expert_parallel_rank import answers, torchrun
+
+    checkpoint = REPOSITORY / "examples" / "models" / "olmoe-small"
+    policy = REPOSITORY / "examples" / "policies" / "olmoe-small.json"
+    prompt, names = torch.arange(20, 60).view(2, 20), ["full", "balanced", "decode_16"]
+    model = reference_model(checkpoint).to("cuda")
+    with adapt(model, policy, history=None) as adapted:
+        expected = answers(model, adapted, names, prompt.to("cuda"), 16)
+    ranks = min(torch.cuda.device_count(), 8)
+    task = {"checkpoint": str(checkpoint), "prompt": prompt.tolist(), "policies": str(policy), "names": names}
+    (told,) = torchrun(tmp_path, ranks, [task | {"new_tokens": 16, "load": "part"}], "cuda")
+    for rank in told:
+        for name in names:
+            assert rank[name]["tokens"].tolist() == expected[name]["tokens"].tolist(), name

@@ -42,6 +42,8 @@ class Rule:
     topk_group: int = 1
     correction_bias: bool = False
     expert_norms: bool = False
+    first_expert: int = -1
+    given: int = 0  # experts whose weights it has, with first_expert
 
     @property
     def optional(self) -> list[str]:
@@ -72,6 +74,8 @@ RULES = [
     Rule(9, n_group=3, topk_group=1, activation="gelu", expert_norms=True),
     Rule(8, scoring="sigmoid", norm_topk_prob=False, activation="gelu_tanh"),
     Rule(512, activation="relu", expert_norms=True),
+    Rule(8, expert_norms=True, first_expert=3, given=4),
+    Rule(6, activation="relu2", scoring="sigmoid", correction_bias=True, first_expert=0, given=1),
 ]
 
 
@@ -92,11 +96,16 @@ def function_session(rule: Rule) -> ort.InferenceSession:
         inputs,
         MOE.output_names(),
         domain=DOMAIN,
-        **moe_attributes(rule.moe, max_k=MAX_K, weight_format="float32", expert_norms=rule.expert_norms),
+        **moe_attributes(rule.moe, max_k=MAX_K, weight_format="float32", expert_norms=rule.expert_norms)
+        | {"first_expert": rule.first_expert},
     )
     graph = helper.make_graph([node], "operator", [value(n) for n in inputs], [value(n) for n in MOE.output_names()])
     function = make_moe_function(
-        rule.moe, max_k=MAX_K, correction_bias=rule.correction_bias, expert_norms=rule.expert_norms
+        rule.moe,
+        max_k=MAX_K,
+        correction_bias=rule.correction_bias,
+        expert_norms=rule.expert_norms,
+        first_expert=rule.first_expert,
     )
     function.output.append("expert_load")
     model = helper.make_model(
@@ -111,6 +120,7 @@ def function_session(rule: Rule) -> ort.InferenceSession:
 
 def arguments(rule: Rule, logits: np.ndarray, kinds: np.ndarray, limits: np.ndarray, ks: np.ndarray, index: Any) -> Any:
     rng = np.random.default_rng(len(logits) + rule.num_experts)
+    given = rule.num_experts if rule.first_expert < 0 else rule.given
     width = INTERMEDIATE * (2 if rule.activation in GATED_ACTIVATIONS else 1)
     feed = {
         "hidden_states": rng.standard_normal((len(logits), HIDDEN), np.float32),
@@ -119,8 +129,8 @@ def arguments(rule: Rule, logits: np.ndarray, kinds: np.ndarray, limits: np.ndar
         "policy_kind": kinds,
         "thresholds": limits,
         "k_values": ks,
-        "up": rng.standard_normal((rule.num_experts, width, HIDDEN), np.float32),
-        "down": rng.standard_normal((rule.num_experts, HIDDEN, INTERMEDIATE), np.float32),
+        "up": rng.standard_normal((given, width, HIDDEN), np.float32),
+        "down": rng.standard_normal((given, HIDDEN, INTERMEDIATE), np.float32),
     }
     if rule.correction_bias:
         # Multiples of a quarter, so that biased scores tie now and then.
@@ -148,7 +158,12 @@ def routing(rule: Rule, feed: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def by_plugin(rule: Rule, feed: dict[str, np.ndarray]) -> Any:
-    return plugin.moe(*(feed[name] for name in MOE.input_names()), activation=rule.activation, **routing(rule, feed))
+    return plugin.moe(
+        *(feed[name] for name in MOE.input_names()),
+        activation=rule.activation,
+        first_expert=rule.first_expert,
+        **routing(rule, feed),
+    )
 
 
 def expert_load(rule: Rule, feed: dict[str, np.ndarray]) -> np.ndarray:

@@ -138,6 +138,19 @@ def test_onnx_and_ir_give_the_bits_of_the_python_binding(
                 np.testing.assert_array_equal(got[name], value)
 
 
+def test_a_range_of_the_experts_is_the_python_bindings(core: ov.Core, tmp_path: Path) -> None:
+    up, down = (weight[2:5].copy() for weight in weights(EXPERTS, HIDDEN, INTERMEDIATE, "swiglu"))
+    model = core.read_model(graph(tmp_path / "op.onnx", up, down, first_expert=2))
+    ov.save_model(model, tmp_path / "op.xml", compress_to_fp16=False)
+    feed = (*tokens(20, HIDDEN, EXPERTS), *policies(20))
+    want = moe(*feed, up, down, first_expert=2)
+    assert want[0].any() and not np.array_equal(want[0], moe(*feed, up, down, first_expert=3)[0])
+    for source in (model, core.read_model(tmp_path / "op.xml")):
+        got = core.compile_model(source, "CPU").create_infer_request().infer(dict(zip(FEED, feed, strict=True)))
+        for name, value in zip(("output", "k", "entropy"), want, strict=True):
+            np.testing.assert_array_equal(got[name], value)
+
+
 def test_real_bfloat16_weights_are_accepted(core: ov.Core, tmp_path: Path) -> None:
     up, down = weights(EXPERTS, HIDDEN, INTERMEDIATE, "swiglu", "bfloat16")
     assert up.dtype == ml_dtypes.bfloat16

@@ -131,7 +131,7 @@ def make_inputs(
     }
     exact: Inputs = dict(inputs)
     for name, n, k in (("up", wide * layer.intermediate, layer.hidden), ("down", layer.hidden, layer.intermediate)):
-        weights = random_weights(rng, layer.experts, n, k)
+        weights = random_weights(rng, layer.experts, n, k)[layer.range]
         if layer.weights == "element":
             inputs[name] = weights.astype(dtype)
             exact[name] = inputs[name]
@@ -165,6 +165,7 @@ def expected(layer: Layer, exact: Inputs) -> tuple[Array, Array, Array]:
             exact["up"],
             exact["down"],
             activation=layer.activation,
+            first_expert=layer.first_expert,
             correction_bias=exact["correction_bias"],
             expert_norms=exact["expert_norms"],
             **routing_arguments(layer),
@@ -215,10 +216,12 @@ def check_plan(layer: Layer, exact: Inputs, result: Result) -> None:
     np.testing.assert_array_equal(np.diff(result.offsets), load)
     np.testing.assert_array_equal(result.expert_load, load)
     assert result.offsets[0] == 0
-    np.testing.assert_array_equal(result.active, np.unique(experts))
+    mine = np.arange(layer.experts)[layer.range]
+    np.testing.assert_array_equal(result.active, np.intersect1d(experts, mine) - mine[0])
     np.testing.assert_array_equal(result.row_token, tokens[order])
     rows = np.empty(len(order), np.int64)
     rows[order] = np.arange(len(order))
+    rows[~np.isin(experts, mine)] = -1
     np.testing.assert_array_equal(result.token_rows[tokens, ranks], rows)
 
 

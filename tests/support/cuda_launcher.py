@@ -48,6 +48,8 @@ class Layer:
     n_group: int = 1
     topk_group: int = 1
     max_k: int = 0
+    first_expert: int = -1
+    local_experts: int = 0
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -58,6 +60,13 @@ class Layer:
     def attributes(self) -> dict[str, Any]:
         """The operator's, all of them."""
         return {**MOE.defaults(), **vars(self), "weight_format": "" if self.weights == "element" else self.weights}
+
+    @property
+    def range(self) -> slice:
+        """The experts whose weights a launch has."""
+        return (
+            slice(self.first_expert, self.first_expert + self.local_experts) if self.first_expert >= 0 else slice(None)
+        )
 
     @property
     def capacity(self) -> int:

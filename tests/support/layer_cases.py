@@ -59,8 +59,9 @@ def make_case(seed: int, layer: Layer, **attributes: Any) -> Case:
         return (rng.standard_normal(shape) * scale).astype(np.float32).astype(dtype)
 
     rows = 2 * inner if layer.gated else inner
-    up = normal(e, rows, hidden, scale=hidden**-0.5)
-    down = normal(e, hidden, inner, scale=inner**-0.5)
+    here = e if layer.given is None else layer.given
+    up = normal(here, rows, hidden, scale=hidden**-0.5)
+    down = normal(here, hidden, inner, scale=inner**-0.5)
     kinds = np.array([ENTROPY, TOP_P, RATIO, CONTRIBUTION], np.int32)
     inputs = [
         normal(t, hidden),
@@ -131,6 +132,10 @@ CASES: dict[str, tuple[Layer, dict[str, Any]]] = {
     "capped-at-one": (
         Layer(6, hidden=16, intermediate=8, experts=5, element=h.FLOAT, **ROWS),
         {**SOFTMAX, "max_k": 1},
+    ),
+    "three-of-six": (
+        Layer(40, hidden=32, intermediate=16, experts=6, given=3, **ROWS),
+        {**SOFTMAX, "first_expert": 2},
     ),
     "int8-row": (Layer(4, hidden=32, intermediate=32, element=h.FLOAT, weights="int8", **ROWS), SOFTMAX),
     "int8-groups-bias": (

@@ -228,6 +228,7 @@ def moe(
     down: Array,
     *,
     activation: str = "swiglu",
+    first_expert: int = -1,
     margin: Array | None = None,
     activations_in: Callable[[Array], Array] = lambda x: x,
     **routing: Any,
@@ -247,7 +248,10 @@ def moe(
     for t, token in enumerate(step):
         ks[t], entropies[t] = token.k, token.entropy
         for expert, weight in zip(token.experts, token.weights, strict=True):
-            w_up, w_down = gate_up[expert].astype(np.float64), down[expert].astype(np.float64)
+            here = expert - max(first_expert, 0)
+            if not 0 <= here < len(down):
+                continue
+            w_up, w_down = gate_up[here].astype(np.float64), down[here].astype(np.float64)
             x = hidden_states[t].astype(np.float64)
             hidden = activate(activation, w_up @ (activations_in(x) if margin is None else bfloat16(x)))
             if margin is not None:

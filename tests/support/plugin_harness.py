@@ -221,10 +221,12 @@ class Layer:
     weights: str = ""  # a weight_format
     groups: tuple[int, int] = (1, 1)  # scales in a row of up and of down
     norms: bool = False
+    given: int | None = None  # experts whose weights it has; None is all
     replaced: dict[int, Tensor] = field(default_factory=dict)
 
     def inputs(self) -> list[Tensor]:
         t, h, i, e = self.tokens, self.hidden, self.intermediate, self.experts
+        here = e if self.given is None else self.given
         most = t if t >= 0 else self.max_tokens
         quantised = self.weights in ("int8", "int4")
         weight = INT8 if quantised else self.element
@@ -237,14 +239,14 @@ class Layer:
             Tensor(INT32, (self.policies,)),
             Tensor(FLOAT, (self.policies, self.choices - 1)),
             Tensor(INT32, (self.policies, self.choices)),
-            Tensor(weight, (e, rows, h // pack)),
-            Tensor(weight, (e, h, i // pack)),
+            Tensor(weight, (here, rows, h // pack)),
+            Tensor(weight, (here, h, i // pack)),
         ]
         if self.bias:
             tensors.append(Tensor(FLOAT, (e,)))
         if quantised:
-            tensors.append(Tensor(self.element, (e, rows, self.groups[0])))
-            tensors.append(Tensor(self.element, (e, h, self.groups[1])))
+            tensors.append(Tensor(self.element, (here, rows, self.groups[0])))
+            tensors.append(Tensor(self.element, (here, h, self.groups[1])))
         if self.norms:
             tensors.append(Tensor(FLOAT, (e,)))
         for index, tensor in self.replaced.items():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import cuda_mamba
@@ -83,6 +84,23 @@ def check_moe(layer: Layer, inputs: Inputs, exact: Inputs, device: str) -> None:
     check_output(layer, exact, result)
     chosen = result.experts[result.experts >= 0]
     np.testing.assert_array_equal(to_numpy(load), np.bincount(chosen, minlength=layer.experts))
+
+
+def check_ranges(layer: Layer, inputs: Inputs, exact: Inputs, device: str) -> None:
+    """Calls that share out the experts: each the oracle's part, and what they decide is that of all experts."""
+    whole = torch.ops.adaptive_k.moe(**tensors_of(inputs, device), **attributes_of(layer))
+    for first, end in ((0, 3), (3, 7), (7, 8)):
+        part = replace(layer, first_expert=first, local_experts=end - first)
+        sliced = {"up", "down", "up_scales", "down_scales"}
+        mine, mine_exact = (
+            {name: array[first:end] if array is not None and name in sliced else array for name, array in all_.items()}
+            for all_ in (inputs, exact)
+        )
+        output, *decided = torch.ops.adaptive_k.moe(
+            **tensors_of(mine, device), **attributes_of(layer), first_expert=first
+        )
+        assert all(torch.equal(left, right) for left, right in zip(decided, whole[1:], strict=True))
+        check_output(part, mine_exact, Result(*(to_numpy(value) for value in (output, *decided[:2]))))
 
 
 def check_mamba(case: Case, element: str, device: str) -> None:

@@ -43,7 +43,7 @@ def test_the_plugin_computes_the_operator(computing: PluginLibrary, name: str) -
     plugin.destroy()
 
 
-@pytest.mark.parametrize("name", ["float16-5", "sigmoid-groups-bias", "int4-groups"])
+@pytest.mark.parametrize("name", ["float16-5", "sigmoid-groups-bias", "int4-groups", "three-of-six"])
 def test_an_engines_plugin_computes_the_same_bits(computing: PluginLibrary, name: str) -> None:
     layer, attributes = CASES[name]
     case = make_case(3, layer, **attributes)

@@ -25,6 +25,7 @@ ATTRIBUTES: dict[str, Any] = {
     "max_k": 6,
     "weight_format": "bfloat16",
     "activation_format": "",
+    "first_expert": 3,
     "has_expert_norms": 1,
 }
 
@@ -86,6 +87,7 @@ def test_absent_fields_have_the_operators_defaults(library: PluginLibrary) -> No
         "max_k": struct.pack("i", 0),
         "weight_format": b"\0",
         "activation_format": b"\0",
+        "first_expert": struct.pack("i", -1),
         "has_expert_norms": struct.pack("i", 0),
     }
     plugin.destroy()

@@ -33,11 +33,12 @@ ATTRIBUTES: dict[str, Any] = {
     "max_k": 2,
     "weight_format": "float16",
     "activation_format": "",
+    "first_expert": -1,
     "has_expert_norms": 1,
 }
 DESCRIPTION = (
     "activation=swiglu scoring=softmax norm_topk_prob=1 routed_scaling_factor=1 n_group=1 topk_group=1 max_k=2 "
-    "weight_format=float16 activation_format= has_expert_norms=1"
+    "weight_format=float16 activation_format= first_expert=-1 has_expert_norms=1"
 )
 CREATED = ["INFO", "Successfully created plugin: AdaptiveKMoe"]
 ENDS = (CREATED, ["INFO", "Successfully created plugin: Mamba2"])  # the process, when the network gets the plugin

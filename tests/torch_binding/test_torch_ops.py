@@ -11,7 +11,17 @@ import torch
 from cuda_cases import make_inputs, make_unread
 from cuda_launcher import Layer
 from cuda_mamba import CASES
-from torch_cases import FORMATS, ROUTERS, attributes_of, check_mamba, check_moe, make, routing_of, tensors_of
+from torch_cases import (
+    FORMATS,
+    ROUTERS,
+    attributes_of,
+    check_mamba,
+    check_moe,
+    check_ranges,
+    make,
+    routing_of,
+    tensors_of,
+)
 
 from adaptive_k_moe.errors import DependencyError
 from adaptive_k_moe.plugin.description import MAMBA, MOE
@@ -33,6 +43,11 @@ def test_moe_and_route_are_the_oracles(kernels: str, tokens: int, form: str, rou
     if kernels == "interpreter" and form == "float32" and tokens > 8:
         tokens = 9  # float32 decodes, which the interpreter takes a minute for
     check_moe(*make(router, form, tokens), "cpu")
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4 rows"])
+def test_ranges_of_the_experts_are_the_oracles_parts(kernels: str, form: str) -> None:
+    check_ranges(*make("sigmoid", form, 7), "cpu")
 
 
 @pytest.mark.parametrize("case", CASES[:8:2], ids=str)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators in torch, as `torch.ops.adaptive_k`, and in models of `transformers`.
 
-``ops.py`` registers the operators, ``cuda_library.py`` launches them on GPUs, ``adapt.py`` puts them into a model.
+``ops.py`` registers the operators, ``cuda_library.py`` launches them on GPUs, ``adapt.py`` puts them into a model,
+``expert_parallel.py`` divides its experts among processes, and ``load.py`` loads a process's part of it.
 """
 
 from adaptive_k_moe.errors import DependencyError
@@ -13,5 +14,6 @@ except ModuleNotFoundError:
 
 from adaptive_k_moe.torch import ops
 from adaptive_k_moe.torch.adapt import Adapted, Step, adapt
+from adaptive_k_moe.torch.load import load_expert_parallel
 
-__all__ = ["Adapted", "Step", "adapt", "ops"]
+__all__ = ["Adapted", "Step", "adapt", "load_expert_parallel", "ops"]

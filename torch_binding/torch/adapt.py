@@ -18,15 +18,17 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from adaptive_k_moe.engine_builder.checkpoint import HfConfig
 from adaptive_k_moe.engine_builder.graph.moe_function import moe_attributes
 from adaptive_k_moe.engine_builder.models import architecture_of
 from adaptive_k_moe.engine_builder.models.decoder import expert_shapes
-from adaptive_k_moe.errors import BuildError
+from adaptive_k_moe.errors import BuildError, DeviceError
 from adaptive_k_moe.model_config import PretrainedConfig
 from adaptive_k_moe.plugin.description import GATED_ACTIVATIONS
 from adaptive_k_moe.policy import PolicySet, PolicyTables, compile_policies, parse_policy_set, read_policy_file
+from adaptive_k_moe.torch.expert_parallel import ExpertShare, forward_name, held_range
 
 _GATE = re.compile(r"(?:^|\.)layers\.(\d+)\.\w+\.gate$")
 
@@ -55,7 +57,7 @@ class Step:
 
     @property
     def expert_load(self) -> Any:
-        """[L, E] int32, tokens that ran each expert."""
+        """[L, E] int32, tokens that ran each expert, whoever holds it."""
         return self._stacked(2).T
 
     @property
@@ -77,17 +79,21 @@ class Adapted:
         policy_index: the policy of the next forwards: its name, its index among `policies.names`, a tensor [B] of one
             index for each sequence or [B, S] of one for each token; None is the default policy.
         steps: what the last forwards did, the newest last.
+        share: what this process holds of the experts; None is all.
     """
 
-    def __init__(self, model: Any, policies: PolicySet, policy_index: Any, history: int | None) -> None:
+    def __init__(self, model: Any, policies: PolicySet, policy_index: Any, history: int | None, group: Any) -> None:
         self.config = _config_of(model)
+        self.share = None if group is None else ExpertShare(group, self.config.num_experts)
         blocks = moe_blocks(model)
         if len(blocks) != self.config.num_moe_layers:
             raise BuildError(
                 f"the model has {len(blocks)} blocks with a gate and experts, but its configuration tells of "
                 f"{self.config.num_moe_layers}: it is not as transformers 5 builds it."
             )
-        weights = [_weights_of(block, self.config, layer) for layer, block in enumerate(blocks)]
+        names = weight_names(self.config)
+        for layer, block in enumerate(blocks):
+            _check_weights(block, self.config, layer, self.share)
         self.set_policies(
             compile_policies(
                 self.config.fit_policies(policies),
@@ -101,12 +107,15 @@ class Adapted:
         self._shape = (0, 0)
         self._rows: Any = None
         self._layers: list[tuple[Any, Any, Any]] = []
+        if self.share is not None:
+            for block in blocks:
+                self.share.take(block.experts, names)
         decoder = model.base_model
         self._undo: list[Callable[[], None]] = [
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True).remove,
             decoder.register_forward_hook(self._end).remove,
         ]
-        for layer, (block, names) in enumerate(zip(blocks, weights, strict=True)):
+        for layer, block in enumerate(blocks):
             self._undo.append(_replace(block.gate, _router(block.gate)))
             self._undo.append(_replace(block.experts, self._experts(layer, block.experts, names)))
 
@@ -123,13 +132,13 @@ class Adapted:
         attributes = moe_attributes(
             self.config.moe, max_k=int(tables.k_values.max()), weight_format="", expert_norms=True
         )
-        # Told by its presence.
-        del attributes["has_expert_norms"]
+        # Told by the call.
+        del attributes["has_expert_norms"], attributes["first_expert"]
         self._attributes = attributes | {"norm_topk_prob": bool(attributes["norm_topk_prob"])}
         self.policy_index = None
 
     def remove(self) -> None:
-        """Put the model back as it was."""
+        """Put the model back as it was; experts that other processes hold do not come back."""
         while self._undo:
             self._undo.pop()()
 
@@ -154,6 +163,24 @@ class Adapted:
             raise IndexError(f"policy_index {value} is not one of the {len(self.policies.names)} policies")
         self._policy_index = value
 
+    def check_agreement(self) -> None:
+        """Compare the last forward of all processes that share out the experts. Every one of them has to call it.
+
+        Raises:
+            DeviceError: they ran other experts: their inputs, policies or devices differ, so their sums are worthless.
+        """
+        if self.share is None:
+            return
+        least = self.steps[-1].expert_load.contiguous()
+        most = least.clone()
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.share.group)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=self.share.group)
+        if not torch.equal(least, most):
+            raise DeviceError(
+                "the processes that share out the experts did not run the same ones: give all of them the same tokens "
+                "and policies, and seed alike what draws them."
+            )
+
     def _begin(self, _module: Any, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
         """Every token's row, before the first layer."""
         given = (*arguments, keywords.get("input_ids"), keywords.get("inputs_embeds"))
@@ -175,6 +202,8 @@ class Adapted:
 
     def _experts(self, layer: int, experts: Any, names: tuple[str, str]) -> Callable[..., Any]:
         up, down = names
+        share = self.share
+        first_expert = -1 if share is None else share.first
 
         def forward(hidden_states: Any, correction_bias: Any, router_logits: Any) -> Any:
             device = hidden_states.device
@@ -190,10 +219,11 @@ class Adapted:
                 getattr(experts, down),
                 correction_bias,
                 expert_norms=norms,
+                first_expert=first_expert,
                 **self._attributes,
             )
             self._layers.append(tuple(seen))
-            return output
+            return output if share is None else share.add_up(output)
 
         return forward
 
@@ -204,6 +234,7 @@ def adapt(
     *,
     policy_index: Any = None,
     history: int | None = 1,
+    expert_parallel_group: Any = None,
 ) -> Adapted:
     """Put the operator into a model of `transformers`, in place.
 
@@ -213,9 +244,12 @@ def adapt(
         policy: a policy set, the content of a policy file, or its path; None is the trained top-k alone.
         policy_index: see `Adapted`.
         history: forwards that are kept in `Adapted.steps`; None is all.
+        expert_parallel_group: a group of `torch.distributed` whose processes, with the same model and tokens, share out
+            each layer's experts: others' are freed here, for good. None is no other process.
 
     Raises:
-        BuildError: the model's experts are not laid out as transformers 5 has them, or it is adapted already.
+        BuildError: the model's experts are not laid out as transformers 5 has them, it is adapted already, or there are
+            more processes than experts.
         CheckpointError: the architecture, or something in the configuration, is not known.
         PolicyError: a policy does not fit the model, or there is none of that name.
     """
@@ -228,7 +262,7 @@ def adapt(
             policies = read_policy_file(policy)
         case _:
             policies = parse_policy_set(dict(policy), "the policy")
-    return Adapted(model, policies, policy_index, history)
+    return Adapted(model, policies, policy_index, history, expert_parallel_group)
 
 
 class _Everywhere:
@@ -268,19 +302,34 @@ def _config_of(model: Any) -> PretrainedConfig:
     return architecture_of(config).read_config(config, "float32")
 
 
-def _weights_of(block: Any, config: PretrainedConfig, layer: int) -> tuple[str, str]:
-    """Names of the experts' two weights, once they are what the operator reads."""
-    names = "gate_up_proj" if config.moe.activation in GATED_ACTIVATIONS else "up_proj", "down_proj"
-    for name, shape in zip(names, expert_shapes(config), strict=True):
-        found = getattr(getattr(block.experts, name, None), "shape", None)
-        if found is None or tuple(found) != shape:
+def weight_names(config: PretrainedConfig) -> tuple[str, str]:
+    """Names of the experts' two weights."""
+    return "gate_up_proj" if config.moe.activation in GATED_ACTIVATIONS else "up_proj", "down_proj"
+
+
+def _check_weights(block: Any, config: PretrainedConfig, layer: int, share: ExpertShare | None) -> None:
+    """Refuses experts' weights that are not what the operator reads, or that cannot be divided."""
+    held = held_range(block.experts)
+    if held is not None and (share is None or held != (share.first, share.end)):
+        raise BuildError(
+            f"MoE layer {layer}: this process holds the experts {held[0]} to {held[1] - 1} alone: give the "
+            "expert_parallel_group that the model was divided for."
+        )
+    experts = config.num_experts if held is None else held[1] - held[0]
+    for name, (_, *shape) in zip(weight_names(config), expert_shapes(config), strict=True):
+        weight = getattr(block.experts, name, None)
+        if weight is None or tuple(weight.shape) != (experts, *shape):
             raise BuildError(
-                f"MoE layer {layer}: experts.{name} is {'missing' if found is None else tuple(found)} but must be "
-                f"{shape}, all experts in one weight: load the model with transformers 5."
+                f"MoE layer {layer}: experts.{name} is {'missing' if weight is None else tuple(weight.shape)} but must "
+                f"be {(experts, *shape)}, all experts in one weight: load the model with transformers 5."
             )
-    if "forward" in vars(block.experts) and not hasattr(block.experts, "_hf_hook"):
+        if share is not None and weight.is_meta:
+            raise BuildError(
+                f"MoE layer {layer}: experts.{name} is offloaded, and expert parallel divides weights in memory: load "
+                "the model with no device map, or with load_expert_parallel."
+            )
+    if held is None and "forward" in vars(block.experts) and not hasattr(block.experts, "_hf_hook"):
         raise BuildError(f"MoE layer {layer}: the experts' forward is replaced already: remove what did so first.")
-    return names
 
 
 def _router(gate: Any) -> Callable[..., Any]:
@@ -295,8 +344,7 @@ def _router(gate: Any) -> Callable[..., Any]:
 
 def _replace(module: Any, forward: Callable[..., Any]) -> Callable[[], None]:
     """Gives a module another forward; what is returned takes it back."""
-    # Where a device map has put a hook around it, the hook goes on moving weights and inputs.
-    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    name = forward_name(module)
     before = vars(module).get(name)
     setattr(module, name, forward)
 

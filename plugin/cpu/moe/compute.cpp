@@ -39,7 +39,7 @@ class Layer {
         padded_intermediate_(round_up(intermediate_, kernels_.lanes)) {}
 
   void run(const float* hidden_states, float* output) {
-    if (plan_.num_rows() == 0) {  // tokens that share, for which nothing is read
+    if (plan_.num_rows() == 0) {  // tokens that share, or for which none of these experts runs
       std::fill_n(output, plan_.num_tokens * hidden_, 0.0f);
       return;
     }
@@ -282,6 +282,8 @@ void moe(const MoeParams& params, const MoeArguments& args, float* output, int32
   const ScratchLease lease;
   Scratch& scratch = *lease;
   const auto num_experts = static_cast<int32_t>(args.sizes.experts);
+  const auto local_experts = static_cast<int32_t>(args.sizes.local_experts);
+  const ExpertRange range = expert_range(params, num_experts, local_experts);
   const int32_t capacity = largest_k(params, num_experts);
   scratch.experts.resize(tokens * capacity);
   scratch.weights.resize(tokens * capacity);
@@ -301,10 +303,9 @@ void moe(const MoeParams& params, const MoeArguments& args, float* output, int32
     while (end < tokens &&
            (end == begin || (rows + k[end]) * (hidden + args.sizes.intermediate) <= kChunkFloats))
       rows += k[end++];
-    scratch.plan.build(end - begin, num_experts, capacity, layer_kernels.tile_rows,
-                       block_rows(layer_kernels), k + begin,
-                       scratch.experts.data() + begin * capacity,
-                       scratch.weights.data() + begin * capacity);
+    scratch.plan.build(
+        end - begin, range, capacity, layer_kernels.tile_rows, block_rows(layer_kernels), k + begin,
+        scratch.experts.data() + begin * capacity, scratch.weights.data() + begin * capacity);
     layer.run(hidden_states + begin * hidden, output + begin * hidden);
     begin = end;
   }

@@ -28,22 +28,27 @@ void Plan::build(int64_t rows, int tile_rows, int block_rows) {
   add_blocks(0, 0, rows, tile_rows, block_rows);
 }
 
-void Plan::build(int64_t tokens, int32_t num_experts, int32_t capacity, int tile_rows,
-                 int block_rows, const int32_t* k, const int32_t* experts, const float* weights) {
+void Plan::build(int64_t tokens, ExpertRange range, int32_t capacity, int tile_rows, int block_rows,
+                 const int32_t* k, const int32_t* experts, const float* weights) {
   num_tokens = tokens;
-  next_row_.assign(num_experts, 0);
+  next_row_.assign(range.count, 0);
   token_begin.resize(tokens + 1);
   token_begin[0] = 0;
   for (int64_t t = 0; t < tokens; ++t) {
-    token_begin[t + 1] = token_begin[t] + k[t];
-    for (int32_t j = 0; j < k[t]; ++j) ++next_row_[experts[t * capacity + j]];
+    token_begin[t + 1] = token_begin[t];
+    for (int32_t j = 0; j < k[t]; ++j) {
+      const int32_t expert = experts[t * capacity + j];
+      if (!is_in(range, expert)) continue;
+      ++token_begin[t + 1];
+      ++next_row_[expert - range.first];
+    }
   }
 
   blocks.clear();
   tiles.clear();
   num_experts_used = 0;
   int64_t row = 0;
-  for (int32_t e = 0; e < num_experts; ++e) {
+  for (int32_t e = 0; e < range.count; ++e) {
     const int64_t rows = next_row_[e];
     next_row_[e] = row;
     if (rows == 0) continue;
@@ -56,11 +61,14 @@ void Plan::build(int64_t tokens, int32_t num_experts, int32_t capacity, int tile
   token_rows.resize(row);
   token_weights.resize(row);
   for (int64_t t = 0; t < tokens; ++t) {
+    int64_t place = token_begin[t];
     for (int32_t j = 0; j < k[t]; ++j) {
-      const int64_t to = next_row_[experts[t * capacity + j]]++;
+      const int32_t expert = experts[t * capacity + j];
+      if (!is_in(range, expert)) continue;
+      const int64_t to = next_row_[expert - range.first]++;
       row_token[to] = t;
-      token_rows[token_begin[t] + j] = to;
-      token_weights[token_begin[t] + j] = weights[t * capacity + j];
+      token_rows[place] = to;
+      token_weights[place++] = weights[t * capacity + j];
     }
   }
 }

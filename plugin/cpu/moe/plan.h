@@ -6,12 +6,14 @@
 #include <cstdint>
 #include <vector>
 
+#include "operator/moe/params.h"
+
 namespace adaptive_k::cpu {
 
 struct Plan {
   // Rows of one expert that are multiplied together with its weights.
   struct Block {
-    int32_t expert;
+    int32_t expert;  // of those whose weights are given
     int32_t num_tiles;
     int64_t first_tile;
     int64_t first_row;
@@ -34,10 +36,10 @@ struct Plan {
 
   int64_t num_rows() const { return static_cast<int64_t>(row_token.size()); }
 
-  // k [tokens]; experts and weights [tokens, capacity], of which the first k count. The rows of an
-  // expert are divided evenly into blocks of up to block_rows, and those into tiles of up to
-  // tile_rows.
-  void build(int64_t tokens, int32_t num_experts, int32_t capacity, int tile_rows, int block_rows,
+  // k [tokens]; experts and weights [tokens, capacity], of which the first k count. Experts outside
+  // the range get no rows. The rows of an expert are divided evenly into blocks of up to
+  // block_rows, and those into tiles of up to tile_rows.
+  void build(int64_t tokens, ExpertRange range, int32_t capacity, int tile_rows, int block_rows,
              const int32_t* k, const int32_t* experts, const float* weights);
 
   // Only `rows` rows of one expert, in blocks and tiles as above.

@@ -27,6 +27,7 @@ MoeShape shape_of(const AdaptiveKLayer& layer) {
   shape.element = static_cast<ElementType>(layer.element);
   shape.group_size = layer.group_size;
   shape.path = static_cast<Path>(layer.path);
+  shape.local_experts = layer.local_experts;
   return shape;
 }
 

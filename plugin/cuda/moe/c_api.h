@@ -14,7 +14,8 @@ extern "C" {
 
 struct AdaptiveKLayer {
   int64_t tokens;
-  int32_t hidden, intermediate, experts, policies, choices, element, group_size, path;
+  int32_t hidden, intermediate, experts, policies, choices, element, group_size, path,
+      local_experts;
   double attributes[adaptive_k::kNumAttributes<adaptive_k::Moe>];
 };
 

@@ -20,7 +20,8 @@ struct GroupedGemm {
   ElementType element;
   int32_t experts, n, k;
   int64_t tokens;          // of the layer
-  int64_t max_rows;        // no fewer than offsets[E]
+  int64_t max_rows;        // of all experts of the layer; no fewer than offsets[E]
+  int32_t all_experts;     // that share them: a call may have the weights of a range alone
   const int32_t* offsets;  // [E + 1], on the device
   const void* a;           // [max_rows, K]
   const void* b;           // [E, N, K]

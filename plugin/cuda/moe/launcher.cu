@@ -64,6 +64,9 @@ const char* check(const MoeParams& params, const MoeShape& s) {
   if (s.tokens * largest_k(params, s.experts) >= int64_t{1} << 31)
     return "tokens times max_k must stay below 2^31";
   if (s.path == Path::kRoute) return nullptr;
+  const ExpertRange range = expert_range(params, s.experts, s.local_experts);
+  if (range.count < 1 || range.count > s.experts - range.first)
+    return "first_expert and the experts whose weights are given must be a range of the experts";
   if (s.hidden < 1 || s.intermediate < 1) return "hidden and intermediate size must be positive";
   if (!is_one_of(static_cast<int32_t>(s.element), 2)) return "the element type is unknown";
   const WeightFormat format = params.weight_format;
@@ -205,6 +208,8 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   p.tokens = s.tokens;
   p.num_experts = s.experts;
   p.capacity = capacity;
+  p.range = path == Path::kRoute ? ExpertRange{0, s.experts}
+                                 : expert_range(params, s.experts, s.local_experts);
   p.k = a.k;
   p.experts = r.experts;
   p.chunk_counts = integers(w.chunk_counts);
@@ -217,9 +222,12 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
   ADAPTIVE_K_RETURN_IF(route_and_plan(r, p, stream));
   if (path == Path::kRoute) return cudaSuccess;
 
+  // From here on experts are counted from the first of the range. Rows are not.
   const int64_t max_rows = s.tokens * capacity;
+  const int32_t* const offsets = p.offsets + p.range.first;
   if (path == Path::kDecode || quantised) {
-    const PlannedRows rows = {p.offsets, p.active, p.num_active, p.row_token, s.experts, max_rows};
+    const PlannedRows rows = {offsets,     p.active,      p.num_active,
+                              p.row_token, p.range.count, max_rows};
     Projection up = {};
     up.up = true;
     up.element = s.element;
@@ -253,17 +261,18 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
       ADAPTIVE_K_RETURN_IF(mixed(down, tiles, num_tiles, stream));
     }
   } else {
-    const int32_t* num_rows = p.offsets + s.experts;
+    const RowRange rows = {offsets, offsets + p.range.count};
     ADAPTIVE_K_RETURN_IF(gather_rows(s.element, a.inputs[MoeInput::kHiddenStates], p.row_token,
-                                     num_rows, max_rows, s.hidden, base + w.x, stream));
+                                     rows, max_rows, s.hidden, base + w.x, stream));
     GroupedGemm gemm = {};
     gemm.element = s.element;
-    gemm.experts = s.experts;
+    gemm.experts = p.range.count;
+    gemm.all_experts = s.experts;
     gemm.n = s.intermediate * (is_gated(params.activation) ? 2 : 1);
     gemm.k = s.hidden;
     gemm.tokens = s.tokens;
     gemm.max_rows = max_rows;
-    gemm.offsets = p.offsets;
+    gemm.offsets = offsets;
     gemm.a = base + w.x;
     gemm.b = a.inputs[MoeInput::kUp];
     // A gated activation needs two columns that lie I apart, which no tile has both of.
@@ -273,8 +282,8 @@ cudaError_t launch(const MoeParams& params, const MoeShape& s, const MoeArgument
     gemm.activation = params.activation;
     ADAPTIVE_K_RETURN_IF(grouped_gemm(gemm, base + w.gemm, stream));
     if (gated)
-      ADAPTIVE_K_RETURN_IF(activate_rows(s.element, params.activation, base + w.u, num_rows,
-                                         max_rows, s.intermediate, base + w.h, stream));
+      ADAPTIVE_K_RETURN_IF(activate_rows(s.element, params.activation, base + w.u, rows, max_rows,
+                                         s.intermediate, base + w.h, stream));
     gemm.activated = false;
     gemm.n = s.hidden;
     gemm.k = s.intermediate;

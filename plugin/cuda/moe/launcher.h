@@ -28,6 +28,7 @@ struct MoeShape {
   ElementType element = ElementType::kFloat16;
   int32_t group_size = 0;  // read when the weights are quantised
   Path path = Path::kAuto;
+  int32_t local_experts = 0;  // whose weights are given; read with the attribute first_expert
 };
 
 // Device pointers, row-major and contiguous, with types and shapes as in the operator's

@@ -59,7 +59,7 @@ __device__ __forceinline__ void place_rows(const PlanArguments& a, int64_t first
     if (!fault(kFaultPlanRank))
       row += __popc(shared.bitmap[e * kPlanWords + t / 32] & ((1u << (t % 32)) - 1u));
     a.row_token[row] = static_cast<int32_t>(first_token) + t;
-    a.token_rows[slot] = row;
+    a.token_rows[slot] = is_in(a.range, e) ? row : -1;
   }
 }
 
@@ -68,7 +68,9 @@ __device__ __forceinline__ void place_rows(const PlanArguments& a, int64_t first
 __device__ __forceinline__ int scan_experts(const PlanArguments& a, int rows, PlanShared& shared) {
   const int e = threadIdx.x, lane = e % 32, warp = e / 32;
   int rows_before = rows;  // inclusive first
-  int active_before = rows > 0;
+  const bool active =
+      rows > 0 && is_in(a.range, e) && !(fault(kFaultPlanRange) && e == a.range.first);
+  int active_before = active;
 #pragma unroll
   for (int delta = 1; delta < 32; delta *= 2) {
     const int more_rows = __shfl_up_sync(kAllLanes, rows_before, delta);
@@ -91,7 +93,7 @@ __device__ __forceinline__ int scan_experts(const PlanArguments& a, int rows, Pl
   if (e < a.num_experts) {
     a.offsets[e] = rows_before;
     if (a.expert_load != nullptr) a.expert_load[e] = rows;
-    if (rows > 0) a.active[active_before - 1] = e;
+    if (active) a.active[active_before - 1] = e - a.range.first;
     if (e == a.num_experts - 1) {
       a.offsets[e + 1] = rows_before + rows;
       *a.num_active = active_before;

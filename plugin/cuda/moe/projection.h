@@ -7,10 +7,10 @@
 
 namespace adaptive_k::cuda {
 
-// Which rows belong to which expert; from plan().
+// Which rows belong to which of the experts whose weights are given; from plan().
 struct PlannedRows {
-  const int32_t* offsets;     // [E + 1]
-  const int32_t* active;      // [E]
+  const int32_t* offsets;     // [num_experts + 1]
+  const int32_t* active;      // [num_experts]
   const int32_t* num_active;  // [1]
   const int32_t* row_token;   // [rows]
   int32_t num_experts;

@@ -17,23 +17,21 @@ __device__ __forceinline__ void load_floats(const T* from, float* to) {
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    gather_kernel(const T* x, const int32_t* row_token, const int32_t* num_rows, int32_t columns,
-                  T* packed) {
+    gather_kernel(const T* x, const int32_t* row_token, RowRange rows, int32_t columns, T* packed) {
   constexpr int kSize = Vector16<T>::kSize;
-  const int64_t row = blockIdx.x;
-  if (row >= *num_rows) return;
-  const int64_t token = row_token[fault(kFaultGatherRow) && row > 0 ? row - 1 : row];
+  const int64_t row = static_cast<int64_t>(*rows.begin) + blockIdx.x;
+  if (row >= *rows.end) return;
+  const int64_t token = row_token[fault(kFaultGatherRow) && row > *rows.begin ? row - 1 : row];
   for (int c = threadIdx.x * kSize; c < columns; c += kThreads * kSize)
     store_vector(packed + row * columns + c, load_vector(x + token * columns + c));
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    activate_kernel(Activation activation, const T* u, const int32_t* num_rows,
-                    int32_t intermediate, T* h) {
+    activate_kernel(Activation activation, const T* u, RowRange rows, int32_t intermediate, T* h) {
   constexpr int kSize = Vector16<T>::kSize;
-  const int64_t row = blockIdx.x;
-  if (row >= *num_rows) return;
+  const int64_t row = static_cast<int64_t>(*rows.begin) + blockIdx.x;
+  if (row >= *rows.end) return;
   const bool gated = is_gated(activation);
   const T* from = u + row * intermediate * (gated ? 2 : 1);
   for (int c = threadIdx.x * kSize; c < intermediate; c += kThreads * kSize) {
@@ -60,7 +58,10 @@ __global__ void __launch_bounds__(kThreads)
   float sum[kSize] = {};
   for (int j = 0; j < count; ++j) {
     const float weight = weights[token * capacity + j];
-    const Y* row = y + static_cast<int64_t>(token_rows[token * capacity + j]) * hidden + c;
+    int64_t planned = token_rows[token * capacity + j];
+    if (fault(kFaultCombineRange) && planned < 0) planned = 0;
+    if (planned < 0) continue;  // another's expert
+    const Y* row = y + planned * hidden + c;
     float value[kSize];
 #pragma unroll
     for (int i = 0; i < kSize; i += Vector16<Y>::kSize) load_floats(row + i, value + i);
@@ -73,24 +74,24 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t gather_rows(ElementType element, const void* x, const int32_t* row_token,
-                        const int32_t* num_rows, int64_t max_rows, int32_t columns, void* packed,
+                        const RowRange& rows, int64_t max_rows, int32_t columns, void* packed,
                         cudaStream_t stream) {
   return with_element(element, [&](auto t) {
     using T = decltype(t);
     return ADAPTIVE_K_LAUNCH(gather_kernel<T>, dim3(static_cast<unsigned>(max_rows)),
-                             dim3(kThreads), 0, stream, static_cast<const T*>(x), row_token,
-                             num_rows, columns, static_cast<T*>(packed));
+                             dim3(kThreads), 0, stream, static_cast<const T*>(x), row_token, rows,
+                             columns, static_cast<T*>(packed));
   });
 }
 
 cudaError_t activate_rows(ElementType element, Activation activation, const void* u,
-                          const int32_t* num_rows, int64_t max_rows, int32_t intermediate, void* h,
+                          const RowRange& rows, int64_t max_rows, int32_t intermediate, void* h,
                           cudaStream_t stream) {
   return with_element(element, [&](auto t) {
     using T = decltype(t);
     return ADAPTIVE_K_LAUNCH(activate_kernel<T>, dim3(static_cast<unsigned>(max_rows)),
-                             dim3(kThreads), 0, stream, activation, static_cast<const T*>(u),
-                             num_rows, intermediate, static_cast<T*>(h));
+                             dim3(kThreads), 0, stream, activation, static_cast<const T*>(u), rows,
+                             intermediate, static_cast<T*>(h));
   });
 }
 

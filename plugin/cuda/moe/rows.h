@@ -6,18 +6,24 @@
 
 namespace adaptive_k::cuda {
 
-// packed[row, 0 .. columns) = x[row_token[row], 0 .. columns) for the rows that there are.
+// Planned rows, known on the device only.
+struct RowRange {
+  const int32_t* begin;
+  const int32_t* end;
+};
+
+// packed[row, 0 .. columns) = x[row_token[row], 0 .. columns) for these rows.
 cudaError_t gather_rows(ElementType element, const void* x, const int32_t* row_token,
-                        const int32_t* num_rows, int64_t max_rows, int32_t columns, void* packed,
+                        const RowRange& rows, int64_t max_rows, int32_t columns, void* packed,
                         cudaStream_t stream);
 
 // h[row, I] = activation(u[row, 2I]) of a gated expert, or of u[row, I].
 cudaError_t activate_rows(ElementType element, Activation activation, const void* u,
-                          const int32_t* num_rows, int64_t max_rows, int32_t intermediate, void* h,
+                          const RowRange& rows, int64_t max_rows, int32_t intermediate, void* h,
                           cudaStream_t stream);
 
-// output[t] = sum over j < k[t], in that order, of weights[t, j] * y[token_rows[t, j]]. y is
-// float32 when y_is_float, else of the element type.
+// output[t] = sum over j < k[t], in that order, of weights[t, j] * y[token_rows[t, j]], without
+// those whose token_rows are -1. y is float32 when y_is_float, else of the element type.
 cudaError_t combine_rows(ElementType element, bool y_is_float, const void* y,
                          const int32_t* token_rows, const float* weights, const int32_t* k,
                          int64_t tokens, int32_t capacity, int32_t hidden, void* output,

@@ -65,6 +65,7 @@ struct Mamba {
 
   static WeightFormat weight_format(const MambaParams&) { return WeightFormat::kAsHiddenStates; }
   static bool gated(const MambaParams&) { return false; }
+  static bool partial(const MambaParams&) { return false; }
   static bool present(const MambaParams&, Presence presence) {
     return presence == Presence::kAlways;
   }

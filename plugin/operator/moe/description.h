@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // AdaptiveKMoe: its attributes, inputs and outputs. T tokens, H their hidden size, E experts, I
-// their intermediate size, P policies of C choices.
+// their intermediate size, P policies of C choices. With first_expert, weights are of W experts.
 #pragma once
 
 #include <string>
@@ -45,6 +45,7 @@ struct Moe {
       attribute<&MoeParams::max_k>("max_k"),
       attribute<&MoeParams::weight_format>("weight_format"),
       attribute<&MoeParams::activation_format>("activation_format"),
+      attribute<&MoeParams::first_expert>("first_expert"),
       attribute<&MoeParams::has_expert_norms>("has_expert_norms"),
   };
 
@@ -73,6 +74,7 @@ struct Moe {
 
   static WeightFormat weight_format(const MoeParams& params) { return params.weight_format; }
   static bool gated(const MoeParams& params) { return is_gated(params.activation); }
+  static bool partial(const MoeParams& params) { return params.first_expert != -1; }
 
   // Whether an input is there; one that only the number of inputs tells of is not.
   static bool present(const MoeParams& params, Presence presence) {

@@ -59,8 +59,28 @@ struct MoeParams {
   int32_t max_k = 0;  // 0: min(num_experts, kMaxK)
   WeightFormat weight_format = WeightFormat::kAsHiddenStates;
   ActivationFormat activation_format = ActivationFormat::kAsHiddenStates;
+  // -1: the weights are those of all experts. Else of the range of experts that begins here
+  // (expert parallel): decisions are over all experts, products over the range alone, and the
+  // output is its part of the sum.
+  int32_t first_expert = -1;
   bool has_expert_norms = false;  // which of the optional inputs the last one is
 };
+
+// The experts whose products a call computes.
+struct ExpertRange {
+  int32_t first;
+  int32_t count;
+};
+
+ADAPTIVE_K_HD bool is_in(const ExpertRange& range, int32_t expert) {
+  return expert >= range.first && expert - range.first < range.count;
+}
+
+ADAPTIVE_K_HD ExpertRange expert_range(const MoeParams& params, int32_t num_experts,
+                                       int32_t local_experts) {
+  return params.first_expert < 0 ? ExpertRange{0, num_experts}
+                                 : ExpertRange{params.first_expert, local_experts};
+}
 
 ADAPTIVE_K_HD constexpr bool is_gated(Activation activation) {
   return activation == Activation::kSwiglu || activation == Activation::kGeglu;
@@ -112,6 +132,10 @@ inline const char* check_attributes(const MoeParams& params, int32_t num_experts
   if (params.activation_format != ActivationFormat::kAsHiddenStates &&
       !is_quantised(params.weight_format))
     return "activation_format must be empty unless weight_format is int8 or int4";
+  if (params.first_expert < -1)
+    return "first_expert must be -1 (the weights of all experts) or the index of an expert";
+  if (num_experts > 0 && params.first_expert >= num_experts)
+    return "first_expert must be less than the number of experts";
   if (!std::isfinite(params.routed_scaling_factor))
     return "routed_scaling_factor is not a finite number";
   return nullptr;

@@ -51,8 +51,13 @@ int64_t group_size(const MoeParams& params, const Shapes<Moe>& shapes) {
 
 MoeSizes check_shapes(const MoeParams& params, const Shapes<Moe>& shapes) {
   const Binder b = bind_shapes<Moe>(params, shapes);
-  MoeSizes sizes{b.value("T"), b.value("H"), b.value("E"),
-                 b.value("P"), b.value("C"), b.value("I")};
+  MoeSizes sizes{b.value("T"),
+                 b.value("H"),
+                 b.value("E"),
+                 b.value("P"),
+                 b.value("C"),
+                 b.value("I"),
+                 b.value(Moe::partial(params) ? "W" : "E")};
   if (sizes.policies == 0) fail("input policy_kind has no rows; at least one policy is needed");
   if (sizes.choices == 0) fail("input k_values has no columns; at least one choice is needed");
   if (sizes.experts == 0) fail("input router_logits has no columns; at least one expert is needed");
@@ -62,6 +67,13 @@ MoeSizes check_shapes(const MoeParams& params, const Shapes<Moe>& shapes) {
   if (const char* wrong = check_attributes(params, experts))
     fail(std::string("attribute ") + wrong + " (" + describe<Moe>(params) +
          (experts ? ", " + std::to_string(experts) + " experts" : "") + ")");
+  if (Moe::partial(params) && sizes.local_experts == 0)
+    fail("input down has no experts; with first_expert there must be at least one");
+  if (experts > 0 && params.first_expert + sizes.local_experts > experts)
+    fail("attribute first_expert is " + std::to_string(params.first_expert) +
+         ", from where on the weights of " + std::to_string(sizes.local_experts) +
+         " experts are given, but there are " + std::to_string(experts) +
+         " by input router_logits");
   sizes.group_size = group_size(params, shapes);
   return sizes;
 }

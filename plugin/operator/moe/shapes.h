@@ -13,7 +13,8 @@ namespace adaptive_k {
 // -1 where they are not yet known.
 struct MoeSizes {
   int64_t tokens = -1, hidden = -1, experts = -1, policies = -1, choices = -1, intermediate = -1;
-  int64_t group_size = 0;  // of quantised weights; 0: one scale a row, or not yet known
+  int64_t local_experts = -1;  // whose weights are given: all, or those of a range
+  int64_t group_size = 0;      // of quantised weights; 0: one scale a row, or not yet known
 };
 
 // Shapes of weights are in values. Inputs without a shape are not looked at: routing alone has no

@@ -72,6 +72,7 @@ nb::dict moe_sizes(const nb::dict& attributes, const std::vector<Shape>& shapes,
   out["hidden"] = sizes.hidden;
   out["intermediate"] = sizes.intermediate;
   out["experts"] = sizes.experts;
+  out["local_experts"] = sizes.local_experts;
   out["policies"] = sizes.policies;
   out["choices"] = sizes.choices;
   out["group_size"] = sizes.group_size;

@@ -217,6 +217,7 @@ def moe(
     n_group: int = 1,
     topk_group: int = 1,
     max_k: int = 0,
+    first_expert: int = -1,
     num_threads: int | None = None,
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32], npt.NDArray[np.float32]]:
     """Runs the whole operator. Its result for a token does not depend on the other tokens, to the bit.
@@ -248,6 +249,9 @@ def moe(
         n_group: See `route`.
         topk_group: See `route`.
         max_k: See `route`.
+        first_expert: Expert parallel: the weights are of W experts from this one on; -1 is all E. Decisions, k and
+            entropy are over all experts; the output is the part of the sum that these W contribute, so that the
+            outputs of calls that share out the experts add up to the whole.
         num_threads: Threads to use; None means all that TBB gives.
 
     Returns:
@@ -280,6 +284,7 @@ def moe(
         n_group=n_group,
         topk_group=topk_group,
         max_k=max_k,
+        first_expert=first_expert,
     )
     inputs = _inputs(
         dict(

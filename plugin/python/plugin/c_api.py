@@ -19,7 +19,17 @@ PATHS = {"auto": 0, "decode": 1, "prefill": 2, "route": 3}
 """The numbers of a launch's paths."""
 
 _SIZES = {
-    MOE.name: ("hidden", "intermediate", "experts", "policies", "choices", "element", "group_size", "path"),
+    MOE.name: (
+        "hidden",
+        "intermediate",
+        "experts",
+        "policies",
+        "choices",
+        "element",
+        "group_size",
+        "path",
+        "local_experts",
+    ),
     MAMBA.name: ("sequences", "slots", "heads", "head_dim", "state_size", "taps", "element"),
 }
 _PREFIX = {MOE.name: "adaptive_k_cuda_", MAMBA.name: "adaptive_k_cuda_mamba_"}

@@ -27,6 +27,7 @@ struct MoeLayer {
     shape.hidden = narrow("hidden size", sizes.hidden);
     shape.intermediate = narrow("intermediate size", sizes.intermediate);
     shape.experts = narrow("number of experts", sizes.experts);
+    shape.local_experts = narrow("number of local experts", sizes.local_experts);
     shape.policies = narrow("number of policies", sizes.policies);
     shape.choices = narrow("number of choices", sizes.choices);
     shape.element = element;

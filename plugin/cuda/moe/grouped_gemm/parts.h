@@ -17,7 +17,7 @@ cudaError_t grouped_gemm_sm100(const GroupedGemm& problem, void* workspace, cuda
 
 // An expert's row tile is chosen by the mean number of rows: small tiles waste less where experts
 // have few, large ones read the weights less often where they have many.
-inline bool few_rows_per_expert(const GroupedGemm& p) { return p.max_rows <= 64 * p.experts; }
+inline bool few_rows_per_expert(const GroupedGemm& p) { return p.max_rows <= 64 * p.all_experts; }
 
 // Room in the workspace for each part of the kernels' arguments: this many bytes for an expert,
 // and a remainder for what a kernel keeps for itself (tensor maps for each multiprocessor).
