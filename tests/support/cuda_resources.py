@@ -28,9 +28,10 @@ BLOCKS = {
     "route_by_block": (128, 8520),
     "plan_one_chunk": (512, 10368),
     "plan_count": (512, 10368),
-    "plan_scan": (512, 10368),
+    "plan_scan": (512, 0),
     "plan_place": (512, 10368),
     "decode_product": (128, 256),
+    "decode_integers_product": (128, 2048),
     "gather_kernel": (128, 0),
     "activate_kernel": (128, 0),
     "combine_kernel": (128, 0),
@@ -41,8 +42,10 @@ BLOCKS = {
     "mamba_chunks_kernel<64>": (128, 28672),
     "mamba_chunks_kernel<128>": (128, 45056),
     "mamba_chunks_kernel<256>": (128, 77824),
-    "mixed_product<int8>": (256, 49152),
-    "mixed_product<int4>": (256, 36864),
+    "mixed_product<int8, 128 rows>": (256, 73728),
+    "mixed_product<int4, 128 rows>": (256, 61440),
+    "mixed_product<int8, 32 rows>": (256, 49152),
+    "mixed_product<int4, 32 rows>": (256, 32768),
     "cutlass_sm80<128x128x32>": (128, 65536),
     "cutlass_sm80<32x128x64>": (128, 81920),
 }
@@ -116,7 +119,7 @@ def kernel_name(mangled: str) -> str:
         elif size:
             words.append(size)
         return f"{name}<{', '.join(words)}>"
-    ours = re.search(r"\d+(decode_product|mixed_product|gather_kernel|activate_kernel|combine_kernel)I(.*)", mangled)
+    ours = re.search(r"\d+(decode_product|decode_integers_product|mixed_product|gather_kernel|activate_kernel|combine_kernel)I(.*)", mangled)
     if ours is None:
         return mangled
     name, rest = ours.groups()
@@ -124,6 +127,8 @@ def kernel_name(mangled: str) -> str:
     words = [ELEMENTS[element[1]]] if element else []
     if weights := re.search(r"WeightFormatE(\d)E", rest):
         words.append(FORMATS[int(weights[1])])
+    if rows := re.search(r"WeightFormatE\dELi(\d+)E", rest):
+        words.append(f"{rows[1]} rows")
     if direction := re.search(r"ELb([01])E", rest):
         words.append("up" if direction[1] == "1" else "down")
     if name == "combine_kernel":

@@ -16,7 +16,7 @@ struct PlanArguments {
   int32_t capacity;
   const int32_t* k;        // [T]
   const int32_t* experts;  // [T, capacity], of which the first k count
-  int32_t* chunk_counts;   // [ceil(T / kPlanTokens), E] scratch
+  int32_t* chunk_counts;   // [E, ceil(T / kPlanTokens) + 1] scratch
   int32_t* offsets;        // [E + 1] where each expert's rows begin; the last is the number of rows
   int32_t* active;         // [E] the experts that have rows, rising; then undefined
   int32_t* num_active;     // [1]
