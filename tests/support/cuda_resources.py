@@ -119,7 +119,10 @@ def kernel_name(mangled: str) -> str:
         elif size:
             words.append(size)
         return f"{name}<{', '.join(words)}>"
-    ours = re.search(r"\d+(decode_product|decode_integers_product|mixed_product|gather_kernel|activate_kernel|combine_kernel)I(.*)", mangled)
+    ours = re.search(
+        r"\d+(decode_product|decode_integers_product|mixed_product|gather_kernel|activate_kernel|combine_kernel)I(.*)",
+        mangled,
+    )
     if ours is None:
         return mangled
     name, rest = ours.groups()
@@ -176,6 +179,52 @@ def read(library: Path = LIBRARY) -> dict[str, dict[str, dict[str, Any]]]:
             if arch in MULTIPROCESSOR:
                 table.setdefault(arch, {})[name] = entry
     return {arch: dict(sorted(kernels.items())) for arch, kernels in sorted(table.items())}
+
+
+# An instruction: its address, its name without the predicate, and what follows.
+Instruction = tuple[int, str, str]
+
+
+def code(library: Path, arch: str) -> dict[str, list[Instruction]]:
+    """The machine code of an architecture's kernels."""
+    found: dict[str, list[Instruction]] = {}
+    name = ""
+    for line in cuobjdump("-arch", arch, "-sass", str(library)).splitlines():
+        if function := re.search(r"Function : (\w+)", line):
+            name = kernel_name(function[1])
+            found.setdefault(name, [])
+        elif one := re.match(
+            r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)([^;]*);",
+            line,
+        ):
+            found[name].append((int(one[1], 16), one[2], one[3]))
+    return found
+
+
+def innermost_loops(kernel: list[Instruction]) -> list[list[Instruction]]:
+    """What lies between the target of a jump back and the jump, where no other loop is inside."""
+    spans = [
+        (int(target[1], 16), at)
+        for at, name, rest in kernel
+        if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", rest)) and int(target[1], 16) < at
+    ]
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [[one for one in kernel if first <= one[0] <= last] for first, last in inner]
+
+
+def instructions_per_weight(kernel: list[Instruction], weights_of_a_load: int) -> list[float]:
+    """For each loop that streams weights by 16-byte loads past the L1 cache: instructions a weight, of one lane."""
+    loops = [
+        (len(loop), sum(name.startswith("LDG.E.NA.128") for _, name, _ in loop)) for loop in innermost_loops(kernel)
+    ]
+    return [length / (loads * weights_of_a_load) for length, loads in loops if loads]
+
+
+def instructions_per_product(kernel: list[Instruction]) -> float:
+    """Of the loop with the most mma.sync: instructions for each of them, their copies and scales included."""
+    loops = [(sum(name.startswith("HMMA") for _, name, _ in loop), len(loop)) for loop in innermost_loops(kernel)]
+    products, length = max(loops)
+    return length / products
 
 
 def compiler() -> str | None:
