@@ -194,8 +194,8 @@ __global__ void __launch_bounds__(kThreads, Tiling<kTileRows>::kBlocks)
     for (int chunk = 0; chunk < kTileK / kChunkK; ++chunk) {
       const int k = step * kTileK + chunk * kChunkK;
       if (k >= a.k) break;
-      if (chunks_of_group == 0) {  // long before they are needed
-        chunks_of_group = a.group_size / kChunkK;
+      if (chunks_of_group == 0) {                                  // long before they are needed
+        chunks_of_group = (a.group_size + kChunkK - 1) / kChunkK;  // a whole row may end within one
         group = fault(kFaultMixedScale) ? 0 : group + 1;
 #pragma unroll
         for (int ni = 0; ni < kWeightParts; ++ni) {
@@ -298,7 +298,8 @@ __global__ void __launch_bounds__(kListThreads)
   }
 }
 
-constexpr int kFewRows = 32, kManyRows = 128;  // of a tile
+constexpr int kFewRows = 32;  // of a tile
+constexpr int kManyRows = 128;
 
 // By the mean number of rows of an expert.
 int tile_rows(int64_t max_rows, int32_t num_experts) {
