@@ -182,7 +182,7 @@ FEW_ROWS, MANY_ROWS = 32, 128  # of a tile of plugin/cuda/moe/mixed.cu
 # machine code for sm_90a (tests/cuda/test_cuda_library.py holds the library to them; docs/cuda.md has the table).
 INTEGER_INSTRUCTIONS = {8: ((2, 4.4), (4, 5.0), (8, 9.7)), 4: ((2, 3.0), (4, 3.4), (8, 4.6))}
 # The same of mixed_product for each mma.sync, which makes 4,096 operations for 32 threads.
-MIXED_INSTRUCTIONS = 7.0
+MIXED_INSTRUCTIONS = 13.1
 MMA_FLOPS = 4096
 
 ELEMENT_BYTES = 2  # of activations
