@@ -35,6 +35,7 @@ GOOD = Layer(4, 64, 64, 8, max_k=4)
         ({"weights": "int4", "group_size": 16}, "multiple of 32"),
         ({"weights": "int8", "group_size": 96}, "must divide"),
         ({"element": "float32", "weights": "int8", "path": "prefill"}, "float16 and bfloat16 only"),
+        ({"weights": "int8", "hidden": 1 << 20}, "at most 524288"),
         ({"tokens": -1}, "must not be negative"),
         ({"tokens": 1 << 30}, "below 2^31"),
         ({"tokens": 1 << 25, "hidden": 1024, "path": "decode"}, "too large for the decode path"),
