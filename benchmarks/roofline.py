@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -175,7 +176,14 @@ DECODE_TOKENS = 8
 MOST_DECODE_TOKENS = 128
 DECODE_ROWS_PER_EXPERT = 4
 PLAN_TOKENS = 128
-MIXED_TILE_ROWS = 64  # plugin/cuda/moe/mixed.cu
+FEW_ROWS, MANY_ROWS = 32, 128  # of a tile of plugin/cuda/moe/mixed.cu
+
+# Instructions of a thread for each weight in decode_integers_product, for up to so many rows an expert, counted in the
+# machine code for sm_90a (tests/cuda/test_cuda_library.py holds the library to them; docs/cuda.md has the table).
+INTEGER_INSTRUCTIONS = {8: ((2, 4.4), (4, 5.0), (8, 9.7)), 4: ((2, 3.0), (4, 3.4), (8, 4.6))}
+# The same of mixed_product for each mma.sync, which makes 4,096 operations for 32 threads.
+MIXED_INSTRUCTIONS = 13.1
+MMA_FLOPS = 4096
 
 ELEMENT_BYTES = 2  # of activations
 
@@ -237,6 +245,7 @@ class Kernel:
     Attributes:
         bytes: read and written.
         flops: operations, two for a multiplication with addition.
+        instructions: of all threads, where they may take longer than the operations.
         unit: what does them: "vector", "tensor", or "mma" for tensor cores by mma.sync.
         launches: kernels that it takes.
         inside: whether it is part of the operator, rather than of the layer around it.
@@ -250,13 +259,15 @@ class Kernel:
     launches: int = 1
     inside: bool = True
     product: bool = False
+    instructions: float = 0.0
 
     def times(self, gpu: Gpu, assumed: Assumptions) -> dict[str, float]:
         """Seconds by what takes them, were it alone; the first two overlap."""
         peak = {"tensor": gpu.tensor_flops, "mma": gpu.mma_flops, "vector": gpu.vector_flops}[self.unit]
         return {
             "memory": self.bytes / (gpu.bandwidth * assumed.bandwidth_efficiency),
-            "compute": self.flops / (peak * assumed.compute_efficiency),
+            # A thread's instruction takes as long as its multiplication with addition, which is two operations.
+            "compute": max(self.flops / peak, self.instructions / (gpu.vector_flops / 2)) / assumed.compute_efficiency,
             "launch": self.launches * assumed.launch_seconds,
         }
 
@@ -264,6 +275,21 @@ class Kernel:
         """The kernel's time with the gap that its launches leave."""
         t = self.times(gpu, assumed)
         return max(t["memory"], t["compute"]) + t["launch"]
+
+
+def integer_work(weights: Weights, count: float, rows: float) -> dict[str, Any]:
+    """What decode_integers_product does for `count` weights and `rows` rows an expert, eight of them in a pass."""
+    passes = max(1, math.ceil(rows / 8))
+    in_pass = rows / passes
+    each = next(many for most, many in INTEGER_INSTRUCTIONS[weights.bits] if in_pass <= most)
+    # Two rows fill the eight columns of a product.
+    flops = 2.0 * 8 * math.ceil(rows / 2) * count
+    return {"flops": flops, "unit": "mma", "instructions": passes * each * count}
+
+
+def mixed_work(flops: float) -> dict[str, Any]:
+    """What mixed_product does for so many operations."""
+    return {"flops": flops, "unit": "mma", "instructions": 32 * MIXED_INSTRUCTIONS * flops / MMA_FLOPS}
 
 
 def kernels(model: Model, weights: Weights, tokens: int, k: float, load: Sequence[float] | None = None) -> list[Kernel]:
@@ -290,16 +316,22 @@ def kernels(model: Model, weights: Weights, tokens: int, k: float, load: Sequenc
         Kernel("plan", t * (4 + 4 * model.top_k) + 8 * rows + 12 * e, launches=1 if t <= PLAN_TOKENS else 3),
     ]
     if takes_decode_path(model, tokens):
+        up_work: dict[str, Any] = {"flops": up_flops}
+        down_work: dict[str, Any] = {"flops": down_flops}
+        if weights.quantised:
+            up_work = integer_work(weights, touched * model.up_rows * h, rows / touched)
+            down_work = integer_work(weights, touched * h * i, rows / touched)
         found += [
-            Kernel("decode up", up_bytes + t * h * x + rows * i * x, up_flops, product=True),
-            Kernel("decode down", down_bytes + rows * i * x + 4 * rows * h, down_flops, product=True),
+            Kernel("decode up", up_bytes + t * h * x + rows * i * x, product=True, **up_work),
+            Kernel("decode down", down_bytes + rows * i * x + 4 * rows * h, product=True, **down_work),
             Kernel("combine", 4 * rows * h + t * h * x),
         ]
     elif weights.quantised:
+        tile_rows = FEW_ROWS if t * model.top_k <= FEW_ROWS * e else MANY_ROWS
         found += [
-            Kernel("tiles", 8 * e + 12 * (touched + rows / MIXED_TILE_ROWS)),
-            Kernel("mixed up", up_bytes + rows * (h + i) * x, up_flops, "mma", product=True),
-            Kernel("mixed down", down_bytes + rows * (i + h) * x, down_flops, "mma", product=True),
+            Kernel("tiles", 8 * e + 12 * (touched + rows / tile_rows)),
+            Kernel("mixed up", up_bytes + rows * (h + i) * x, product=True, **mixed_work(up_flops)),
+            Kernel("mixed down", down_bytes + rows * (i + h) * x, product=True, **mixed_work(down_flops)),
             Kernel("combine", rows * h * x + t * h * x),
         ]
     else:

@@ -37,6 +37,7 @@ enum Fault : int {
   kFaultDecodeRow,           // the last row of an expert repeats the one before it
   kFaultDecodeTail,          // the end of a weight row left out
   kFaultDecodeScale,         // the first group's scale taken for all
+  kFaultDecodeColumns,       // the sums of the lanes of a weight row not kept apart
   kFaultDecodeBarrier,       // no barrier between partial sums and their reading
   kFaultDecodeReuseBarrier,  // no barrier before the partial sums are overwritten
   kFaultGatherRow,           // a row gathers its neighbour's token

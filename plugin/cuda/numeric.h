@@ -114,6 +114,51 @@ __device__ __forceinline__ void unpack_pair<BFloat16>(uint32_t word, float* to) 
   to[1] = bit_copy<float>(word & 0xffff0000u);
 }
 
+// Four of the eight bytes of low (0 to 3) and high (4 to 7): those that the selector's digits name,
+// from its lowest digit on.
+__device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+#if defined(ADAPTIVE_K_SIMT)
+  const uint64_t bytes = static_cast<uint64_t>(high) << 32 | low;
+  uint32_t picked = 0;
+  for (int i = 0; i < 4; ++i)
+    picked |= static_cast<uint32_t>(bytes >> (8 * (selector >> (4 * i) & 7u)) & 0xffu) << (8 * i);
+  return picked;
+#else
+  return __byte_perm(low, high, selector);
+#endif
+}
+
+// (bits & kMask) ^ kOther in one instruction, which the compiler makes two of.
+template <uint32_t kMask, uint32_t kOther>
+__device__ __forceinline__ uint32_t mask_and_flip(uint32_t bits) {
+#if defined(ADAPTIVE_K_SIMT)
+  return (bits & kMask) ^ kOther;
+#else
+  uint32_t to;
+  asm("lop3.b32 %0, %1, %2, %3, 0x6a;" : "=r"(to) : "r"(bits), "n"(kMask), "n"(kOther));
+  return to;
+#endif
+}
+
+// The differences of two pairs of 16-bit numbers, in one instruction.
+template <typename T>
+__device__ __forceinline__ uint32_t subtract_pairs(uint32_t from, uint32_t what) {
+#if defined(ADAPTIVE_K_SIMT)
+  float a[2], b[2];
+  unpack_pair<T>(from, a);
+  unpack_pair<T>(what, b);
+  return from_float<T>(a[0] - b[0]).bits | static_cast<uint32_t>(from_float<T>(a[1] - b[1]).bits)
+                                               << 16;
+#else
+  if constexpr (T::kIsBFloat16) {
+    return bit_copy<uint32_t>(
+        __hsub2(bit_copy<__nv_bfloat162>(from), bit_copy<__nv_bfloat162>(what)));
+  } else {
+    return bit_copy<uint32_t>(__hsub2(bit_copy<__half2>(from), bit_copy<__half2>(what)));
+  }
+#endif
+}
+
 // How many values 16 bytes of T hold, and those values as floats.
 template <typename T>
 struct Vector16 {

@@ -28,6 +28,7 @@ SMALL = dict(tokens=6, hidden=16, intermediate=16, experts=4, element="float32",
 MANY = {**SMALL, "tokens": 40, "experts": 3}
 PART = {"first_expert": 0, "local_experts": 2}
 QUANTISED = {**SMALL, "hidden": 64, "intermediate": 64, "weights": "int8", "group_size": 32}
+INTEGERS = {**QUANTISED, "weights": "int4", "element": "float16", "hidden": 256, "path": "decode"}
 MIXED = {**QUANTISED, "element": "float16", "hidden": 320, "path": "prefill"}
 
 # Each fault: the layer that meets it, the kind of logits, and the check that must fail.
@@ -50,6 +51,7 @@ CASES: dict[str, tuple[dict[str, Any], str, Callable[..., None]]] = {
     "kFaultDecodeRow": ({**MANY, "path": "decode"}, "plain", check_output),
     "kFaultDecodeTail": ({**SMALL, "path": "decode"}, "plain", check_output),
     "kFaultDecodeScale": ({**QUANTISED, "path": "decode"}, "plain", check_output),
+    "kFaultDecodeColumns": ({**INTEGERS, "group_size": 32}, "plain", check_output),
     "kFaultDecodeBarrier": ({**SMALL, "path": "decode"}, "plain", check_output),
     "kFaultDecodeReuseBarrier": ({**MANY, "path": "decode"}, "plain", check_output),
     "kFaultMixedScale": (MIXED, "plain", check_output),
@@ -61,6 +63,17 @@ CASES: dict[str, tuple[dict[str, Any], str, Callable[..., None]]] = {
     "kFaultGroupedOffset": ({**SMALL, "path": "prefill"}, "plain", check_output),
     "kFaultCombineRange": ({**MANY, **PART, "path": "prefill"}, "plain", check_output),
     "kFaultCombineOrder": (SMALL, "plain", check_output),
+}
+
+# Faults that decode's kernel for integers has too.
+MANY_INTEGERS = {**INTEGERS, "tokens": 40, "experts": 3, "hidden": 64}
+INTEGER_CASES: dict[str, dict[str, Any]] = {
+    "kFaultDecodeRow": MANY_INTEGERS,
+    "kFaultDecodeTail": INTEGERS,
+    "kFaultDecodeScale": INTEGERS,
+    "kFaultDecodeBarrier": INTEGERS,
+    "kFaultDecodeReuseBarrier": MANY_INTEGERS,
+    "kFaultUpActivation": INTEGERS,
 }
 
 
@@ -100,9 +113,20 @@ def mamba_failures(interpreter: Interpreter, name: str, fault: int, seeds: range
     return failed
 
 
-def failures(interpreter: Interpreter, name: str, fault: int, seeds: range) -> int:
+def integer_failures(interpreter: Interpreter, name: str, fault: int, seeds: range) -> int:
+    """As `failures`."""
+    return failures(interpreter, name, fault, seeds, (INTEGER_CASES[name], "plain", check_output))
+
+
+def failures(
+    interpreter: Interpreter,
+    name: str,
+    fault: int,
+    seeds: range,
+    case: tuple[dict[str, Any], str, Callable[..., None]] | None = None,
+) -> int:
     """In how many runs the check fails, or the interpreter itself objects."""
-    shape, logits, check = CASES[name]
+    shape, logits, check = case or CASES[name]
     layer = Layer(**shape)
     inputs, exact = make_inputs(layer, 0, logits=logits, sharing="Share" in name)
     failed = 0
@@ -117,10 +141,16 @@ def failures(interpreter: Interpreter, name: str, fault: int, seeds: range) -> i
     return failed
 
 
-@pytest.mark.parametrize("name", [*CASES, *MAMBA_CASES])
-def test_a_wrong_step_is_caught(interpreter: Interpreter, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "failures_of"),
+    [
+        *((name, failures) for name in CASES),
+        *((name, integer_failures) for name in INTEGER_CASES),
+        *((name, mamba_failures) for name in MAMBA_CASES),
+    ],
+)
+def test_a_wrong_step_is_caught(interpreter: Interpreter, name: str, failures_of: Callable[..., int]) -> None:
     seeds = range(8 if "Barrier" in name or "Wait" in name else 1)
-    failures_of = failures if name in CASES else mamba_failures
     assert failures_of(interpreter, name, 0, seeds) == 0, "fails without any fault"
     caught = failures_of(interpreter, name, NUMBER[name], seeds)
     # A random schedule shows a missing barrier in most runs, not in all.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cuda_cases import check_all, check_routing, expected, make_decided, make_inputs
+from cuda_cases import check_all, check_plan, check_routing, expected, make_decided, make_inputs
 from cuda_launcher import Interpreter, Layer
 
 from adaptive_k_moe.plugin.description import MOE
@@ -74,6 +74,14 @@ def test_up_to_32_experts_a_token(interpreter: Interpreter) -> None:
 def test_plan_is_the_stable_sort_by_expert(interpreter: Interpreter, tokens: int, experts: int) -> None:
     """Within one chunk of tokens, at its edge, and over several."""
     run_and_check(interpreter, Layer(tokens, 8, 8, experts, element="float32", path="prefill", max_k=4), tokens)
+
+
+@pytest.mark.parametrize("tokens", [4096, 4097, 8200])
+def test_plan_of_more_chunks_than_a_warp_scans_at_once(interpreter: Interpreter, tokens: int) -> None:
+    """32 chunks of 128 tokens, one more, and three turns."""
+    layer = Layer(tokens, 8, 8, 5, element="float32", path="route", max_k=1)
+    inputs, exact = make_inputs(layer, tokens)
+    check_plan(layer, exact, interpreter.run(layer, inputs))
 
 
 @pytest.mark.parametrize("path", ["decode", "prefill"])
@@ -157,6 +165,43 @@ def test_quantised_prefill_with_ragged_ends(
     run_and_check(interpreter, layer, 6)
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("multiprocessors", [1, 200])
+def test_quantised_decode_split_over_warps(interpreter: Interpreter, weights: str, multiprocessors: int) -> None:
+    """One, two and more turns of a warp, the last in part, with several passes over an expert's tokens."""
+    layer = Layer(21, 1184, 544, 2, weights=weights, group_size=32, path="decode", max_k=2)
+    inputs, exact = make_inputs(layer, 1)
+    check_all(layer, exact, interpreter.run(layer, inputs, multiprocessors=multiprocessors))
+
+
+@pytest.mark.parametrize("element", ["float16", "bfloat16"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_every_integer_is_unpacked_exactly(interpreter: Interpreter, weights: str, element: str) -> None:
+    """One number of each row of x is 1 and the others are 0: the products are the weights themselves."""
+    layer = Layer(8, 64, 64, 1, element=element, weights=weights, activation="relu", path="decode", max_k=1)
+    inputs, _ = make_inputs(layer, 0)
+    bits = 8 if weights == "int8" else 4
+    values = np.resize(np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)), (1, 64, 64)).astype(np.int8)
+    for row in range(64):
+        values[0, row] = np.roll(values[0, row], row)
+    packed = values if bits == 8 else (values[..., 0::2] & 0xF | values[..., 1::2] << 4).astype(np.uint8)
+    dtype = inputs["hidden_states"].dtype
+    identity = np.zeros((1, 64, 64), np.int8)
+    identity[0, np.arange(64), np.arange(64)] = 1
+    down = identity if bits == 8 else (identity[..., 0::2] & 0xF | identity[..., 1::2] << 4).astype(np.uint8)
+    inputs["up"], inputs["down"] = packed, down
+    inputs["up_scales"] = inputs["down_scales"] = np.ones((1, 64, 1), dtype)
+    for path in ("decode", "prefill"):
+        for first in range(0, 64, 8):
+            hidden = np.zeros((8, 64), np.float32)
+            hidden[np.arange(8), first + np.arange(8)] = 1
+            inputs["hidden_states"] = hidden.astype(dtype)
+            result = interpreter.run(replace(layer, path=path), inputs)
+            weight = result.weights[:, :1].astype(np.float32)
+            expected_rows = np.maximum(values[0, :, first : first + 8].T.astype(np.float32), 0) * weight
+            np.testing.assert_array_equal(result.output, expected_rows.astype(dtype))
+
+
 def test_quantised_paths_agree(interpreter: Interpreter) -> None:
     """Decode and prefill see the same weights: they differ by rounding alone."""
     layer = Layer(20, 128, 96, 4, weights="int4", group_size=32, path="decode", max_k=2)
@@ -225,9 +270,10 @@ def test_results_do_not_depend_on_the_schedule(interpreter: Interpreter) -> None
                 assert getattr(first, name).tobytes() == getattr(again, name).tobytes(), name
 
 
-def test_a_token_does_not_depend_on_the_others(interpreter: Interpreter) -> None:
+@pytest.mark.parametrize("weights", ["element", "int8", "int4"])
+def test_a_token_does_not_depend_on_the_others(interpreter: Interpreter, weights: str) -> None:
     """To the bit, on one path: alone, and among tokens that share its experts."""
-    layer = Layer(11, 64, 48, 3, path="decode", max_k=2)
+    layer = Layer(11, 64, 64, 3, path="decode", max_k=2, weights=weights)
     inputs, _ = make_inputs(layer, 4)
     together = interpreter.run(layer, inputs)
     for t in (0, 4, 10):

@@ -39,6 +39,7 @@ GOOD = Layer(4, 64, 64, 8, max_k=4)
         ({"first_expert": 8, "local_experts": 1}, "less than the number of experts"),
         ({"first_expert": 0}, "must be a range of the experts"),
         ({"first_expert": 5, "local_experts": 4}, "must be a range of the experts"),
+        ({"weights": "int8", "hidden": 1 << 20}, "at most 524288"),
         ({"tokens": -1}, "must not be negative"),
         ({"tokens": 1 << 30}, "below 2^31"),
         ({"tokens": 1 << 25, "hidden": 1024, "path": "decode"}, "too large for the decode path"),

@@ -28,9 +28,10 @@ BLOCKS = {
     "route_by_block": (128, 8520),
     "plan_one_chunk": (512, 10368),
     "plan_count": (512, 10368),
-    "plan_scan": (512, 10368),
+    "plan_scan": (512, 0),
     "plan_place": (512, 10368),
     "decode_product": (128, 256),
+    "decode_integers_product": (128, 2048),
     "gather_kernel": (128, 0),
     "activate_kernel": (128, 0),
     "combine_kernel": (128, 0),
@@ -41,8 +42,10 @@ BLOCKS = {
     "mamba_chunks_kernel<64>": (128, 28672),
     "mamba_chunks_kernel<128>": (128, 45056),
     "mamba_chunks_kernel<256>": (128, 77824),
-    "mixed_product<int8>": (256, 49152),
-    "mixed_product<int4>": (256, 36864),
+    "mixed_product<int8, 128 rows>": (256, 73728),
+    "mixed_product<int4, 128 rows>": (256, 61440),
+    "mixed_product<int8, 32 rows>": (256, 49152),
+    "mixed_product<int4, 32 rows>": (256, 32768),
     "cutlass_sm80<128x128x32>": (128, 65536),
     "cutlass_sm80<32x128x64>": (128, 81920),
 }
@@ -116,7 +119,10 @@ def kernel_name(mangled: str) -> str:
         elif size:
             words.append(size)
         return f"{name}<{', '.join(words)}>"
-    ours = re.search(r"\d+(decode_product|mixed_product|gather_kernel|activate_kernel|combine_kernel)I(.*)", mangled)
+    ours = re.search(
+        r"\d+(decode_product|decode_integers_product|mixed_product|gather_kernel|activate_kernel|combine_kernel)I(.*)",
+        mangled,
+    )
     if ours is None:
         return mangled
     name, rest = ours.groups()
@@ -124,6 +130,8 @@ def kernel_name(mangled: str) -> str:
     words = [ELEMENTS[element[1]]] if element else []
     if weights := re.search(r"WeightFormatE(\d)E", rest):
         words.append(FORMATS[int(weights[1])])
+    if rows := re.search(r"WeightFormatE\dELi(\d+)E", rest):
+        words.append(f"{rows[1]} rows")
     if direction := re.search(r"ELb([01])E", rest):
         words.append("up" if direction[1] == "1" else "down")
     if name == "combine_kernel":
@@ -171,6 +179,52 @@ def read(library: Path = LIBRARY) -> dict[str, dict[str, dict[str, Any]]]:
             if arch in MULTIPROCESSOR:
                 table.setdefault(arch, {})[name] = entry
     return {arch: dict(sorted(kernels.items())) for arch, kernels in sorted(table.items())}
+
+
+# An instruction: its address, its name without the predicate, and what follows.
+Instruction = tuple[int, str, str]
+
+
+def code(library: Path, arch: str) -> dict[str, list[Instruction]]:
+    """The machine code of an architecture's kernels."""
+    found: dict[str, list[Instruction]] = {}
+    name = ""
+    for line in cuobjdump("-arch", arch, "-sass", str(library)).splitlines():
+        if function := re.search(r"Function : (\w+)", line):
+            name = kernel_name(function[1])
+            found.setdefault(name, [])
+        elif one := re.match(
+            r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.a-z]*)([^;]*);",
+            line,
+        ):
+            found[name].append((int(one[1], 16), one[2], one[3]))
+    return found
+
+
+def innermost_loops(kernel: list[Instruction]) -> list[list[Instruction]]:
+    """What lies between the target of a jump back and the jump, where no other loop is inside."""
+    spans = [
+        (int(target[1], 16), at)
+        for at, name, rest in kernel
+        if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", rest)) and int(target[1], 16) < at
+    ]
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [[one for one in kernel if first <= one[0] <= last] for first, last in inner]
+
+
+def instructions_per_weight(kernel: list[Instruction], weights_of_a_load: int) -> list[float]:
+    """For each loop that streams weights by 16-byte loads past the L1 cache: instructions a weight, of one lane."""
+    loops = [
+        (len(loop), sum(name.startswith("LDG.E.NA.128") for _, name, _ in loop)) for loop in innermost_loops(kernel)
+    ]
+    return [length / (loads * weights_of_a_load) for length, loads in loops if loads]
+
+
+def instructions_per_product(kernel: list[Instruction]) -> float:
+    """Of the loop with the most mma.sync: instructions for each of them, their copies and scales included."""
+    loops = [(sum(name.startswith("HMMA") for _, name, _ in loop), len(loop)) for loop in innermost_loops(kernel)]
+    products, length = max(loops)
+    return length / products
 
 
 def compiler() -> str | None:

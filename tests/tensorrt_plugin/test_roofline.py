@@ -49,6 +49,18 @@ def test_a_mix_of_k_touches_what_its_average_touches() -> None:
     assert r.distinct_experts(experts, 2.0, tokens) == pytest.approx(np.mean(draws), abs=0.06)
 
 
+def test_instructions_of_integers_in_decode() -> None:
+    """One token: 2 experts of 3 x 4096 x 14336 weights, one row each, in a pass of two rows and eight columns."""
+    work = inside(MIXTRAL, INT4, 1, 2)
+    products = [work["decode up"], work["decode down"]]
+    weights = 2 * 3 * 4096 * 14336
+    assert sum(kernel.instructions for kernel in products) == pytest.approx(3.0 * weights)
+    assert sum(kernel.flops for kernel in products) == pytest.approx(2 * 8 * weights)
+    assert products[0].times(H100, IDEAL)["compute"] == pytest.approx(products[0].instructions / (67e12 / 2))
+    # Ten rows an expert: two passes of five.
+    assert r.integer_work(INT4, 100, 10) == {"flops": 2 * 8 * 5 * 100, "unit": "mma", "instructions": 2 * 4.6 * 100}
+
+
 def test_distinct_experts_by_hand() -> None:
     assert r.distinct_experts(8, 2, 1) == pytest.approx(2)
     assert r.distinct_experts(8, 2, 2) == pytest.approx(8 * (1 - 0.75**2))
@@ -119,6 +131,7 @@ def test_many_tokens_with_quantised_weights_by_hand() -> None:
     work = inside(MIXTRAL, INT8, tokens, 2)
     assert set(work) == {"route", "plan", "tiles", "mixed up", "mixed down", "combine"}
     assert work["mixed up"].unit == work["mixed down"].unit == "mma"
+    assert work["mixed up"].instructions == pytest.approx(work["mixed up"].flops / 4096 * 32 * r.MIXED_INSTRUCTIONS)
     assert work["mixed up"].flops == 2 * (2 * tokens) * 28672 * 4096
     # The activation is part of the product, so only its result is written.
     assert work["mixed up"].bytes == pytest.approx(8 * 28672 * (4096 + 2) + 2 * tokens * (4096 + 14336) * 2)
@@ -211,7 +224,8 @@ def test_the_paths_are_the_launchers() -> None:
     assert constant(launcher, "kMostDecodeTokens") == r.MOST_DECODE_TOKENS
     assert constant(launcher, "kDecodeRowsPerExpert") == r.DECODE_ROWS_PER_EXPERT
     assert constant(plan, "kPlanTokens") == r.PLAN_TOKENS
-    assert constant((h.PLUGIN / "cuda" / "moe" / "mixed.cu").read_text(), "kTileRows") == r.MIXED_TILE_ROWS
+    mixed = (h.PLUGIN / "cuda" / "moe" / "mixed.cu").read_text()
+    assert (constant(mixed, "kFewRows"), constant(mixed, "kManyRows")) == (r.FEW_ROWS, r.MANY_ROWS)
 
 
 @pytest.mark.parametrize(("tokens", "decode"), [(1, True), (8, True), (16, True), (17, False), (200, False)])

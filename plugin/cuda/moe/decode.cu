@@ -9,6 +9,9 @@
 // second or fourth piece of the row. Sums are formed in an order that depends on the shape alone: a
 // lane's pieces in rising order, the lanes by a fixed tree, the warps in rising order. So a token's
 // result does not depend on the other tokens.
+//
+// Quantised weights come here with float32 activations only, which are for tests;
+// decode_integers.cu has the others.
 #include "cuda/device.h"
 #include "cuda/moe/activate.h"
 #include "cuda/moe/decode.h"
@@ -296,7 +299,8 @@ cudaError_t launch_product(ElementType element, WeightFormat format, DecodeArgum
       return ADAPTIVE_K_LAUNCH((decode_product<T, decltype(chosen)::value, kUp>), grid, block,
                                sizeof(DecodeShared), stream, a);
     };
-    if (is_quantised(format)) return with_quantised(format, run);
+    if constexpr (std::is_same_v<T, float>)
+      if (is_quantised(format)) return with_quantised(format, run);
     return run(std::integral_constant<WeightFormat, WeightFormat::kAsHiddenStates>());
   });
 }
@@ -304,6 +308,8 @@ cudaError_t launch_product(ElementType element, WeightFormat format, DecodeArgum
 }  // namespace
 
 cudaError_t decode(const Projection& p, cudaStream_t stream) {
+  if (is_quantised(p.format) && p.element != ElementType::kFloat32)
+    return decode_integers(p, stream);
   DecodeArguments a = {};
   a.rows = p.rows;
   a.x = p.x;

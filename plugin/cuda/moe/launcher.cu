@@ -87,6 +87,9 @@ const char* check(const MoeParams& params, const MoeShape& s) {
   if (is_quantised(format) && s.group_size > 0 &&
       (s.hidden % s.group_size != 0 || s.intermediate % s.group_size != 0))
     return "group_size must divide the hidden and the intermediate size";
+  // The kernels divide by a group's size with a multiplication that is exact up to there.
+  if (is_quantised(format) && std::max(s.hidden, s.intermediate) > 1 << 19)
+    return "hidden and intermediate size must be at most 524288 for quantised weights";
   if (s.path == Path::kPrefill && !can_prefill(params, s))
     return "the prefill path takes float16 and bfloat16 only";
   // The decode kernels count the 16-byte pieces of activation rows in 32 bits.
@@ -118,7 +121,7 @@ Workspace lay_out(const MoeParams& params, const MoeShape& s, Path path) {
   w.experts = reserve(rows * 4);
   w.weights = reserve(rows * 4);
   w.read = reserve(s.experts);
-  w.chunk_counts = reserve(chunks * s.experts * 4);
+  w.chunk_counts = reserve((chunks + 1) * s.experts * 4);
   w.offsets = reserve((s.experts + int64_t{1}) * 4);
   w.active = reserve(s.experts * int64_t{4});
   w.num_active = reserve(4);

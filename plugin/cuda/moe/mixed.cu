@@ -1,15 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
-// A block computes 64 rows by 128 weight rows in steps of 64 along K, with three steps of copies
-// under way; each of its eight warps 32 by 32. The integers are exact as 16-bit floats, so the
-// tensor cores multiply them as they are, and each group's sums are scaled in float32: the same
-// numbers as in the decode kernels, up to the order of addition.
+// A block computes a tile of rows by 128 weight rows in steps of 64 along K, with copies of later
+// steps under way. Tiles of 128 rows, of which each of eight warps has 64 by 32, are for many rows
+// an expert: the more rows share a warp's unpacked weights, the fewer instructions a product takes.
+// Tiles of 32 rows, 32 by 16 a warp, are for few.
+//
+// The integers are exact as 16-bit floats, so the tensor cores multiply them as they are, and each
+// group's sums are scaled in float32: the same numbers as in the decode kernels, up to the order of
+// addition.
 //
 // Along K a lane of a warp takes 8 neighbours out of each 32 rather than the pairs that mma.sync
 // names. The same for activations and weights, this changes only the order of the sum; but it lets
 // a lane read its part in one wide access instead of many of two bytes.
 //
-// For a gated expert each warp's 32 weight rows are 16 gates and the 16 ups of the same neurons, so
-// that a thread holds both and applies the activation before anything is written.
+// For a gated expert half of each warp's weight rows are gates and half the ups of the same
+// neurons, so that a thread holds both and applies the activation before anything is written.
 #include "cuda/device.h"
 #include "cuda/moe/activate.h"
 #include "cuda/moe/mixed.h"
@@ -19,14 +23,23 @@
 namespace adaptive_k::cuda {
 namespace {
 
-constexpr int kTileRows = 64;
 constexpr int kTileWeights = 128;
 constexpr int kTileK = 64;
-constexpr int kChunkK = 32;  // what one flush of sums covers at least
-constexpr int kStages = 3;
+constexpr int kChunkK = 32;  // what one flush of sums covers
 constexpr int kThreads = 256;
 constexpr int kListThreads = 512;
 static_assert(kListThreads >= kMaxExpertsOnGpu, "a thread for each expert");
+
+// How a tile of so many rows is shared by the warps, and how often a multiprocessor holds it.
+template <int kTileRows>
+struct Tiling {
+  static constexpr int kRows = kTileRows < 64 ? kTileRows : 64;  // of a warp
+  static constexpr int kRowWarps = kTileRows / kRows;
+  static constexpr int kWeights = kTileWeights * kRowWarps / (kThreads / 32);  // of a warp
+  static constexpr int kRowParts = kRows / 16, kWeightParts = kWeights / 8;    // of mma.sync's
+  static constexpr int kStages = kTileRows < 64 ? 4 : 3;
+  static constexpr int kBlocks = kTileRows < 64 ? 2 : 1;
+};
 
 struct MixedArguments {
   const RowTile* tiles;
@@ -43,13 +56,15 @@ struct MixedArguments {
 };
 
 template <WeightFormat format>
+constexpr int kWeightVectors = kTileK * bits_of(format) / 128;  // of a row
+
+template <WeightFormat format, int kTileRows>
 struct MixedShared {
-  static constexpr int kWeightVectors = kTileK * bits_of(format) / 128;  // of a row
   struct Stage {
     uint4 x[kTileRows][kTileK / 8];
-    uint4 w[kTileWeights][kWeightVectors];
+    uint4 w[kTileWeights][kWeightVectors<format>];
   };
-  Stage stages[kStages];
+  Stage stages[Tiling<kTileRows>::kStages];
 };
 
 // Where a row's 16-byte vector lies in shared memory, so that the lanes that read together find
@@ -57,7 +72,7 @@ struct MixedShared {
 __device__ __forceinline__ int swizzle_x(int row, int vector) { return vector ^ (row % 2 * 4); }
 template <WeightFormat format>
 __device__ __forceinline__ int swizzle_w(int row, int vector) {
-  constexpr int kVectors = MixedShared<format>::kWeightVectors;
+  constexpr int kVectors = kWeightVectors<format>;
   return vector ^ (row / (8 / kVectors) % 2 * (kVectors / 2));
 }
 
@@ -77,145 +92,143 @@ __device__ __forceinline__ void load_weights(const uint4* row, int row_index, in
   constexpr int kLanes = 16 / sizeof(Words);  // that share a vector
   const int vector = swizzle_w<format>(row_index, 4 / kLanes * chunk + quad / kLanes);
   const Words words = reinterpret_cast<const Words*>(row + vector)[quad % kLanes];
-  float values[8];
-  unpack_quantised<format, 8>(words.at, 0, values);
+  uint32_t pairs[4];
+  unpack_pairs<T, format>(words.at, pairs);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = pack_pair<T>(values[2 * i], values[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = pairs[i];
 }
 
-template <typename T, WeightFormat format>
-__global__ void __launch_bounds__(kThreads, 1) mixed_product(MixedArguments a) {
-  using Shared = MixedShared<format>;
+template <typename T, WeightFormat format, int kTileRows>
+__global__ void __launch_bounds__(kThreads, Tiling<kTileRows>::kBlocks)
+    mixed_product(MixedArguments a) {
+  using Tile = Tiling<kTileRows>;
+  using Shared = MixedShared<format, kTileRows>;
+  constexpr int kRowParts = Tile::kRowParts, kWeightParts = Tile::kWeightParts;
   auto& shared = shared_memory<Shared>();
   if (static_cast<int>(blockIdx.x) >= *a.num_tiles) return;  // the whole block
   const RowTile tile = a.tiles[blockIdx.x];
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int group_of_lanes = lane / 4, quad = lane % 4;
-  const int warp_row = warp % 2 * 32, warp_column = warp / 2 * 32;
+  const int warp_row = warp % Tile::kRowWarps * Tile::kRows;
+  const int warp_column = warp / Tile::kRowWarps * Tile::kWeights;
 
-  // The weight row (within the expert) of a row of the tile; -1 past the end.
+  // The weight row (within the expert) of a row of the tile. Past the end the last neuron's is
+  // repeated, and nothing is written.
   const int tile_neurons = a.gated ? kTileWeights / 2 : kTileWeights;
   const int first_neuron = static_cast<int>(blockIdx.y) * tile_neurons;
   const auto weight_row = [&](int r) {
-    if (!a.gated) return first_neuron + r < a.neurons ? first_neuron + r : -1;
-    const int neuron = first_neuron + r / 32 * 16 + r % 16;
-    return neuron >= a.neurons ? -1 : r % 32 < 16 ? neuron : a.neurons + neuron;
+    constexpr int kHalf = Tile::kWeights / 2;
+    int neuron = first_neuron + r;
+    if (a.gated) neuron = first_neuron + r / Tile::kWeights * kHalf + r % kHalf;
+    neuron = neuron < a.neurons ? neuron : a.neurons - 1;
+    return neuron + (a.gated && r % Tile::kWeights >= kHalf ? a.neurons : 0);
   };
+  const int64_t expert_row = static_cast<int64_t>(tile.expert) * a.n;
 
-  // What this thread copies in every step.
-  constexpr int kXCopies = kTileRows * (kTileK / 8) / kThreads;
-  constexpr int kWCopies = kTileWeights * Shared::kWeightVectors / kThreads;
+  // What this thread copies in every step: always the same 16 bytes of some rows' share.
+  constexpr int kXVectors = kTileK / 8, kWVectors = kWeightVectors<format>;
+  constexpr int kXCopies = kTileRows * kXVectors / kThreads;
+  constexpr int kWCopies = kTileWeights * kWVectors / kThreads;
   constexpr int kPerVector = WeightVector<T, format>::kSize;
-  const T* x_from[kXCopies];
+  const int x_vector = thread % kXVectors, w_vector = thread % kWVectors;
+  const unsigned char* x_from[kXCopies];
   const unsigned char* w_from[kWCopies];
-  const int64_t row_bytes = static_cast<int64_t>(a.k) / kPerVector * 16;
 #pragma unroll
   for (int i = 0; i < kXCopies; ++i) {
-    const int at = thread + i * kThreads, row = at / (kTileK / 8);
-    x_from[i] = nullptr;
-    if (row < tile.num_rows) {
-      const int64_t planned = tile.first_row + row;
-      const int64_t source = a.row_token != nullptr ? a.row_token[planned] : planned;
-      x_from[i] = static_cast<const T*>(a.x) + source * a.k + at % (kTileK / 8) * 8;
-    }
+    // Rows past the tile's are the last one again.
+    int row = thread / kXVectors + i * (kThreads / kXVectors);
+    row = tile.first_row + (row < tile.num_rows ? row : tile.num_rows - 1);
+    const int64_t source = a.row_token != nullptr ? a.row_token[row] : row;
+    x_from[i] = static_cast<const unsigned char*>(a.x) + (source * a.k + x_vector * 8) * 2;
   }
 #pragma unroll
   for (int i = 0; i < kWCopies; ++i) {
-    const int at = thread + i * kThreads;
-    const int row = weight_row(at / Shared::kWeightVectors);
-    w_from[i] = row < 0 ? nullptr
-                        : static_cast<const unsigned char*>(a.w) +
-                              (static_cast<int64_t>(tile.expert) * a.n + row) * row_bytes +
-                              at % Shared::kWeightVectors * 16;
+    const int64_t row = expert_row + weight_row(thread / kWVectors + i * (kThreads / kWVectors));
+    w_from[i] = static_cast<const unsigned char*>(a.w) + (row * (a.k / kPerVector) + w_vector) * 16;
   }
   const int steps = (a.k + kTileK - 1) / kTileK;
   const auto copy_step = [&](int step) {
     if (step < steps) {
-      typename Shared::Stage& stage = shared.stages[step % kStages];
+      typename Shared::Stage& stage = shared.stages[step % Tile::kStages];
+      const bool x_valid = step * kTileK + x_vector * 8 < a.k;
+      const bool w_valid = step * kTileK + w_vector * kPerVector < a.k;
 #pragma unroll
       for (int i = 0; i < kXCopies; ++i) {
-        const int at = thread + i * kThreads, row = at / (kTileK / 8), vector = at % (kTileK / 8);
-        const bool valid = x_from[i] != nullptr && step * kTileK + vector * 8 < a.k;
-        copy_async(&stage.x[row][swizzle_x(row, vector)],
-                   valid ? static_cast<const void*>(x_from[i] + step * kTileK) : a.x, valid);
+        const int row = thread / kXVectors + i * (kThreads / kXVectors);
+        copy_async(&stage.x[row][swizzle_x(row, x_vector)], x_from[i], x_valid);
+        x_from[i] += kTileK * 2;
       }
 #pragma unroll
       for (int i = 0; i < kWCopies; ++i) {
-        const int at = thread + i * kThreads, row = at / Shared::kWeightVectors;
-        const int vector = at % Shared::kWeightVectors;
-        const bool valid = w_from[i] != nullptr && step * kTileK + vector * kPerVector < a.k;
-        copy_async(
-            &stage.w[row][swizzle_w<format>(row, vector)],
-            valid ? static_cast<const void*>(w_from[i] + step * (kTileK / kPerVector) * 16) : a.w,
-            valid);
+        const int row = thread / kWVectors + i * (kThreads / kWVectors);
+        copy_async(&stage.w[row][swizzle_w<format>(row, w_vector)], w_from[i], w_valid);
+        w_from[i] += kWVectors * 16;
       }
     }
     copy_async_commit();  // an empty group keeps the count right
   };
 
-  float total[2][4][4] = {}, sums[2][4][4] = {}, scale[4][2] = {};
-  const int64_t row_scales = a.k / a.group_size;
-  // Recomputed for each group: eight pointers kept would cost sixteen registers.
-  const auto load_scales = [&](int group) {
+  float total[kRowParts][kWeightParts][4] = {}, scale[kWeightParts][2] = {};
+  const auto row_scales = static_cast<uint32_t>(a.k / a.group_size);
+  const T* const scales = static_cast<const T*>(a.scales) + expert_row * row_scales;
+  uint32_t scale_row[kWeightParts][2];
 #pragma unroll
-    for (int ni = 0; ni < 4; ++ni) {
+  for (int ni = 0; ni < kWeightParts; ++ni) {
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int row = weight_row(warp_column + ni * 8 + quad * 2 + j);
-        scale[ni][j] = to_float(static_cast<const T*>(
-            a.scales)[(static_cast<int64_t>(tile.expert) * a.n + (row < 0 ? 0 : row)) * row_scales +
-                      (fault(kFaultMixedScale) ? 0 : group)]);
-      }
-    }
-  };
+    for (int j = 0; j < 2; ++j)
+      scale_row[ni][j] =
+          static_cast<uint32_t>(weight_row(warp_column + ni * 8 + quad * 2 + j)) * row_scales;
+  }
+  int group = -1, chunks_of_group = 0;  // that are left of the group
 
 #pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) copy_step(step);
+  for (int step = 0; step < Tile::kStages - 1; ++step) copy_step(step);
   for (int step = 0; step < steps; ++step) {
-    if (!fault(kFaultMixedWait)) copy_async_wait<kStages - 2>();
+    if (!fault(kFaultMixedWait)) copy_async_wait<Tile::kStages - 2>();
     // Everybody's copies of this step have arrived, and everybody has done with the stage that the
     // next copies overwrite.
     if (!fault(kFaultMixedBarrier)) __syncthreads();
-    copy_step(step + kStages - 1);
-    const typename Shared::Stage& stage = shared.stages[step % kStages];
+    copy_step(step + Tile::kStages - 1);
+    const typename Shared::Stage& stage = shared.stages[step % Tile::kStages];
 #pragma unroll
     for (int chunk = 0; chunk < kTileK / kChunkK; ++chunk) {
       const int k = step * kTileK + chunk * kChunkK;
       if (k >= a.k) break;
-      if (k % a.group_size == 0) load_scales(k / a.group_size);  // long before they are needed
-      uint4 x[2][2];  // rows group_of_lanes and + 8 of each 16; 8 values of this chunk
+      if (chunks_of_group == 0) {                                  // long before they are needed
+        chunks_of_group = (a.group_size + kChunkK - 1) / kChunkK;  // a whole row may end within one
+        group = fault(kFaultMixedScale) ? 0 : group + 1;
 #pragma unroll
-      for (int mi = 0; mi < 2; ++mi) {
+        for (int ni = 0; ni < kWeightParts; ++ni) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) scale[ni][j] = to_float(scales[scale_row[ni][j] + group]);
+        }
+      }
+      --chunks_of_group;
+      float sums[kRowParts][kWeightParts][4] = {};
+      uint32_t b[kWeightParts][2][2];
+#pragma unroll
+      for (int ni = 0; ni < kWeightParts; ++ni) {
+        const int row = warp_column + ni * 8 + group_of_lanes;
+        load_weights<T, format>(stage.w[row], row, chunk, quad, b[ni]);
+      }
+#pragma unroll
+      for (int mi = 0; mi < kRowParts; ++mi) {
+        uint4 x[2];  // rows group_of_lanes and + 8; 8 values of this chunk
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           const int row = warp_row + mi * 16 + h * 8 + group_of_lanes;
-          x[mi][h] = stage.x[row][swizzle_x(row, chunk * 4 + quad)];
+          x[h] = stage.x[row][swizzle_x(row, chunk * 4 + quad)];
         }
-      }
+        const uint32_t first[4] = {x[0].x, x[1].x, x[0].y, x[1].y};
+        const uint32_t second[4] = {x[0].z, x[1].z, x[0].w, x[1].w};
 #pragma unroll
-      for (int ni = 0; ni < 4; ++ni) {
-        const int row = warp_column + ni * 8 + group_of_lanes;
-        uint32_t b[2][2];
-        load_weights<T, format>(stage.w[row], row, chunk, quad, b);
+        for (int ni = 0; ni < kWeightParts; ++ni) mma<T>(sums[mi][ni], first, b[ni][0]);
 #pragma unroll
-        for (int mi = 0; mi < 2; ++mi) {
-          const uint32_t first[4] = {x[mi][0].x, x[mi][1].x, x[mi][0].y, x[mi][1].y};
-          const uint32_t second[4] = {x[mi][0].z, x[mi][1].z, x[mi][0].w, x[mi][1].w};
-          mma<T>(sums[mi][ni], first, b[0]);
-          mma<T>(sums[mi][ni], second, b[1]);
-        }
-      }
-      if ((k + kChunkK) % a.group_size == 0 || k + kChunkK >= a.k) {
+        for (int ni = 0; ni < kWeightParts; ++ni) mma<T>(sums[mi][ni], second, b[ni][1]);
 #pragma unroll
-        for (int mi = 0; mi < 2; ++mi) {
+        for (int ni = 0; ni < kWeightParts; ++ni) {
 #pragma unroll
-          for (int ni = 0; ni < 4; ++ni) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-              total[mi][ni][j] += scale[ni][j % 2] * sums[mi][ni][j];
-              sums[mi][ni][j] = 0;
-            }
-          }
+          for (int j = 0; j < 4; ++j) total[mi][ni][j] += scale[ni][j % 2] * sums[mi][ni][j];
         }
       }
     }
@@ -224,15 +237,15 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_product(MixedArguments a) {
 
   // A thread's neighbouring columns go out together: I and H are even.
 #pragma unroll
-  for (int mi = 0; mi < 2; ++mi) {
+  for (int mi = 0; mi < kRowParts; ++mi) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = warp_row + mi * 16 + h * 8 + group_of_lanes;
       if (row >= tile.num_rows) continue;
       T* out = static_cast<T*>(a.out) + static_cast<int64_t>(tile.first_row + row) * a.neurons;
 #pragma unroll
-      for (int ni = 0; ni < 4; ++ni) {
-        if (a.gated && ni >= 2) continue;
+      for (int ni = 0; ni < kWeightParts; ++ni) {
+        if (a.gated && ni >= kWeightParts / 2) continue;
         const int neuron =
             first_neuron + (a.gated ? warp_column / 2 : warp_column) + ni * 8 + quad * 2;
         if (neuron >= a.neurons) continue;
@@ -240,7 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_product(MixedArguments a) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           float gate = total[mi][ni][2 * h + j];
-          float up = a.gated ? total[mi][(ni + 2) % 4][2 * h + j] : gate;
+          float up = a.gated ? total[mi][(ni + kWeightParts / 2) % kWeightParts][2 * h + j] : gate;
           if (fault(kFaultUpActivation)) {
             const float other = gate;
             gate = up;
@@ -256,7 +269,7 @@ __global__ void __launch_bounds__(kThreads, 1) mixed_product(MixedArguments a) {
 
 // One block. Each expert's thread finds how many tiles come before its own.
 __global__ void __launch_bounds__(kListThreads)
-    list_tiles(PlannedRows rows, RowTile* tiles, int32_t* num_tiles) {
+    list_tiles(PlannedRows rows, int32_t tile_rows, RowTile* tiles, int32_t* num_tiles) {
   struct Shared {
     int warp_tiles[kListThreads / 32];
   };
@@ -267,7 +280,7 @@ __global__ void __launch_bounds__(kListThreads)
     first = rows.offsets[e];
     count = rows.offsets[e + 1] - first;
   }
-  const int own = (count + kTileRows - 1) / kTileRows;
+  const int own = (count + tile_rows - 1) / tile_rows;
   int before = own;  // inclusive first
 #pragma unroll
   for (int delta = 1; delta < 32; delta *= 2) {
@@ -280,25 +293,42 @@ __global__ void __launch_bounds__(kListThreads)
   if (e == kListThreads - 1) *num_tiles = before;
   before -= own;
   for (int t = 0; t < own; ++t) {
-    const int left = count - t * kTileRows;
-    tiles[before + t] = {e, first + t * kTileRows, left < kTileRows ? left : kTileRows};
+    const int left = count - t * tile_rows;
+    tiles[before + t] = {e, first + t * tile_rows, left < tile_rows ? left : tile_rows};
   }
 }
 
+constexpr int kFewRows = 32;  // of a tile
+constexpr int kManyRows = 128;
+
+// By the mean number of rows of an expert.
+int tile_rows(int64_t max_rows, int32_t num_experts) {
+  return max_rows <= kFewRows * static_cast<int64_t>(num_experts) ? kFewRows : kManyRows;
+}
+
 cudaError_t launch_product(ElementType element, WeightFormat format, const MixedArguments& a,
-                           int64_t max_tiles, cudaStream_t stream) {
+                           const PlannedRows& rows, cudaStream_t stream) {
   const int tile_neurons = a.gated ? kTileWeights / 2 : kTileWeights;
-  const dim3 grid(static_cast<unsigned>(max_tiles),
+  const dim3 grid(static_cast<unsigned>(mixed_max_tiles(rows.max_rows, rows.num_experts)),
                   static_cast<unsigned>(divide_up(a.neurons, tile_neurons)));
-  const auto run = [&](auto t, auto chosen) {
+  const auto run = [&](auto t, auto chosen, auto tile) {
     using T = decltype(t);
     constexpr WeightFormat kFormat = decltype(chosen)::value;
-    static_assert(sizeof(MixedShared<kFormat>) <= 48 << 10, "no attribute is needed");
-    return ADAPTIVE_K_LAUNCH((mixed_product<T, kFormat>), grid, dim3(kThreads),
-                             sizeof(MixedShared<kFormat>), stream, a);
+    constexpr int kRows = decltype(tile)::value;
+    constexpr size_t kShared = sizeof(MixedShared<kFormat, kRows>);
+    if (kShared > 48 << 10)
+      ADAPTIVE_K_RETURN_IF(allow_shared_memory(&mixed_product<T, kFormat, kRows>, kShared));
+    return ADAPTIVE_K_LAUNCH((mixed_product<T, kFormat, kRows>), grid, dim3(kThreads), kShared,
+                             stream, a);
+  };
+  const auto run_tile = [&](auto t, auto chosen) {
+    return tile_rows(rows.max_rows, rows.num_experts) == kFewRows
+               ? run(t, chosen, std::integral_constant<int, kFewRows>())
+               : run(t, chosen, std::integral_constant<int, kManyRows>());
   };
   return with_quantised(format, [&](auto chosen) {
-    return element == ElementType::kFloat16 ? run(Half(), chosen) : run(BFloat16(), chosen);
+    return element == ElementType::kFloat16 ? run_tile(Half(), chosen)
+                                            : run_tile(BFloat16(), chosen);
   });
 }
 
@@ -306,13 +336,14 @@ cudaError_t launch_product(ElementType element, WeightFormat format, const Mixed
 
 int64_t mixed_max_tiles(int64_t max_rows, int32_t num_experts) {
   const int64_t partial = max_rows < num_experts ? max_rows : num_experts;
-  return max_rows / kTileRows + partial;
+  return max_rows / tile_rows(max_rows, num_experts) + partial;
 }
 
 cudaError_t mixed_tiles(const PlannedRows& rows, RowTile* tiles, int32_t* num_tiles,
                         cudaStream_t stream) {
   return ADAPTIVE_K_LAUNCH(list_tiles, dim3(1), dim3(kListThreads), kListThreads / 32 * sizeof(int),
-                           stream, rows, tiles, num_tiles);
+                           stream, rows, tile_rows(rows.max_rows, rows.num_experts), tiles,
+                           num_tiles);
 }
 
 cudaError_t mixed(const Projection& p, const RowTile* tiles, const int32_t* num_tiles,
@@ -332,8 +363,7 @@ cudaError_t mixed(const Projection& p, const RowTile* tiles, const int32_t* num_
   a.n = p.weight_rows();
   a.neurons = p.neurons;
   a.group_size = p.group_size;
-  return launch_product(p.element, p.format, a,
-                        mixed_max_tiles(p.rows.max_rows, p.rows.num_experts), stream);
+  return launch_product(p.element, p.format, a, p.rows, stream);
 }
 
 }  // namespace adaptive_k::cuda

@@ -17,7 +17,7 @@ struct PlanArguments {
   ExpertRange range;       // whose products are computed; the plan is of all experts
   const int32_t* k;        // [T]
   const int32_t* experts;  // [T, capacity], of which the first k count
-  int32_t* chunk_counts;   // [ceil(T / kPlanTokens), E] scratch
+  int32_t* chunk_counts;   // [E, ceil(T / kPlanTokens) + 1] scratch
   int32_t* offsets;        // [E + 1] where each expert's rows begin; the last is the number of rows
   int32_t* active;         // [E] those of the range that have rows, rising, counted from its first
   int32_t* num_active;     // [1]

@@ -64,8 +64,10 @@ __device__ __forceinline__ void place_rows(const PlanArguments& a, int64_t first
 }
 
 // From the rows of each expert (thread e brings expert e's; others 0) to offsets and the list of
-// active experts. Returns the first row of the thread's expert. All threads of the block.
-__device__ __forceinline__ int scan_experts(const PlanArguments& a, int rows, PlanShared& shared) {
+// active experts, which are written if `writes`. Returns the first row of the thread's expert. All
+// threads of the block.
+__device__ __forceinline__ int scan_experts(const PlanArguments& a, int rows, PlanShared& shared,
+                                            bool writes = true) {
   const int e = threadIdx.x, lane = e % 32, warp = e / 32;
   int rows_before = rows;  // inclusive first
   const bool active =
@@ -90,7 +92,7 @@ __device__ __forceinline__ int scan_experts(const PlanArguments& a, int rows, Pl
     active_before += shared.warp_active[w];
   }
   rows_before -= rows;
-  if (e < a.num_experts) {
+  if (writes && e < a.num_experts) {
     a.offsets[e] = rows_before;
     if (a.expert_load != nullptr) a.expert_load[e] = rows;
     if (active) a.active[active_before - 1] = e - a.range.first;

@@ -51,6 +51,37 @@ __device__ __forceinline__ void unpack_quantised(const uint32_t* words, int firs
   }
 }
 
+// Eight neighbouring values of a quantised format as four pairs of 16-bit numbers, in their order
+// and exactly: what the tensor cores take. words begins at the first of them.
+//
+// A small number in the low bits of 2^10 (float16) or 2^7 (bfloat16) makes the sum of the two; one
+// subtraction for each pair takes that off again. bfloat16 has room for seven bits there: of an
+// int8, the sign goes into the exponent's last bit, which makes 2^7 into 2^8, and this is what is
+// taken off.
+template <typename T, WeightFormat format>
+__device__ __forceinline__ void unpack_pairs(const uint32_t* words, uint32_t (&pairs)[4]) {
+  static_assert(format == WeightFormat::kInt8 || format == WeightFormat::kInt4,
+                "a case for each of on_gpus()");
+  constexpr uint32_t kOne = T::kIsBFloat16 ? 0x43004300u : 0x64006400u;  // 128 or 1024, twice
+  constexpr uint32_t kBytes[2] = {0x4140u, 0x4342u};  // value 0 or 2, the other word's, 1 or 3, ...
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (format == WeightFormat::kInt4) {
+      // Byte i holds both values: the low bits of the word and of the word shifted by half a byte.
+      constexpr uint32_t kCentre = T::kIsBFloat16 ? 0x43084308u : 0x64086408u;  // 136 or 1032
+      const uint32_t both = pick_bytes(words[0], words[0] >> 4, 0x4400u + 0x1111u * i);
+      pairs[i] = subtract_pairs<T>(mask_and_flip<0x000f000fu, kCentre>(both), kCentre);
+    } else if constexpr (T::kIsBFloat16) {
+      const uint32_t both = pick_bytes(words[i / 2], 0, kBytes[i % 2]);
+      pairs[i] = subtract_pairs<T>(mask_and_flip<0x007f007fu, kOne>(both),
+                                   mask_and_flip<0x00800080u, kOne>(both));
+    } else {
+      const uint32_t both = pick_bytes(words[i / 2] ^ 0x80808080u, kOne >> 8, kBytes[i % 2]);
+      pairs[i] = subtract_pairs<T>(both, 0x64806480u);  // 1024 + 128
+    }
+  }
+}
+
 // Calls body(integral_constant) with a quantised format.
 template <typename Body>
 auto with_quantised(WeightFormat format, const Body& body) {

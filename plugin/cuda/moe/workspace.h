@@ -11,7 +11,7 @@ struct Workspace {
   size_t experts;       // [T, capacity] int32
   size_t weights;       // [T, capacity] float32
   size_t read;          // [E] bytes: the experts that a step with sharing tokens reads
-  size_t chunk_counts;  // [chunks, E] int32
+  size_t chunk_counts;  // [E, chunks + 1] int32
   size_t offsets;       // [E + 1] int32
   size_t active;        // [E] int32
   size_t num_active;    // [1] int32

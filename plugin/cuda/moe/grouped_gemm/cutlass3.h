@@ -95,6 +95,12 @@ __global__ void fill_cutlass3(GroupedGemm p, Cutlass3Arguments<Configuration> to
   cute::get<1>(to.output_stride[e]) = p.n;
 }
 
+// All of an expert's row tiles (along N) with one tile of its weights before the next weights, so
+// that what is larger than the second-level cache is read from memory once. CUTLASS's own order,
+// along M, would read all of the expert's weights again for each of its row tiles.
+template <typename Kernel>
+constexpr auto kRasterOrder = Kernel::TileScheduler::RasterOrderOptions::AlongN;
+
 template <typename Configuration>
 cudaError_t run_cutlass3(const GroupedGemm& p, void* workspace, cudaStream_t stream) {
   using Gemm = typename Configuration::Gemm;
@@ -119,6 +125,7 @@ cudaError_t run_cutlass3(const GroupedGemm& p, void* workspace, cudaStream_t str
   arguments.mainloop = {to.weights, to.weights_stride, to.rows, to.rows_stride};
   arguments.epilogue = {{}, nullptr, nullptr, to.output, to.output_stride};
   arguments.epilogue.thread = {{}, {p.activated, p.activation}};
+  arguments.scheduler.raster_order = kRasterOrder<Kernel>;
   ADAPTIVE_K_RETURN_IF(cudaGetDevice(&arguments.hw_info.device_id));
   arguments.hw_info.sm_count = multiprocessors();
   if (Gemm::get_workspace_size(arguments) > kGroupedKernelBytes)

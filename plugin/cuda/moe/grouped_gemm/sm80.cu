@@ -12,6 +12,40 @@
 #include "cuda/moe/grouped_gemm/parts.h"
 
 namespace adaptive_k::cuda {
+// A tile of so many rows, weight rows and numbers along K. A type of its own, so that CUTLASS asks
+// the visitor below in which order tiles come.
+template <int kRows, int kWeights, int kK>
+struct WeightsOnceShape : cutlass::gemm::GemmShape<kRows, kWeights, kK> {};
+}  // namespace adaptive_k::cuda
+
+// All of an expert's row tiles with one tile of its weights before the next weights, so that what
+// is larger than the second-level cache is read from memory once. CUTLASS's own order would read
+// all of the expert's weights again for each of its row tiles.
+template <int kRows, int kWeights, int kK, cutlass::gemm::kernel::GroupScheduleMode kMode,
+          int kPrefetched, int kThreads>
+struct cutlass::gemm::kernel::GemmGroupedProblemVisitor<
+    adaptive_k::cuda::WeightsOnceShape<kRows, kWeights, kK>, kMode, kPrefetched, kThreads, false>
+    : GroupedProblemVisitor<detail::GemmGroupedProblemSizeHelper<
+                                adaptive_k::cuda::WeightsOnceShape<kRows, kWeights, kK>, false>,
+                            adaptive_k::cuda::WeightsOnceShape<kRows, kWeights, kK>, kMode,
+                            kPrefetched, kThreads> {
+  static constexpr bool kTransposed = false;
+  using Base = GroupedProblemVisitor<
+      detail::GemmGroupedProblemSizeHelper<adaptive_k::cuda::WeightsOnceShape<kRows, kWeights, kK>,
+                                           false>,
+      adaptive_k::cuda::WeightsOnceShape<kRows, kWeights, kK>, kMode, kPrefetched, kThreads>;
+  using Base::Base;
+
+  // The kernel takes its row tile from the quotient by the number of weight tiles, and its weight
+  // tile from the remainder.
+  CUTLASS_DEVICE int32_t threadblock_idx() const {
+    const GemmCoord tiles = Base::grid_shape(this->problem_size());
+    const int32_t at = Base::threadblock_idx();
+    return at % tiles.m() * tiles.n() + at / tiles.m();
+  }
+};
+
+namespace adaptive_k::cuda {
 namespace {
 
 // What becomes of the sums: CUTLASS's interface of an output operator without a source.
@@ -118,10 +152,10 @@ template <typename Element>
 cudaError_t run_for(const GroupedGemm& p, void* workspace, cudaStream_t stream) {
   using cutlass::gemm::GemmShape;
   if (few_rows_per_expert(p))
-    return run<Sm80Gemm<Element, GemmShape<32, 128, 64>, GemmShape<32, 32, 64>, 4>>(p, workspace,
-                                                                                    stream);
-  return run<Sm80Gemm<Element, GemmShape<128, 128, 32>, GemmShape<64, 64, 32>, 4>>(p, workspace,
-                                                                                   stream);
+    return run<Sm80Gemm<Element, WeightsOnceShape<32, 128, 64>, GemmShape<32, 32, 64>, 4>>(
+        p, workspace, stream);
+  return run<Sm80Gemm<Element, WeightsOnceShape<128, 128, 32>, GemmShape<64, 64, 32>, 4>>(
+      p, workspace, stream);
 }
 
 }  // namespace
