@@ -56,14 +56,16 @@ def test_a_step_that_does_not_go_on_is_refused(checkpoint_evaluator: CheckpointE
 
 
 def test_eval_of_a_checkpoint_is_that_of_its_engine(
-    engine_dir: Path, checkpoint_dir: Path, some_text: str, tmp_path: Path
+    engine_dir: Path, torch_engine_dir: Path, checkpoint_dir: Path, some_text: str, tmp_path: Path
 ) -> None:
+    """And what an engine for torch says."""
     text, policy = tmp_path / "text.txt", tmp_path / "policy.json"
     text.write_text(some_text[:1500], encoding="utf-8")
     policy.write_text(json.dumps(read_engine_config(engine_dir).adaptive_k.to_json()))
     common = f"--text {text} --window 64 --rounds 0 --batch_size 2 --max_steps 31 --adaptive_k_policy top1 balanced"
     models = {
         "engine": f"--engine_dir {engine_dir}",
+        "torch's engine": f"--engine_dir {torch_engine_dir}",
         "torch": f"--checkpoint_dir {checkpoint_dir} --policy {policy} --device cpu",
     }
     found = {}

@@ -23,7 +23,6 @@ from reference import (
     reference_model,
 )
 
-
 TARGETS: tuple[Target, ...] = ("openvino", "torch")
 
 

@@ -23,6 +23,7 @@ from reference import (
     reference_model,
 )
 
+
 @pytest.fixture(params=["openvino", "torch"])
 def target(request: pytest.FixtureRequest) -> Target:
     found: Target = request.param

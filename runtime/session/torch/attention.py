@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over paged keys and values, by torch's own scaled-dot-product attention.
 
-A layer's keys lie in one tensor [slots, KV heads, D], a slot a token; block b is slots b * block size on. Two blocks more
-than the scheduler knows of are there: one that stays zeros, which is read in the place of what a sequence does not have
-(what another sequence left there may be no number, and would reach its neighbours through a weight of zero), and one
-that the idle rows of a padded step write to.
+A layer's keys lie in one tensor [slots, KV heads, D], a slot a token; block b begins at slot b * block size. There are
+two blocks more than the scheduler knows of. One stays zeros and is read in the place of what a sequence does not have:
+what another sequence left there may be no number, and a weight of zero would not keep that out. The idle rows of a
+padded step write to the other.
 """
 
 from __future__ import annotations
@@ -88,9 +88,7 @@ class PagedCache:
         spread = mask[:, None].expand(-1, self._groups, -1, -1).flatten(1, 2)[:, None]
         return Group(rows, (size[0], size[1]), slots.gather(1, positions).flatten(), read, spread)
 
-    def attend(
-        self, groups: Sequence[Group], attributes: Mapping[str, Any], query: Any, key: Any, value: Any
-    ) -> Any:
+    def attend(self, groups: Sequence[Group], attributes: Mapping[str, Any], query: Any, key: Any, value: Any) -> Any:
         """`PagedAttention`: new keys and values go into their slots, and each token's sum over what it sees comes out.
 
         Args:

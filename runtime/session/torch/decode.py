@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps of decode in few shapes, so that each is captured as a CUDA graph once and replayed.
 
-A step of n sequences with a new token each is padded to one of a few sizes, and its block tables to one of a few widths.
-All inputs of such a step are rows of one int32 matrix at a fixed address: token, position, policy row, state slot, block
-table. Idle rows follow a policy row that reads no expert, have no state slot, and write to a block that is nobody's.
+A step of sequences with a new token each is padded to one of a few sizes, and its block tables to one of a few widths.
+All inputs of such a step are rows of one int32 matrix at a fixed address: token, position, policy row, state slot,
+block table. Idle rows follow a policy row for which no expert is read, have no state slot, and write to a block that
+is nobody's.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ Run = Callable[[Any], Any]
 
 
 def with_idle_row(tables: PolicyTables) -> tuple[Any, Any, Any]:
-    """`policy_kind`, `thresholds` and `k_values` with one row more: what follows it has other tokens' experts read, or none.
+    """`policy_kind`, `thresholds` and `k_values` with one row more, for which no expert is read.
 
-    A sharing token whose experts have no worth takes part in the step's choice with nothing.
+    It shares, at an infinite price: its tokens run an expert that others have read, or none.
     """
     layers, _, choices = tables.k_values.shape
     return (
@@ -41,7 +42,7 @@ def with_idle_row(tables: PolicyTables) -> tuple[Any, Any, Any]:
 
 
 def padded(size: int, largest: int) -> int:
-    """The number of rows that a step of `size` sequences is padded to: a power of two or, from 8 on, a multiple of 8."""
+    """The rows that a step of `size` sequences is padded to: a power of two or, from 8 on, a multiple of 8."""
     rows = 1 << (size - 1).bit_length() if size < 8 else -(-size // 8) * 8
     return min(rows, largest)
 
@@ -49,8 +50,8 @@ def padded(size: int, largest: int) -> int:
 class DecodeRunner:
     """Runs steps of decode by replaying them.
 
-    A shape's first step runs as any other does, which also loads kernels and lets libraries choose theirs; the second is
-    captured. Where there are no CUDA graphs every step runs, on the same padded inputs.
+    A shape's first step runs as any other does, which also loads kernels and lets libraries choose theirs; the second
+    is captured. Where there are no CUDA graphs every step runs, on the same padded inputs.
 
     Args:
         run: the model.
@@ -62,7 +63,13 @@ class DecodeRunner:
     """
 
     def __init__(
-        self, run: Run, device: Any, max_batch_size: int, max_blocks: int, idle_block: int, idle_policy: Callable[[], int]
+        self,
+        run: Run,
+        device: Any,
+        max_batch_size: int,
+        max_blocks: int,
+        idle_block: int,
+        idle_policy: Callable[[], int],
     ) -> None:
         self._run, self._device = run, device
         self._max_batch_size, self._max_blocks = max_batch_size, max_blocks
@@ -71,9 +78,10 @@ class DecodeRunner:
         self._graphs: dict[tuple[int, int], Callable[[], Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    def forget(self) -> None:
-        """Drop the graphs: something that they read has another address now."""
+    def forget(self, idle_policy: int) -> None:
+        """Drop the graphs, as the policies' tables have other addresses now; idle rows follow this row of theirs."""
         self._graphs.clear()
+        self._idle_policy = idle_policy
 
     def run(self, step: StepInput) -> Any:
         """What the model gives for a step of decode, its first rows first; overwritten by the next step."""
@@ -96,7 +104,7 @@ class DecodeRunner:
     def _fill(self, rows: Any, step: StepInput) -> None:
         count = len(step.block_tables)
         rows[:, [TOKEN, POSITION]] = 0
-        rows[:, POLICY], rows[:, SLOT], rows[:, TABLE:] = self._idle_policy(), -1, self._idle_block
+        rows[:, POLICY], rows[:, SLOT], rows[:, TABLE:] = self._idle_policy, -1, self._idle_block
         rows[:count, TOKEN], rows[:count, POSITION] = step.input_ids, step.position_ids
         rows[:count, POLICY] = step.policy_index
         if step.state_slots is not None:

@@ -160,9 +160,10 @@ def _dequantize(axis: int, block_size: int = 0) -> Function:
 
 def _gather(axis: int = 0) -> Function:
     def call(values: Any, index: Any) -> Any:
-        return values.select(axis, index) if isinstance(index, int) else values.index_select(axis, index.flatten()).view(
-            *values.shape[:axis], *index.shape, *values.shape[axis + 1 :]
-        )
+        if isinstance(index, int):
+            return values.select(axis, index)
+        shape = values.shape
+        return values.index_select(axis, index.flatten()).view(*shape[:axis], *index.shape, *shape[axis + 1 :])
 
     return call
 

@@ -101,7 +101,9 @@ class TorchSession:
         try:
             self._graph: Graph | None = Graph(Path(engine_dir) / ENGINE_ONNX, self._device, operators)
             self._allocate(kv_cache_max_tokens)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):  # as on a CPU
+                raise
             reason = str(error).strip().splitlines()[0]
             raise DeviceMemoryError(
                 f"{engine_dir} does not fit on {self._device.type}: {reason} Give a smaller --kv_cache_max_tokens, or "
@@ -118,7 +120,6 @@ class TorchSession:
                 build.max_batch_size,
                 -(-build.max_seq_len // _BLOCK_SIZE),
                 self._cache.idle_block,
-                lambda: len(self._policies["policy_kind"]) - 1,
             )
 
     @property
@@ -169,7 +170,7 @@ class TorchSession:
         arrays["expert_norms"] = tables.expert_norms
         self._policies = {name: torch.tensor(array).to(self._device) for name, array in arrays.items()}
         if self._decode is not None:
-            self._decode.forget()
+            self._decode.forget(len(kind) - 1)
 
     def expert_load(self) -> npt.NDArray[np.int64]:
         """See `CountsExperts.expert_load`; where decode is padded, idle rows count for experts that others read."""
@@ -201,9 +202,7 @@ class TorchSession:
                     ("ssm_state", model.mamba.ssm_state_shape, torch.float32),
                 ):
                     self._states[f"{name}.{layer}"] = torch.zeros(slots, *shape, dtype=dtype, device=self._device)
-        self._expert_load = torch.zeros(
-            model.num_moe_layers, model.num_experts, dtype=torch.int64, device=self._device
-        )
+        self._expert_load = torch.zeros(model.num_moe_layers, model.num_experts, dtype=torch.int64, device=self._device)
         per_sequence = -(-build.max_seq_len // _BLOCK_SIZE)
         if max_tokens is None:
             room = _CPU_CACHE_BYTES
