@@ -5,6 +5,7 @@
 values, ``decode.py`` replays steps of decode, and ``session.py`` ties them to caches, states and policies.
 """
 
+import adaptive_k_moe.torch  # noqa: F401  # registers torch.ops.adaptive_k, or says that torch is missing
 from adaptive_k_moe.runtime.session.torch.session import TorchSession
 
 __all__ = ["TorchSession"]

@@ -116,7 +116,8 @@ class DecodeRunner:
         if self._pool is None:
             return lambda: self._run(inputs)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may ask the device for counters meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             outputs = self._run(inputs)
 
         def replay() -> Any:

@@ -30,7 +30,6 @@ from adaptive_k_moe.runtime.session.torch.decode import (
 )
 from adaptive_k_moe.runtime.session.torch.graph import Graph
 from adaptive_k_moe.runtime.telemetry import logger
-from adaptive_k_moe.torch import ops  # noqa: F401  # registers torch.ops.adaptive_k
 
 _BLOCK_SIZE = 16
 
