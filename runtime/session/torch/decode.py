@@ -59,21 +59,12 @@ class DecodeRunner:
         max_batch_size: most sequences in a step.
         max_blocks: most blocks of a sequence.
         idle_block: the block that idle rows write to.
-        idle_policy: gives the policy row that idle rows follow.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        device: Any,
-        max_batch_size: int,
-        max_blocks: int,
-        idle_block: int,
-        idle_policy: Callable[[], int],
-    ) -> None:
+    def __init__(self, run: Run, device: Any, max_batch_size: int, max_blocks: int, idle_block: int) -> None:
         self._run, self._device = run, device
         self._max_batch_size, self._max_blocks = max_batch_size, max_blocks
-        self._idle_block, self._idle_policy = idle_block, idle_policy
+        self._idle_block, self._idle_policy = idle_block, 0
         self._inputs: dict[tuple[int, int], tuple[Any, Any]] = {}
         self._graphs: dict[tuple[int, int], Callable[[], Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None

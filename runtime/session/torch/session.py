@@ -149,13 +149,15 @@ class TorchSession:
     @torch.inference_mode()
     def step(self, step: StepInput) -> StepOutput:
         """See `Session.step`."""
-        count = len(step.block_tables)
-        decodes = len(step.input_ids) == count == len(step.logits_indices)
-        found = self._decode.run(step) if self._decode is not None and decodes else self._run_packed(step)
         tokens = len(step.input_ids)
+        if self._decode is not None and tokens == len(step.block_tables):
+            found = self._decode.run(step)
+            wanted = self._on_device(step.logits_indices)  # in a padded step every row has logits
+            found = found._replace(logits=found.logits[wanted])
+        else:
+            found = self._run_packed(step)
         return StepOutput(
-            # Rows in the order asked for: in a padded step every row has logits.
-            logits=found.logits.cpu().numpy()[step.logits_indices if decodes else slice(None)],
+            logits=found.logits.cpu().numpy(),
             k=found.k[:tokens].cpu().numpy(),
             entropy=found.entropy[:tokens].cpu().numpy(),
             reads=(found.load > 0).sum(dim=1, dtype=torch.int32).cpu().numpy(),
@@ -317,4 +319,4 @@ def _find_device(asked: Device | None) -> Any:
         raise DeviceError("torch finds no GPU for --device cuda: install a torch with CUDA, or give --device cpu.")
     if asked is None and not there:
         logger.warning("torch finds no GPU, so the engine runs on the CPU.")
-    return torch.device("cuda", torch.cuda.current_device()) if there and asked != "cpu" else torch.device("cpu")
+    return torch.device("cuda", 0) if there and asked != "cpu" else torch.device("cpu")
