@@ -127,6 +127,7 @@ class Graph:
 
 def _function(node: onnx.NodeProto, operators: Operators) -> Function:
     attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    call: Function | None
     if node.domain:
         known: Function | None = operators.get(node.op_type)
         words = {name: value.decode() if isinstance(value, bytes) else value for name, value in attributes.items()}
