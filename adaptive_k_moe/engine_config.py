@@ -28,14 +28,14 @@ _READABLE_VERSIONS = ("1", ENGINE_VERSION)
 
 CONFIG_NAME = "config.json"
 
-Target = Literal["openvino", "tensorrt", "onnx"]
+Target = Literal["openvino", "tensorrt", "torch", "onnx"]
 
 
 class BuildConfig(FileModel):
     """The sizes an engine is built for; the words are TensorRT-LLM's.
 
     Attributes:
-        target: what runs the engine; "torch" is a checkpoint that is measured without one, in no engine directory.
+        target: what runs the engine; a checkpoint that torch measures without one has "torch", too.
         max_batch_size: most sequences in one step.
         max_input_len: most tokens of a prompt; None is as many as `max_seq_len` leaves room for.
         max_seq_len: most tokens of a sequence, prompt and answer together.
@@ -44,7 +44,7 @@ class BuildConfig(FileModel):
             among them. None is an engine of an earlier release, whose operators take min(num_experts, 32).
     """
 
-    target: Target | Literal["torch"]
+    target: Target
     max_batch_size: int = Field(ge=1)
     max_input_len: int | None = Field(default=None, ge=1)
     max_seq_len: int = Field(ge=1)

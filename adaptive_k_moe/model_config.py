@@ -21,6 +21,9 @@ QuantAlgo = Literal["W8A16", "W8A8", "W4A16", "W4A8"]
 KvCacheDtype = Literal["auto", "float32", "bfloat16", "int8"]
 """Of the cached keys and values; "auto" is what the engine's attention computes in."""
 
+Device = Literal["cpu", "cuda"]
+"""What an engine of the target "torch" runs on: "cuda" is the first GPU that CUDA_VISIBLE_DEVICES leaves."""
+
 
 class RopeConfig(FileModel):
     """Rotary embedding as Hugging Face's ``rope_parameters`` has it."""

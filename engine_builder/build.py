@@ -73,8 +73,8 @@ def build(
     Args:
         checkpoint_dir: Hugging Face checkpoint (``config.json`` and safetensors).
         output_dir: the engine directory to make; it must not exist yet unless `force`.
-        target: "openvino" (any CPU), "tensorrt" (the GPU at hand) or "onnx" (the specification, for a plain
-            ONNX Runtime).
+        target: "openvino" (any CPU), "tensorrt" (the GPU at hand), "torch" (any GPU or CPU that torch has) or "onnx"
+            (the specification, for a plain ONNX Runtime).
         dtype: of the weights; None is the checkpoint's own, or the nearest that the target has.
         weight_only_precision: store weights as "int8" or "int4"; None does not unless `quant_algo` says so.
         quant_algo: bits of weights and activations, "W8A16", "W8A8", "W4A16" or "W4A8"; None is that of

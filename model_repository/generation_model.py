@@ -217,4 +217,5 @@ def _open_engine(engine_dir: Path, parameters: dict[str, str]) -> LLM:
 
     dtype: Any = parameters.get("kv_cache_dtype") or "auto"  # checked by the configuration itself
     kv_cache = KvCacheConfig(max_tokens=number(KV_CACHE_PARAMETER), dtype=dtype)
-    return LLM(engine_dir, num_threads=number("num_threads"), kv_cache_config=kv_cache)
+    device: Any = parameters.get("device") or None  # checked by the LLM
+    return LLM(engine_dir, num_threads=number("num_threads"), device=device, kv_cache_config=kv_cache)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adaptive_k_moe.errors import ServerError
-from adaptive_k_moe.model_config import KvCacheDtype
+from adaptive_k_moe.model_config import Device, KvCacheDtype
 from adaptive_k_moe.model_repository.contract import ENSEMBLE, KV_CACHE_PARAMETER, MODELS, render_config
 
 
@@ -17,6 +17,7 @@ def write_model_repository(
     engine_dir: Path,
     *,
     num_threads: int | None = None,
+    device: Device | None = None,
     kv_cache_max_tokens: int | None = None,
     kv_cache_dtype: KvCacheDtype = "auto",
     parameters: Mapping[str, str] | None = None,
@@ -28,6 +29,7 @@ def write_model_repository(
         directory: where; made if missing. Models of the same names there are replaced.
         engine_dir: the engine; its absolute path is written.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
+        device: of an engine of the target "torch"; None leaves it to the runtime.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None leaves it to the runtime.
         kv_cache_dtype: of keys and values.
         parameters: more parameters of the model that holds the engine.
@@ -39,6 +41,8 @@ def write_model_repository(
     engine = {"engine_dir": str(engine_dir.resolve()), **(parameters or {})}
     if num_threads is not None:
         engine["num_threads"] = str(num_threads)
+    if device is not None:
+        engine["device"] = device
     if kv_cache_max_tokens is not None:
         engine[KV_CACHE_PARAMETER] = str(kv_cache_max_tokens)
     if kv_cache_dtype != "auto":

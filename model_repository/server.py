@@ -21,7 +21,7 @@ from typing import IO
 from adaptive_k_moe.arguments import check_arguments
 from adaptive_k_moe.engine_config import read_engine_config
 from adaptive_k_moe.errors import ServerError
-from adaptive_k_moe.model_config import KvCacheDtype
+from adaptive_k_moe.model_config import Device, KvCacheDtype
 from adaptive_k_moe.model_repository.contract import MODELS
 from adaptive_k_moe.model_repository.installation import find_tritonserver
 from adaptive_k_moe.model_repository.observation_options import ObservationOptions
@@ -59,6 +59,7 @@ class TritonServer:
         log_file: where the server's log goes; None is standard error.
         log_verbose: Triton's verbosity, 0 is none.
         num_threads: CPU threads of the engine; None leaves it to the runtime.
+        device: "cpu" or "cuda", of an engine of the target "torch"; None leaves it to the runtime.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None leaves it to the runtime.
         kv_cache_dtype: of keys and values: "float32", "bfloat16" or "int8"; "auto" is what attention computes in.
         decoupled: let requests stream and have several answers; if not, unary calls are allowed (see `serve`).
@@ -84,6 +85,7 @@ class TritonServer:
         log_file: str | Path | None = None,
         log_verbose: int = 0,
         num_threads: int | None = None,
+        device: Device | None = None,
         kv_cache_max_tokens: int | None = None,
         kv_cache_dtype: KvCacheDtype = "auto",
         decoupled: bool = True,
@@ -99,6 +101,7 @@ class TritonServer:
         check_arguments(ServerError, int, log_verbose=log_verbose)
         check_arguments(ServerError, int | None, num_threads=num_threads, kv_cache_max_tokens=kv_cache_max_tokens)
         check_arguments(ServerError, KvCacheDtype, kv_cache_dtype=kv_cache_dtype)
+        check_arguments(ServerError, Device | None, device=device)
         check_arguments(ServerError, ObservationOptions | None, observation=observation)
         check_arguments(ServerError, float, ready_timeout=ready_timeout)
         self.engine_dir = Path(engine_dir)
@@ -109,6 +112,7 @@ class TritonServer:
         self._log_file = log_file
         self._log_verbose = log_verbose
         self._num_threads = num_threads
+        self._device = device
         self._kv_cache_max_tokens = kv_cache_max_tokens
         self._kv_cache_dtype = kv_cache_dtype
         self._decoupled = decoupled
@@ -171,6 +175,7 @@ class TritonServer:
                 repository,
                 self.engine_dir,
                 num_threads=self._num_threads,
+                device=self._device,
                 kv_cache_max_tokens=self._kv_cache_max_tokens,
                 kv_cache_dtype=self._kv_cache_dtype,
                 parameters=self._observation.to_parameters(),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from adaptive_k_moe.arguments import check_arguments, check_fields
 from adaptive_k_moe.errors import AdaptiveKError, EngineError, PolicyError, RequestError
-from adaptive_k_moe.model_config import KvCacheDtype
+from adaptive_k_moe.model_config import Device, KvCacheDtype
 from adaptive_k_moe.policy import PolicyTables
 from adaptive_k_moe.runtime.chat_template import Message
 from adaptive_k_moe.runtime.engine import Engine, EngineLimits, Prompt
@@ -72,6 +72,7 @@ class LLM:
         max_num_tokens: most tokens in a step; None is the engine's own.
         kv_cache_config: the KV cache's size and dtype.
         num_threads: CPU threads of the model; None lets the session choose.
+        device: "cpu" or "cuda", of an engine of the target "torch"; None is a GPU where torch finds one.
         tokenizer: instead of the engine's own: a directory with a tokenizer.json, or an object.
         skip_tokenizer_init: use no tokenizer; prompts are token ids and answers have no text.
 
@@ -87,6 +88,7 @@ class LLM:
         max_num_tokens: int | None = None,
         kv_cache_config: KvCacheConfig | None = None,
         num_threads: int | None = None,
+        device: Device | None = None,
         tokenizer: TokenizerLike | str | Path | None = None,
         skip_tokenizer_init: bool = False,
     ) -> None:
@@ -95,6 +97,7 @@ class LLM:
 
         check_arguments(EngineError, str | PathLike, engine_dir=engine_dir)
         check_arguments(EngineError, int | None, num_threads=num_threads)
+        check_arguments(EngineError, Device | None, device=device)
         check_arguments(EngineError, KvCacheConfig | None, kv_cache_config=kv_cache_config)
         check_arguments(EngineError, TokenizerLike | str | PathLike | None, tokenizer=tokenizer)
         check_arguments(EngineError, bool, skip_tokenizer_init=skip_tokenizer_init)
@@ -114,6 +117,7 @@ class LLM:
             num_threads=num_threads,
             kv_cache_max_tokens=kv_cache.max_tokens,
             kv_cache_dtype=kv_cache.dtype,
+            device=device,
         )
         self._open(session, config, limits, loaded, config.policy_tables(), lambda: read_policy_tables(engine_dir))
 

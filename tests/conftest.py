@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -30,6 +31,9 @@ with contextlib.suppress(ImportError):  # a machine for tests/gpu may do without
     hypothesis.settings.load_profile("patient")
 
 from checkpoints import MIXTRAL_SMALL, REPOSITORY
+
+if TYPE_CHECKING:
+    from adaptive_k_moe.engine_config import Target
 
 POLICIES = {
     "unit": "nats",
@@ -89,10 +93,28 @@ def checkpoint_dir() -> Path:
 @pytest.fixture(scope="session")
 def engine_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An engine of the bundled model with one policy of each kind; tests must not change it."""
+    return _engine(checkpoint_dir, tmp_path_factory, "openvino")
+
+
+@pytest.fixture(scope="session")
+def torch_engine_dir(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for torch; what `engine_dir` computes, in the same precision."""
+    return _engine(checkpoint_dir, tmp_path_factory, "torch")
+
+
+def _engine(checkpoint_dir: Path, tmp_path_factory: pytest.TempPathFactory, target: Target) -> Path:
     from adaptive_k_moe.engine_builder import build
     from adaptive_k_moe.policy import PolicySet
 
     directory = tmp_path_factory.mktemp("engines") / "mixtral-small"
     policies = PolicySet.model_validate(POLICIES)
-    build(checkpoint_dir, directory, policy=policies, max_batch_size=16, max_seq_len=512, dtype="float32")
+    build(
+        checkpoint_dir,
+        directory,
+        target=target,
+        policy=policies,
+        max_batch_size=16,
+        max_seq_len=512,
+        dtype="float32",
+    )
     return directory

@@ -15,7 +15,7 @@ ALLOWED = {
     "client": set(),
     "engine_builder": {"plugin"},
     "torch_binding": {"torch", "engine_builder", "plugin"},  # itself by its installed name first
-    "runtime": {"plugin"},
+    "runtime": {"plugin", "torch"},
     "observability": {"runtime", "client"},
     "model_repository": {"runtime", "observability"},
     "calibration": {"engine_builder", "runtime", "plugin", "torch"},

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint_dir", type=Path, required=True, help="Hugging Face checkpoint directory")
     parser.add_argument("--output_dir", type=Path, help="engine directory to make; needed but for --dry_run")
     parser.add_argument(
-        "--target", choices=["openvino", "tensorrt", "onnx"], default="openvino", help="default: %(default)s"
+        "--target", choices=["openvino", "tensorrt", "torch", "onnx"], default="openvino", help="default: %(default)s"
     )
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; default: the checkpoint's"

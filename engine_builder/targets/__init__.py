@@ -40,4 +40,8 @@ def lower(
         from adaptive_k_moe.engine_builder.targets.tensorrt import lower_for_tensorrt
 
         lower_for_tensorrt(directory, model, build_config, timing_cache=timing_cache, progress=progress)
+    elif build_config.target == "torch":
+        from adaptive_k_moe.engine_builder.targets.torch import lower_for_torch
+
+        lower_for_torch(directory, model)
     # The target "onnx" is the graph as it stands.

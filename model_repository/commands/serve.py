@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that the KV cache holds over all sequences (default: a full batch of longest ones, if they fit)",
     )
     parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="of an engine of the target torch (default: the first GPU in CUDA_VISIBLE_DEVICES, else the CPU)",
+    )
+    parser.add_argument(
         "--kv_cache_dtype",
         choices=["auto", "float32", "bfloat16", "int8"],
         default="auto",
@@ -109,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
         log_file=args.log_file,
         log_verbose=args.log_verbose,
         num_threads=args.num_threads,
+        device=args.device,
         kv_cache_max_tokens=args.kv_cache_max_tokens,
         kv_cache_dtype=args.kv_cache_dtype,
         decoupled=not args.no_decoupled,

@@ -27,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--kv_cache_max_tokens", type=int, metavar="N", help="tokens that the KV cache holds")
     parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="of an engine of the target torch (default: the first GPU in CUDA_VISIBLE_DEVICES, else the CPU)",
+    )
+    parser.add_argument(
         "--kv_cache_dtype",
         choices=["auto", "float32", "bfloat16", "int8"],
         default="auto",
@@ -46,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     prompt, params = read_prompt(args), SamplingParams(**given_options(args))
     kv_cache = KvCacheConfig(max_tokens=args.kv_cache_max_tokens, dtype=args.kv_cache_dtype)
-    with LLM(args.engine_dir, num_threads=args.num_threads, kv_cache_config=kv_cache) as llm:
+    with LLM(args.engine_dir, num_threads=args.num_threads, device=args.device, kv_cache_config=kv_cache) as llm:
         output: RequestOutput | None = None
         for output in llm.generate_async(
             prompt, params, streaming=True, chat_template_kwargs=args.chat_template_kwargs

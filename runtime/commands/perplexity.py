@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
     parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        help="of an engine of the target torch (default: the first GPU in CUDA_VISIBLE_DEVICES, else the CPU)",
+    )
+    parser.add_argument(
         "--kv_cache_dtype",
         choices=["auto", "float32", "bfloat16", "int8"],
         default="auto",
@@ -57,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)  # or fails now, not when all is measured
     kv_cache = KvCacheConfig(dtype=args.kv_cache_dtype)
-    with LLM(args.engine_dir, num_threads=args.num_threads, kv_cache_config=kv_cache) as llm:
+    with LLM(args.engine_dir, num_threads=args.num_threads, device=args.device, kv_cache_config=kv_cache) as llm:
         assert llm.tokenizer is not None
         token_ids = llm.tokenizer.encode(text)[: args.max_tokens]
         window = min(512, llm.config.build_config.longest_prompt) if args.window is None else args.window

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.errors import EngineError
-from adaptive_k_moe.model_config import KvCacheDtype
+from adaptive_k_moe.model_config import Device, KvCacheDtype
 from adaptive_k_moe.runtime.session.base import Session, StepInput, StepOutput
 
 __all__ = ["Session", "StepInput", "StepOutput", "create_session"]
@@ -20,6 +20,7 @@ def create_session(
     num_threads: int | None = None,
     kv_cache_max_tokens: int | None = None,
     kv_cache_dtype: KvCacheDtype = "auto",
+    device: Device | None = None,
 ) -> Session:
     """Load an engine with the session of its target.
 
@@ -29,11 +30,28 @@ def create_session(
         num_threads: CPU threads of a session that computes on them; None is all that the process may use.
         kv_cache_max_tokens: tokens that the KV cache holds over all sequences; None is the session's choice.
         kv_cache_dtype: of keys and values; "auto" is what the engine's attention computes in.
+        device: of the target "torch"; None is a GPU where torch finds one.
 
     Raises:
         EngineError: the target has no session (an "onnx" engine is for ONNX Runtime), or loading failed.
     """
     target = config.build_config.target
+    if target == "torch":
+        from adaptive_k_moe.runtime.session.torch import TorchSession
+
+        return TorchSession(
+            engine_dir,
+            config,
+            num_threads=num_threads,
+            kv_cache_max_tokens=kv_cache_max_tokens,
+            kv_cache_dtype=kv_cache_dtype,
+            device=device,
+        )
+    if device is not None:
+        raise EngineError(
+            f"device {device} is for engines of the target torch: {engine_dir} was built for {target}, which has one "
+            "kind of device."
+        )
     if target == "openvino":
         from adaptive_k_moe.runtime.session.openvino import OpenVinoSession
 

@@ -56,14 +56,16 @@ def test_a_step_that_does_not_go_on_is_refused(checkpoint_evaluator: CheckpointE
 
 
 def test_eval_of_a_checkpoint_is_that_of_its_engine(
-    engine_dir: Path, checkpoint_dir: Path, some_text: str, tmp_path: Path
+    engine_dir: Path, torch_engine_dir: Path, checkpoint_dir: Path, some_text: str, tmp_path: Path
 ) -> None:
+    """And what an engine for torch says."""
     text, policy = tmp_path / "text.txt", tmp_path / "policy.json"
     text.write_text(some_text[:1500], encoding="utf-8")
     policy.write_text(json.dumps(read_engine_config(engine_dir).adaptive_k.to_json()))
     common = f"--text {text} --window 64 --rounds 0 --batch_size 2 --max_steps 31 --adaptive_k_policy top1 balanced"
     models = {
         "engine": f"--engine_dir {engine_dir}",
+        "torch_engine": f"--engine_dir {torch_engine_dir}",
         "torch": f"--checkpoint_dir {checkpoint_dir} --policy {policy} --device cpu",
     }
     found = {}
@@ -71,12 +73,17 @@ def test_eval_of_a_checkpoint_is_that_of_its_engine(
         output = tmp_path / f"{name}.json"
         assert main(f"eval {model} {common} --output {output}".split()) == 0
         found[name] = json.loads(output.read_text())
-    for ours, theirs in zip(found["torch"]["policies"], found["engine"]["policies"], strict=True):
+
+    def pairs(part: str) -> list[tuple[Any, Any]]:
+        models = ("torch", "torch_engine")
+        return [pair for name in models for pair in zip(found[name][part], found["engine"][part], strict=True)]
+
+    for ours, theirs in pairs("policies"):
         assert ours["policy"] == theirs["policy"]
         assert ours["perplexity"] == pytest.approx(theirs["perplexity"], rel=1e-4)
         assert ours["kl_to_full_nats"]["value"] == pytest.approx(theirs["kl_to_full_nats"]["value"], abs=1e-5)
         np.testing.assert_allclose(ours["avg_k_by_layer"], theirs["avg_k_by_layer"], atol=2e-3)
-    for ours, theirs in zip(found["torch"]["decode"], found["engine"]["decode"], strict=True):
+    for ours, theirs in pairs("decode"):
         assert (ours["policy"], ours["batch"]) == (theirs["policy"], theirs["batch"])
         assert ours["reads"] == pytest.approx(theirs["reads"], abs=1e-2)
 

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from gpu_device import LIBRARY
 
@@ -28,7 +30,12 @@ from torch_cases import (  # noqa: E402
     tensors_of,
 )
 
+from adaptive_k_moe.engine_builder import build  # noqa: E402
+from adaptive_k_moe.engine_config import read_engine_config  # noqa: E402
 from adaptive_k_moe.policy import read_policy_file  # noqa: E402
+from adaptive_k_moe.runtime import LLM, SamplingParams  # noqa: E402
+from adaptive_k_moe.runtime.session import StepInput  # noqa: E402
+from adaptive_k_moe.runtime.session.torch import TorchSession  # noqa: E402
 from adaptive_k_moe.torch import adapt  # noqa: E402
 
 from checkpoints import BUNDLED_MODELS, REPOSITORY  # noqa: E402
@@ -130,3 +137,70 @@ def test_torch_ranks_give_the_tokens_of_one_process(tmp_path: Any) -> None:
     for rank in told:
         for name in names:
             assert rank[name]["tokens"].tolist() == expected[name]["tokens"].tolist(), name
+
+
+PROMPTS = [list(range(20, 20 + length)) for length in (20, 3, 130, 41, 7)]
+NAMES = ("full", "balanced", "fast")
+
+
+def engine_of(checkpoint: Any, directory: Any, dtype: Any) -> Any:
+    policies = read_policy_file(REPOSITORY / "examples" / "policies" / f"{checkpoint.name}.json")
+    build(checkpoint, directory, target="torch", dtype=dtype, policy=policies, max_num_tokens=64, max_seq_len=256)
+    return directory
+
+
+def answers_of(llm: LLM) -> list[tuple[list[int], list[list[int]]]]:
+    """All at a time, the policies in turn: tokens and k."""
+    sampling = [
+        SamplingParams(max_tokens=24 + 3 * index, end_id=-1, adaptive_k_policy=NAMES[index % len(NAMES)])
+        for index in range(len(PROMPTS))
+    ]
+    outputs = llm.generate(PROMPTS, sampling)
+    return [(output.outputs[0].token_ids, output.outputs[0].k.tolist()) for output in outputs]
+
+
+@pytest.mark.parametrize("checkpoint", BUNDLED_MODELS, ids=lambda path: path.name)
+def test_torch_engine_gives_the_cpus_tokens(checkpoint: Any, tmp_path: Any) -> None:
+    """Chunked prefill beside decode; twice, so that decode is replayed from CUDA graphs of every shape."""
+    engine = engine_of(checkpoint, tmp_path / "engine", "float32")
+    with LLM(engine, device="cpu", skip_tokenizer_init=True) as llm:
+        expected = answers_of(llm)
+    with LLM(engine, device="cuda", skip_tokenizer_init=True) as llm:
+        assert [answers_of(llm), answers_of(llm)] == [expected] * 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("checkpoint", BUNDLED_MODELS, ids=lambda path: path.name)
+def test_torch_engine_replays_what_it_computes(checkpoint: Any, dtype: str, tmp_path: Any) -> None:
+    """In 16 bits: steps of decode in a graph and without one, to the bit, before and after the policies change."""
+    engine = engine_of(checkpoint, tmp_path / "engine", dtype)
+    config = read_engine_config(engine)
+    tables = config.policy_tables()
+    other = replace(tables, k_values=np.ones_like(tables.k_values))
+    sessions = [TorchSession(engine, config, device="cuda") for _ in range(2)]
+    sessions[1]._decode._pool = None  # type: ignore[union-attr]  # runs what the other one replays
+    slots = np.arange(3, dtype=np.int32) if sessions[0].num_state_slots else None
+    blocks = [list(range(16 * row, 16 * row + 16)) for row in range(3)]
+
+    def step(past: int, new: int) -> StepInput:
+        count = 3 * new
+        return StepInput(
+            input_ids=np.arange(30, 30 + count),
+            position_ids=np.tile(np.arange(past, past + new), 3),
+            policy_index=np.zeros(count, np.int32),
+            past_lens=np.full(3, past, np.int32),
+            subsequence_begins=np.arange(0, count + 1, new, dtype=np.int32),
+            block_tables=blocks,
+            state_slots=slots,
+            logits_indices=np.arange(new - 1, count, new),
+        )
+
+    for followed in (tables, other):
+        for session in sessions:
+            session.set_policies(followed)
+        for past, new in ((0, 20), (20, 1), (21, 1), (22, 1), (23, 1)):
+            graphs, plain = (session.step(step(past, new)) for session in sessions)
+            np.testing.assert_array_equal(graphs.logits, plain.logits)
+            np.testing.assert_array_equal(graphs.k, plain.k)
+            assert (graphs.k == 1).all() == (followed is other)
+    assert sessions[0]._decode._graphs  # type: ignore[union-attr]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from adaptive_k_moe.engine_builder import build
+from adaptive_k_moe.engine_config import Target
 from adaptive_k_moe.policy import PolicySet, read_policy_file
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
@@ -30,12 +31,14 @@ def facts_of(checkpoint: Path) -> dict[str, Any]:
     return facts
 
 
-def test_logits_and_greedy_tokens_at_each_k(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["openvino", "torch"])
+def test_logits_and_greedy_tokens_at_each_k(checkpoint: Path, target: Target, tmp_path: Path) -> None:
     top_k = facts_of(checkpoint)["model"]["top_k"]
     lower = {f"k{k}": {"kind": "fixed", "k": k} for k in range(1, top_k)}
     build(
         checkpoint,
         tmp_path / "engine",
+        target=target,
         policy=PolicySet.model_validate({"policies": lower}),
         dtype="float32",
         max_num_tokens=48,

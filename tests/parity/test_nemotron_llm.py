@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from adaptive_k_moe.engine_builder import build
+from adaptive_k_moe.engine_config import Target
 from adaptive_k_moe.policy import PolicySet
 from adaptive_k_moe.runtime import LLM, KvCacheConfig, SamplingParams
 
@@ -22,6 +23,13 @@ from reference import (
     reference_model,
 )
 
+
+@pytest.fixture(params=["openvino", "torch"])
+def target(request: pytest.FixtureRequest) -> Target:
+    found: Target = request.param
+    return found
+
+
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True)
 
 
@@ -31,10 +39,10 @@ def random_prompts(*lengths: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("shape", NEMOTRONS, ids=str)
-def test_logits_and_greedy_tokens_of_a_ragged_batch(shape: Nemotron, tmp_path: Path) -> None:
+def test_logits_and_greedy_tokens_of_a_ragged_batch(shape: Nemotron, target: Target, tmp_path: Path) -> None:
     checkpoint = make_nemotron(tmp_path / "checkpoint", shape)
     # A step of 24 tokens: longer prompts go through in chunks beside the others' decode.
-    config = build(checkpoint, tmp_path / "engine", max_num_tokens=24, max_batch_size=3)
+    config = build(checkpoint, tmp_path / "engine", target=target, max_num_tokens=24, max_batch_size=3)
     prompts = random_prompts(1, 33, 2, 64)
     with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
         outputs = llm.generate(prompts, GREEDY)
@@ -45,9 +53,9 @@ def test_logits_and_greedy_tokens_of_a_ragged_batch(shape: Nemotron, tmp_path: P
 
 
 @pytest.mark.parametrize("pattern", ["ME*-ME", "MEM-E"])
-def test_preempted_sequences_compute_their_states_again(pattern: str, tmp_path: Path) -> None:
+def test_preempted_sequences_compute_their_states_again(pattern: str, target: Target, tmp_path: Path) -> None:
     checkpoint = make_nemotron(tmp_path / "checkpoint", Nemotron("preempted", pattern))
-    build(checkpoint, tmp_path / "engine", max_num_tokens=40, max_batch_size=4)
+    build(checkpoint, tmp_path / "engine", target=target, max_num_tokens=40, max_batch_size=4)
     prompts = random_prompts(20, 45, 3, 31, 60, 17)
     # Room for the longest, and for little more.
     with LLM(tmp_path / "engine", skip_tokenizer_init=True, kv_cache_config=KvCacheConfig(max_tokens=160)) as llm:
@@ -58,10 +66,10 @@ def test_preempted_sequences_compute_their_states_again(pattern: str, tmp_path: 
         assert_is_the_references(model, prompt, output)
 
 
-def test_generate_with_the_references_own_states(tmp_path: Path) -> None:
+def test_generate_with_the_references_own_states(target: Target, tmp_path: Path) -> None:
     """Its cached decode has no limit of the step sizes, so the limit is put where no step reaches it."""
     checkpoint = make_nemotron(tmp_path / "checkpoint", Nemotron("unlimited", "ME*-ME", {"time_step_min": 1e-7}))
-    build(checkpoint, tmp_path / "engine", max_num_tokens=16)
+    build(checkpoint, tmp_path / "engine", target=target, max_num_tokens=16)
     prompt = random_prompts(37)[0]
     with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
         output = llm.generate(prompt, GREEDY)
@@ -72,10 +80,10 @@ def test_generate_with_the_references_own_states(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_a_fixed_row_below_the_trained_top_k(k: int, tmp_path: Path) -> None:
+def test_a_fixed_row_below_the_trained_top_k(k: int, target: Target, tmp_path: Path) -> None:
     checkpoint = make_nemotron(tmp_path / "checkpoint")
     policy = PolicySet.model_validate({"default": "lower", "policies": {"lower": {"kind": "fixed", "k": k}}})
-    build(checkpoint, tmp_path / "engine", policy=policy)
+    build(checkpoint, tmp_path / "engine", target=target, policy=policy)
     prompts = random_prompts(11, 5)
     with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
         outputs = llm.generate(prompts, GREEDY)
@@ -85,12 +93,12 @@ def test_a_fixed_row_below_the_trained_top_k(k: int, tmp_path: Path) -> None:
         assert (output.outputs[0].k == k).all()
 
 
-def test_bfloat16_weights(tmp_path: Path) -> None:
+def test_bfloat16_weights(target: Target, tmp_path: Path) -> None:
     checkpoint = make_nemotron(tmp_path / "float32")
     transformers.NemotronHForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).save_pretrained(
         tmp_path / "bfloat16"
     )
-    config = build(tmp_path / "bfloat16", tmp_path / "engine")
+    config = build(tmp_path / "bfloat16", tmp_path / "engine", target=target)
     assert config.pretrained_config.dtype == "bfloat16"
     prompts = random_prompts(9, 40)
     with LLM(tmp_path / "engine", skip_tokenizer_init=True) as llm:
@@ -99,14 +107,14 @@ def test_bfloat16_weights(tmp_path: Path) -> None:
         assert_is_the_references_with_bfloat16_weights(tmp_path / "bfloat16", prompt, output)
 
 
-def test_a_mixed_batch_gives_each_request_what_it_gets_alone(tmp_path: Path) -> None:
+def test_a_mixed_batch_gives_each_request_what_it_gets_alone(target: Target, tmp_path: Path) -> None:
     policies = {
         "balanced": {"kind": "entropy", "thresholds": [2.0], "k": [1, 3]},
         "top1": {"kind": "fixed", "k": 1},
         "relative": {"kind": "ratio", "ratio": 0.9},
     }
     checkpoint = make_nemotron(tmp_path / "checkpoint")
-    build(checkpoint, tmp_path / "engine", policy=PolicySet.model_validate({"policies": policies}))
+    build(checkpoint, tmp_path / "engine", target=target, policy=PolicySet.model_validate({"policies": policies}))
     rng = np.random.default_rng(3)
     prompts = random_prompts(*rng.integers(1, 90, 9).tolist())
     sampling = [

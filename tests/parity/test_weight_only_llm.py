@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from adaptive_k_moe.engine_builder import build
+from adaptive_k_moe.engine_config import Target
 from adaptive_k_moe.model_config import Dtype, QuantAlgo
 from adaptive_k_moe.runtime import LLM, SamplingParams
 
@@ -22,18 +23,21 @@ from rounded_models import NEMOTRON, PRECISIONS, SHAPES, quantise_reference
 GREEDY = SamplingParams(max_tokens=NUM_TOKENS, end_id=-1, return_context_logits=True)
 
 
-def assert_engine_equals_transformers(checkpoint: Path, precision: tuple[str, int, int | None], dtype: Dtype) -> None:
+def assert_engine_equals_transformers(
+    checkpoint: Path, precision: tuple[str, int, int | None], dtype: Dtype, target: Target = "openvino"
+) -> None:
     _, bits, group = precision
     engine = checkpoint.with_name("engine")
     # A step of 24 tokens: longer prompts go through in chunks beside the others' decode.
     # A16: the activations are the reference's.
     algorithm: QuantAlgo = "W8A16" if bits == 8 else "W4A16"
-    config = build(checkpoint, engine, quant_algo=algorithm, group_size=group, max_num_tokens=24, max_batch_size=3)
+    sizes = {"group_size": group, "max_num_tokens": 24, "max_batch_size": 3}
+    config = build(checkpoint, engine, target=target, quant_algo=algorithm, **sizes)
     assert config.pretrained_config.dtype == dtype
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, config.pretrained_config.vocab_size, n).tolist() for n in (1, 33, 7, 64)]
     model = reference_model(checkpoint)
-    quantise_reference(bits, group, getattr(torch, dtype), model, vocabulary=True)
+    quantise_reference(bits, group, getattr(torch, dtype), model, vocabulary=target == "openvino")
     with LLM(engine, skip_tokenizer_init=True) as llm:
         outputs = llm.generate(prompts, GREEDY)
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -44,12 +48,13 @@ def make(directory: Path, shape: Shape | Nemotron) -> Path:
     return make_nemotron(directory, shape) if isinstance(shape, Nemotron) else make_checkpoint(directory, shape)
 
 
+@pytest.mark.parametrize("target", ["openvino", "torch"])
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
 @pytest.mark.parametrize("shape", [*SHAPES, NEMOTRON], ids=str)
 def test_logits_and_greedy_tokens_of_a_ragged_batch(
-    shape: Shape | Nemotron, precision: tuple[str, int, int | None], tmp_path: Path
+    shape: Shape | Nemotron, precision: tuple[str, int, int | None], target: Target, tmp_path: Path
 ) -> None:
-    assert_engine_equals_transformers(make(tmp_path / "checkpoint", shape), precision, "float32")
+    assert_engine_equals_transformers(make(tmp_path / "checkpoint", shape), precision, "float32", target)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)
