@@ -106,7 +106,7 @@ def _give_expert_load(proto: onnx.ModelProto) -> None:
             function.output.append("expert_load")
     graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "expert_load.axis"))
     rows = []
-    for node in _experts(graph):
+    for node in experts(graph):
         load = f"{node.name}.expert_load"
         node.output.append(load)
         row = helper.make_node("Unsqueeze", [load, "expert_load.axis"], [f"{load}.row"], f"{load}.row")
