@@ -3,8 +3,8 @@
 
     python vllm_process.py '{"engine": {...}, "rounds": [[{"prompt": [1, 2], "tokens": 4, "policy": "fast"}]]}'
 
-`engine` is for `vllm.LLM`. A request's answer is its tokens, or the sentence with which it was refused. With policies, each
-forward's rows, k and reads are printed too.
+`engine` is for `vllm.LLM`. A request's answer is its tokens, or the sentence with which it was refused. With policies,
+each forward's rows, k and reads are printed too.
 """
 
 from __future__ import annotations

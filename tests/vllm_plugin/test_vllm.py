@@ -181,17 +181,17 @@ def test_tokens_that_share_read_fewer_experts(vllm: Vllm, mixtral: Model) -> Non
     rounds = [[request(prompt, name) for prompt in PROMPTS * 2] for name in names]
     options = {"logits_processors": [PROCESSOR]}
     found = vllm.run(mixtral.checkpoint, rounds, mixtral.policy, **options)["rounds"]
-    reads = {name: sum(sum(step["reads"]) for step in answer["steps"][1:]) for name, answer in zip(names, found)}
+    reads = {
+        name: sum(sum(step["reads"]) for step in answer["steps"][1:]) for name, answer in zip(names, found, strict=True)
+    }
     assert reads["decode_16"] < reads["decode_16_per_token"] < reads["full"]
 
 
 def test_what_cannot_be_followed_is_refused(vllm: Vllm, mixtral: Model, tmp_path: Path) -> None:
     phases = mixtral.default("decode_16", tmp_path / "phases.json")
     said = vllm.refusal(mixtral.checkpoint, phases)
-    assert (
-        f"the default policy 'decode_16' has a rule for each phase, which takes the lengths of prompts: start vLLM with --logits-processors {PROCESSOR}."
-        in said
-    )
+    assert "the default policy 'decode_16' has a rule for each phase, which takes the lengths of prompts: " in said
+    assert f"start vLLM with --logits-processors {PROCESSOR}." in said
     draft = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
     said = vllm.refusal(mixtral.checkpoint, mixtral.policy, speculative_config=draft)
     assert "policies of adaptive k do not go with speculative decoding: run without it." in said

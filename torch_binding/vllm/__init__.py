@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A plugin of vLLM: its MoE layers follow policies, on vLLM's own kernels.
 
-`register` is the entry point of `vllm.general_plugins`, which vLLM calls in each of its processes. ``runner.py`` gives MoE
-layers another router, ``requests.py`` reads policies off requests, ``server.py`` is what both share. Nothing of vLLM is
-replaced but by its own registries.
+`register` is the entry point of `vllm.general_plugins`, which vLLM calls in each of its processes. ``runner.py`` gives
+MoE layers another router, ``requests.py`` reads policies off requests, ``server.py`` is what both share. All of it goes
+through vLLM's own registries.
 """
 
 from __future__ import annotations

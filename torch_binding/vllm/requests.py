@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policies of single requests: `SamplingParams(extra_args={"adaptive_k_policy": "balanced"})`.
 
-vLLM tells its logits processors before each forward which request came into which place of the batch, with its parameters.
-This one leaves the logits alone and notes the policies.
+vLLM tells its logits processors before each forward which request came into which place of the batch, and its
+parameters. This one leaves the logits alone and notes the policies.
 """
 
 from __future__ import annotations

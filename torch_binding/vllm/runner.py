@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The router of a MoE layer under policies: the layer's own rule at the k that each token's policy gives it.
 
-vLLM's kernels take the same number of experts for each token. So a token that runs fewer names its first expert again, with
-weight 0: that expert is read anyway. What is saved is reading; the product is computed.
+vLLM's kernels take the same number of experts for each token. So a token that runs fewer names its first expert again,
+with weight 0: that expert is read anyway. What is saved is reading; the product is computed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from adaptive_k_moe.torch import ops  # noqa: F401 (registers torch.ops.adaptive
 from adaptive_k_moe.vllm.server import Server, Step
 
 
-class Router(BaseRouter):
+class Router(BaseRouter):  # type: ignore[misc]
     """Chooses as the router that vLLM made, at another k.
 
     Args:
@@ -56,7 +56,7 @@ class Router(BaseRouter):
         """As vLLM names the rule."""
         return self._routing_method_type
 
-    @torch.compiler.assume_constant_result
+    @torch.compiler.assume_constant_result  # type: ignore[misc]
     def width(self) -> int:
         """The most experts that a token of any request may run here."""
         server = self.server
@@ -69,7 +69,8 @@ class Router(BaseRouter):
     ) -> tuple[Any, Any]:
         del hidden_states, indices_type, input_ids
         name = _encode_layer_name(self.layer_name)
-        return torch.ops.vllm.adaptive_k_route(router_logits, name, self.width())
+        weights, experts = torch.ops.vllm.adaptive_k_route(router_logits, name, self.width())
+        return weights, experts
 
     def route(self, router_logits: Any, width: int) -> tuple[Any, Any]:
         """Weights and experts, [T, width] each."""

@@ -64,7 +64,7 @@ class Server:
         self.slots: Any = None
         if PROCESSOR in (config.model_config.logits_processors or ()):
             self.slots = torch.zeros((2, config.scheduler_config.max_num_seqs), dtype=torch.int64)
-        self._layers = config.compilation_config.static_all_moe_layers
+        self._layers: list[str] = config.compilation_config.static_all_moe_layers
         self._tables: PolicyTables | None = None
         self._most_tokens = config.scheduler_config.max_num_batched_tokens
         self._same: Any = None
@@ -94,8 +94,8 @@ class Server:
             tables = compile_policies(self.policies.for_model(**sizes), **sizes)
             if self.slots is None and tables.decode_row[tables.default] != tables.default:
                 raise PolicyError(
-                    f"the default policy {self.policies.default!r} has a rule for each phase, which takes the lengths of "
-                    f"prompts: start vLLM with --logits-processors {PROCESSOR}."
+                    f"the default policy {self.policies.default!r} has a rule for each phase, which takes the lengths "
+                    f"of prompts: start vLLM with --logits-processors {PROCESSOR}."
                 )
             self._decode_row = torch.tensor(tables.decode_row)
             self._tables = tables
