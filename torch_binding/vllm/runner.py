@@ -161,8 +161,18 @@ def _route_shapes(
 
 
 def take_over() -> None:
-    """Have vLLM make its MoE layers by `AdaptiveKRunner`; once more is nothing."""
-    if MoERunner.__name__ in op_registry_oot:
+    """Have vLLM make its MoE layers by `AdaptiveKRunner`; once more is nothing.
+
+    Raises:
+        BuildError: another plugin has them made by a class of its own.
+    """
+    found = op_registry_oot.get(MoERunner.__name__)
+    if found is AdaptiveKRunner:
         return
+    if found is not None:
+        raise BuildError(
+            f"vLLM's MoE layers are made by {found.__module__}.{found.__name__} of another plugin: leave one of the two "
+            "out with VLLM_PLUGINS."
+        )
     direct_register_custom_op("adaptive_k_route", _route, fake_impl=_route_shapes)
     MoERunner.register_oot(AdaptiveKRunner)
