@@ -77,7 +77,7 @@ class Vllm:
             env=self.environment | ({"ADAPTIVE_K_POLICY": str(policy)} if policy else {}),
             capture_output=True,
             text=True,
-            timeout=600,
+            timeout=800,
             check=False,
         )
 

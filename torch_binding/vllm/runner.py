@@ -172,8 +172,8 @@ def take_over() -> None:
         return
     if found is not None:
         raise BuildError(
-            f"vLLM's MoE layers are made by {found.__module__}.{found.__name__} of another plugin: leave one of the two "
-            "out with VLLM_PLUGINS."
+            f"vLLM's MoE layers are made by {found.__module__}.{found.__name__} of another plugin: leave one of the "
+            "two out with VLLM_PLUGINS."
         )
     direct_register_custom_op("adaptive_k_route", _route, fake_impl=_route_shapes)
     MoERunner.register_oot(AdaptiveKRunner)
