@@ -48,6 +48,9 @@ class Vllm:
         self.environment = {
             **kept,
             "VLLM_CPU_KVCACHE_SPACE": "1",
+            # One thread: on a busy machine, bound ones would wait for each other in loops.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
             "VLLM_CACHE_ROOT": str(cache),
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_LOGGING_LEVEL": "WARNING",
