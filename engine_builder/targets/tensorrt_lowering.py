@@ -15,7 +15,7 @@ import onnx.inliner
 from onnx import TensorProto, helper, numpy_helper
 
 from adaptive_k_moe.engine_builder.graph.graph_builder import DATA_TYPES
-from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN
+from adaptive_k_moe.engine_builder.graph.moe_function import DOMAIN, OP_TYPE
 from adaptive_k_moe.engine_builder.targets.rewriting import (
     drop_unused,
     experts,
@@ -102,7 +102,7 @@ def _give_expert_load(proto: onnx.ModelProto) -> None:
     """The tokens of each expert, [layers, experts], as one more output: other targets count them in the operator."""
     graph = proto.graph
     for function in proto.functions:
-        if function.name == moe_function.OP_TYPE:
+        if function.name == OP_TYPE:
             function.output.append("expert_load")
     graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "expert_load.axis"))
     rows = []
