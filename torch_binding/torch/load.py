@@ -53,7 +53,7 @@ def load_expert_parallel(checkpoint_dir: str | Path, expert_parallel_group: Any,
                 setattr(block.experts, name, torch.nn.Parameter(part, requires_grad=False))
 
     options.setdefault("dtype", config.dtype or torch.float32)
-    part = type(whole.__name__, (whole,), {"__init__": make, "__module__": whole.__module__})
+    part: Any = type(whole.__name__, (whole,), {"__init__": make, "__module__": whole.__module__})
     with ExitStack() as files:
         model = part.from_pretrained(None, config=config, state_dict=_tensors(directory, share, files), **options)
     model.__class__ = whole

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,10 @@ class _Outputs(NamedTuple):
     k: Any
     entropy: Any
     load: Any
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_for_inference = cast(Callable[[_F], _F], torch.inference_mode())
 
 
 class TorchSession:
@@ -146,7 +150,7 @@ class TorchSession:
         """Width of `StepOutput.k`."""
         return self._config.pretrained_config.num_moe_layers
 
-    @torch.inference_mode()
+    @_for_inference
     def step(self, step: StepInput) -> StepOutput:
         """See `Session.step`."""
         tokens = len(step.input_ids)
@@ -163,7 +167,7 @@ class TorchSession:
             reads=(found.load > 0).sum(dim=1, dtype=torch.int32).cpu().numpy(),
         )
 
-    @torch.inference_mode()
+    @_for_inference
     def set_policies(self, tables: PolicyTables) -> None:
         """See `Session.set_policies`."""
         kind, thresholds, k_values = with_idle_row(tables)
@@ -186,7 +190,7 @@ class TorchSession:
 
     # Memory
 
-    @torch.inference_mode()
+    @_for_inference
     def _allocate(self, max_tokens: int | None) -> None:
         """Caches, states and counters, for as long as the session lives."""
         model, build = self._config.pretrained_config, self._config.build_config
@@ -243,7 +247,7 @@ class TorchSession:
             positions = step.position_ids[rows].reshape(len(tables), -1)
             where = None if len(members) == 1 else self._on_device(rows)
             groups.append(self._cache.group(where, self._on_device(table), self._on_device(positions)))
-        feeds = {
+        feeds: dict[str, np.ndarray[Any, Any]] = {
             "input_ids": step.input_ids[None],
             "position_ids": step.position_ids[None],
             "policy_index": step.policy_index,
@@ -255,7 +259,7 @@ class TorchSession:
             feeds["state_slots"] = step.state_slots
         return self._run({name: self._on_device(array) for name, array in feeds.items()}, groups)
 
-    @torch.inference_mode()
+    @_for_inference
     def _run_padded(self, rows: Any) -> _Outputs:
         """A padded step of decode; see `DecodeRunner`."""
         position = rows[:, POSITION].contiguous()
