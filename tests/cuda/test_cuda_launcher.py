@@ -11,7 +11,7 @@ import pytest
 from cuda_cases import make_inputs
 from cuda_launcher import POINTERS, Interpreter, Layer
 
-OPTIONAL = ("correction_bias", "expert_norms", "up_scales", "down_scales")
+OPTIONAL = ("correction_bias", "expert_norms", "up_scales", "down_scales", "expert_load")
 GOOD = Layer(4, 64, 64, 8, max_k=4)
 
 

@@ -100,7 +100,7 @@ def check_ranges(layer: Layer, inputs: Inputs, exact: Inputs, device: str) -> No
             **tensors_of(mine, device), **attributes_of(layer), first_expert=first
         )
         assert all(torch.equal(left, right) for left, right in zip(decided, whole[1:], strict=True))
-        check_output(part, mine_exact, Result(*(to_numpy(value) for value in (output, *decided[:2]))))
+        check_output(part, mine_exact, Result(*(to_numpy(value) for value in (output, *decided))))
 
 
 def check_mamba(case: Case, element: str, device: str) -> None:

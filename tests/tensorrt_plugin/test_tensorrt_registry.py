@@ -75,7 +75,7 @@ def test_the_registry_lists_the_creators_and_makes_a_plugin(eleven: PluginLibrar
         assert ["AdaptiveKMoe", "1", "adaptive_k"] in creators
         assert all_of(told, "field names") == [list(ATTRIBUTES)]
         assert all_of(told, "plugin") == [["AdaptiveKMoe", "1", namespace]] * 2
-        assert all_of(told, "build") == [[3, DESCRIPTION, DESCRIPTION]] * 2
+        assert all_of(told, "build") == [[4, DESCRIPTION, DESCRIPTION]] * 2
         assert all_of(told, "ERROR") == []
 
 
