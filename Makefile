@@ -131,7 +131,7 @@ build/vllm/vllm.stamp:
 
 test-vllm: export ADAPTIVE_K_REQUIRE_VLLM := 1
 test-vllm: vllm
-	$(BIN)/python -m pytest tests/vllm
+	$(BIN)/python -m pytest tests/vllm_plugin
 
 clean:
 	rm -rf build $(VENV) demo_output

@@ -65,8 +65,8 @@ class Vllm:
         return answer
 
     def refusal(self, checkpoint: Path, policy: Path, **engine: Any) -> str:
-        """What vLLM says where it does not start."""
-        ran = self._run(checkpoint, [], policy, engine)
+        """What vLLM says where it does not start, or not take its first step."""
+        ran = self._run(checkpoint, [[{"prompt": [5, 6, 7], "tokens": 1, "policy": None}]], policy, engine)
         assert ran.returncode != 0
         return ran.stderr
 
