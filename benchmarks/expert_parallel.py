@@ -115,7 +115,7 @@ def main() -> None:
             "--new_tokens must be at least 3: the first step reads the prompts, and one step has no interval."
         )
     if "RANK" not in os.environ:
-        raise SystemExit("start it with torchrun --nproc_per_node RANKS benchmarks/expert_parallel.py: it has no ranks.")
+        raise SystemExit("start it with torchrun --nproc_per_node RANKS, which gives it its ranks.")
     dist.init_process_group("nccl" if asked.device == "cuda" else "gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     device = (
