@@ -44,7 +44,7 @@ void linear(const LinearArguments& args, float* output) {
     WeightRows weights(matrix, 0);
     weights.add(first, round_up(count, kPanelRows), columns);
     for (int n = 0; n < kNextGroups; ++n)
-      weights.then(0, first + per_task * kPanelRows + n * kPanelRows / kNextGroups);
+      weights.then(0, first + per_task * kPanelRows + n * kGroupRows);
     float* c = thread_floats(block.num_rows * weights.size());
     kernels.multiply(tiles.data() + block.first_tile, block.num_tiles, weights.weights(), matrix.K,
                      second_level_cache_bytes(), c);

@@ -109,7 +109,7 @@ class Layer {
         const int32_t expert = plan_.blocks[end < panels ? i / strips : i / strips + 1].expert;
         const int64_t next = end < panels ? end * neurons : 0;
         weights.then(expert, next);
-        weights.then(expert, gated_ ? intermediate_ + next : next + kPanelRows / 2);
+        weights.then(expert, gated_ ? intermediate_ + next : next + kGroupRows);
       }
       float* c = thread_floats(block.num_rows * weights.size());
       multiply(block, *x_tiles_, weights, c);
@@ -127,15 +127,14 @@ class Layer {
   // A task takes a strip of the output's columns through all experts, so that it can add up each
   // token's experts itself, in the order of their rank.
   void project_down(float* output) const {
-    constexpr int64_t kColumns = 16;
-    const int64_t units = divide_up(hidden_, kColumns);
+    const int64_t units = divide_up(hidden_, kGroupRows);
     const int64_t columns =
-        kColumns * units_per_task(units, plan_.num_experts_used * kColumns * down_.row_bytes(),
-                                  kMaxPanels * kPanelRows / kColumns);
+        kGroupRows * units_per_task(units, plan_.num_experts_used * kGroupRows * down_.row_bytes(),
+                                    kMaxPanels * kPanelRows / kGroupRows);
     parallel_for(divide_up(hidden_, columns), 1, serial_, [&](int64_t i) {
       const int64_t first = i * columns;
       const int count = static_cast<int>(std::min(columns, hidden_ - first));
-      const int64_t width = round_up(count, kColumns);
+      const int64_t width = round_up(count, kGroupRows);
       float* c = thread_floats(plan_.num_rows() * width);
       for (size_t b = 0; b < plan_.blocks.size(); ++b) {
         const Plan::Block& block = plan_.blocks[b];
@@ -143,7 +142,7 @@ class Layer {
         weights.add(first, width, hidden_);
         const bool last = b + 1 == plan_.blocks.size();
         for (int64_t row = last ? first + columns : first, n = 0; n < kNextGroups;
-             ++n, row += kColumns)
+             ++n, row += kGroupRows)
           weights.then(plan_.blocks[last ? 0 : b + 1].expert, row);
         multiply(block, *h_tiles_, weights, c + block.first_row * width);
       }

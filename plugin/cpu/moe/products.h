@@ -77,7 +77,7 @@ class WeightRows {
         scales_[size_] = matrix_.scales + row * (matrix_.K / matrix_.group_size);
     }
   }
-  // What is likely to be multiplied next by the same thread: groups of 16 rows.
+  // What is likely to be multiplied next by the same thread: groups of kGroupRows.
   void then(int64_t expert, int64_t first) {
     const int64_t row = expert * matrix_.rows + first;
     if (num_next_ < kNextGroups && first < matrix_.rows)

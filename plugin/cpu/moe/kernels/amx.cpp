@@ -18,20 +18,6 @@
 namespace adaptive_k::cpu {
 namespace {
 
-// c[i * num_rows + r] from the sums [groups][tiles][16][16].
-void unpack(const float* acc, const Tile* tiles, int num_tiles, int num_rows, float* c) {
-  for (int t = 0; t < num_tiles; ++t) {
-    for (int r = 0; r < num_rows; r += kTile) {
-      const float* tile = acc + (r / kTile * num_tiles + t) * kTile * kTile;
-      __m512i v[kTile];
-      for (int i = 0; i < kTile; ++i) v[i] = _mm512_loadu_si512(tile + i * kTile);
-      transpose(v);
-      for (int i = 0; i < tiles[t].rows; ++i) _mm512_storeu_si512(c + i * num_rows + r, v[i]);
-    }
-    c += tiles[t].rows * num_rows;
-  }
-}
-
 constexpr int kDepth = 32;  // elements of K in a tile
 
 // kA tiles of weights times kB tiles of tokens: c = or c += the sums. c[i][j] is 16 by 16 floats,
@@ -140,7 +126,7 @@ void multiply(const Tile* tiles, int num_tiles, const Weights& weights, int64_t 
     multiply_panel(tiles, num_tiles, rows + row, groups, offset, length, &configuration,
                    acc + static_cast<int64_t>(row) * num_tiles * kTile);
   }
-  unpack(acc, tiles, num_tiles, num_rows, c);
+  unpack<false>(acc, tiles, num_tiles, num_rows, c, [](int) { return AsTheyAre(); });
 }
 
 // ---- around the products --------------------------------------------------------------------

@@ -261,7 +261,14 @@ class Product {
     acc_ = buffers().sums.reserve(size);
     std::memset(acc_, 0, size * sizeof(float));
     for (int64_t i = 0; i < parts_ * panels_; ++i) multiply_unit(i);
-    store(c);
+    const int num_rows = weights_.num_rows;
+    if (grouped_)  // scaled by block
+      unpack<true>(acc_, tiles_, num_tiles_, num_rows, c, [](int) { return AsTheyAre(); });
+    else
+      unpack<true>(acc_, tiles_, num_tiles_, num_rows, c, [&](int g) {
+        const __m512 scale = scales_of(weights_.scales + g * kTile, 0);
+        return [scale](__m512 sums) { return _mm512_mul_ps(sums, scale); };
+      });
   }
 
  private:
@@ -339,26 +346,6 @@ class Product {
                                      : kMultiplyBlocks<false, W>[u.groups - 1][count - 1];
       multiply(a, columns, blocks_, u.first, u.end, depth_, weights_.scales + u.panel * kPanelRows,
                weights_.group_size, &ahead, c);
-    }
-  }
-
-  // c[i * num_rows + r] from the sums, [groups][tiles][16][tokens].
-  void store(float* c) const {
-    for (int t = 0; t < num_tiles_; ++t) {
-      const int m = tiles_[t].rows;
-      const auto mask = static_cast<__mmask16>((1u << m) - 1);
-      for (int g = 0; g < groups_; ++g) {
-        const float* tile = acc_ + (g * num_tiles_ + t) * kTile * kTile;
-        __m512i v[kTile];
-        for (int i = 0; i < kTile; ++i) v[i] = _mm512_maskz_loadu_epi32(mask, tile + i * m);
-        transpose(v);
-        const __m512 scale =
-            grouped_ ? _mm512_set1_ps(1.0f) : scales_of(weights_.scales + g * kTile, 0);
-        for (int i = 0; i < m; ++i)
-          _mm512_storeu_ps(c + i * weights_.num_rows + g * kTile,
-                           _mm512_mul_ps(_mm512_castsi512_ps(v[i]), scale));
-      }
-      c += m * weights_.num_rows;
     }
   }
 

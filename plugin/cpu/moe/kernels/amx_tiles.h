@@ -115,5 +115,33 @@ void transpose(__m512i* v) {
   std::memcpy(v, w, sizeof w);
 }
 
+// For unpack(): sums that stay as they are.
+struct AsTheyAre {
+  __m512 operator()(__m512 sums) const { return sums; }
+};
+
+// c[i * num_rows + r] from the sums [groups][tiles][16 * 16]: kDense says that a weight row's
+// tokens lie side by side there, [16][tokens], and not [16][16]. finish(g) gives what is done to
+// the sums of a token with the rows of group g.
+template <bool kDense, typename Finish>
+void unpack(const float* acc, const Tile* tiles, int num_tiles, int num_rows, float* c,
+            const Finish& finish) {
+  for (int t = 0; t < num_tiles; ++t) {
+    const int m = tiles[t].rows;
+    const int stride = kDense ? m : kTile;
+    const auto mask = static_cast<__mmask16>((1u << m) - 1);
+    for (int g = 0; g < num_rows / kTile; ++g) {
+      const float* tile = acc + (g * num_tiles + t) * kTile * kTile;
+      __m512i v[kTile];
+      for (int r = 0; r < kTile; ++r) v[r] = _mm512_maskz_loadu_epi32(mask, tile + r * stride);
+      transpose(v);
+      const auto finished = finish(g);
+      for (int i = 0; i < m; ++i)
+        _mm512_storeu_ps(c + i * num_rows + g * kTile, finished(_mm512_castsi512_ps(v[i])));
+    }
+    c += m * num_rows;
+  }
+}
+
 }  // namespace
 }  // namespace adaptive_k::cpu

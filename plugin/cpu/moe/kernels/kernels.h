@@ -48,19 +48,21 @@ struct Int4Pair {
   uint8_t bits;
 };
 
-// How many groups of 16 rows a product is told of that come after its own.
+// Kernels take weight rows by groups of this many; a product is told of so many groups that come
+// after its own.
+constexpr int kGroupRows = 16;
 constexpr int kNextGroups = 4;
 
 // The weight rows of one product, wherever they lie.
 struct Weights {
   WeightFormat format;
-  int num_rows;             // a multiple of 16
+  int num_rows;             // a multiple of kGroupRows
   const void* const* rows;  // [num_rows] of K values each
   // Of quantised formats alone: each row's scales, one for each group_size values. A group is the
   // whole row or a multiple of 32 values; K is a multiple of 16 for int8 and of 32 for int4.
   const float* const* scales;
   int64_t group_size;
-  // What the thread is likely to read next: the starts of groups of 16 rows, or null.
+  // What the thread is likely to read next: the starts of groups of kGroupRows, or null.
   const void* next[kNextGroups];
 };
 
