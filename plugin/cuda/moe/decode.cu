@@ -12,16 +12,12 @@
 //
 // Quantised weights come here with float32 activations only, which are for tests;
 // decode_integers.cu has the others.
-#include "cuda/device.h"
-#include "cuda/moe/activate.h"
-#include "cuda/moe/decode.h"
+#include "cuda/moe/decode_parts.h"
 #include "cuda/moe/weights.h"
 
 namespace adaptive_k::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * 32;
 constexpr int kWeightRows = 4;  // of a warp
 constexpr int kTokenRows = 4;   // at most, of a pass
 
@@ -44,7 +40,7 @@ constexpr int resident_blocks(WeightFormat format) {
 }
 
 struct DecodeShared {
-  float partial[kWarps][kTokenRows][kWeightRows];
+  float partial[kDecodeWarps][kTokenRows][kWeightRows];
 };
 
 // What the up- and the down-projection have in common.
@@ -196,7 +192,7 @@ __device__ __forceinline__ void multiply_rows(const DecodeArguments& a, const Op
 }
 
 template <typename T, WeightFormat format, bool kUp>
-__global__ void __launch_bounds__(kThreads, resident_blocks(format))
+__global__ void __launch_bounds__(kDecodeThreads, resident_blocks(format))
     decode_product(DecodeArguments a) {
   auto& shared = shared_memory<DecodeShared>();
   const int slot = blockIdx.y;
@@ -207,8 +203,8 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(format))
 
   // Teams of `split` warps have four weight rows each.
   const int warp = threadIdx.x / 32;
-  const int teams = kWarps / a.split;
-  const int per_team = a.gated ? kWeightRows / 2 : kWeightRows;
+  const int teams = kDecodeWarps / a.split;
+  const int per_team = neurons_of_team(a.gated, kWeightRows);
   const int first_neuron = (static_cast<int>(blockIdx.x) * teams + warp / a.split) * per_team;
   const uint32_t row_pieces = static_cast<uint32_t>(a.k / WeightVector<T, format>::kSize);
   const uint32_t row_scales =
@@ -248,29 +244,7 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(format))
     }
     if (!fault(kFaultDecodeBarrier)) __syncthreads();
 
-    const int outputs = teams * per_team;
-    for (int i = threadIdx.x; i < count * outputs; i += kThreads) {
-      const int m = i / outputs, team = i % outputs / per_team, j = i % per_team;
-      const int neuron = static_cast<int>(blockIdx.x) * outputs + team * per_team + j;
-      if (neuron >= a.neurons) continue;
-      float value = 0, gate = 0;
-      for (int p = 0; p < a.split; ++p) {
-        const float* const sums = shared.partial[team * a.split + p][m];
-        gate += sums[j];
-        value += sums[a.gated ? j + 2 : j];
-      }
-      const int64_t to = static_cast<int64_t>(row + m) * a.neurons + neuron;
-      if constexpr (kUp) {
-        if (fault(kFaultUpActivation)) {
-          const float other = gate;
-          gate = value;
-          value = other;
-        }
-        static_cast<T*>(a.out)[to] = from_float<T>(activate(a.activation, gate, value));
-      } else {
-        static_cast<float*>(a.out)[to] = value;
-      }
-    }
+    write_neurons<T, kUp>(a, shared.partial, row, count);
     if (!fault(kFaultDecodeReuseBarrier)) __syncthreads();
   }
 }
@@ -278,21 +252,10 @@ __global__ void __launch_bounds__(kThreads, resident_blocks(format))
 template <bool kUp>
 cudaError_t launch_product(ElementType element, WeightFormat format, DecodeArguments a,
                            cudaStream_t stream) {
-  const int per_team = a.gated ? kWeightRows / 2 : kWeightRows;
-  const auto blocks = [&](int split) {
-    return divide_up(a.neurons, static_cast<int64_t>(kWarps / split) * per_team);
-  };
-  // The number of active experts is not known here, so one alone should fill the machine: four
-  // blocks for each multiprocessor, as long as every warp keeps a few pieces of its rows.
-  const int64_t row_bytes = weight_bytes(element, format, a.k);
-  a.split = 1;
-  while (a.split < kWarps && blocks(a.split) < 4 * multiprocessors() &&
-         row_bytes >= 2 * a.split * 2 * 512)
-    a.split *= 2;
-  const int64_t experts =
-      a.rows.max_rows < a.rows.num_experts ? a.rows.max_rows : a.rows.num_experts;
-  const dim3 grid(static_cast<unsigned>(blocks(a.split)), static_cast<unsigned>(experts));
-  const dim3 block(kThreads);
+  const int64_t row_bytes = weight_bytes(element, format, a.k);  // a warp keeps a few pieces
+  const dim3 grid =
+      divide_rows(&a, kWeightRows, [&](int split) { return row_bytes >= 2 * split * 2 * 512; });
+  const dim3 block(kDecodeThreads);
   return with_element(element, [&](auto t) {
     using T = decltype(t);
     const auto run = [&](auto chosen) {

@@ -14,17 +14,13 @@
 // As in decode.cu a token's result does not depend on the other tokens, and two or four warps share
 // the rows where they are few. For a gated expert the 16 rows are 8 gates and the ups of the same
 // neurons.
-#include "cuda/device.h"
-#include "cuda/moe/activate.h"
-#include "cuda/moe/decode.h"
+#include "cuda/moe/decode_parts.h"
 #include "cuda/moe/weights.h"
 #include "cuda/tensor_core.h"
 
 namespace adaptive_k::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * 32;
 constexpr int kWeightRows = 16;  // of a warp
 constexpr int kTileTokens = 2;   // activation rows of a product
 constexpr int kMostTiles = 4;
@@ -35,7 +31,7 @@ constexpr int kLanes = 4;                             // that share a weight row
 constexpr int pieces_ahead(int tiles) { return tiles == kMostTiles ? 2 : 4; }
 
 struct IntegersShared {
-  float partial[kWarps][kTokenRows][kWeightRows];
+  float partial[kDecodeWarps][kTokenRows][kWeightRows];
 };
 
 struct IntegersArguments {
@@ -175,7 +171,7 @@ __device__ __forceinline__ void multiply_rows(const IntegersArguments& a, const 
 }
 
 template <typename T, WeightFormat format, bool kUp>
-__global__ void __launch_bounds__(kThreads, 3) decode_integers_product(IntegersArguments a) {
+__global__ void __launch_bounds__(kDecodeThreads, 3) decode_integers_product(IntegersArguments a) {
   auto& shared = shared_memory<IntegersShared>();
   const int slot = blockIdx.y;
   if (slot >= *a.rows.num_active) return;  // the whole block
@@ -185,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, 3) decode_integers_product(IntegersA
 
   // Teams of `split` warps have 16 weight rows each.
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int per_team = a.gated ? kWeightRows / 2 : kWeightRows;
-  const int outputs = kWarps / a.split * per_team;
+  const int per_team = neurons_of_team(a.gated, kWeightRows);
+  const int outputs = kDecodeWarps / a.split * per_team;
   const int block_neuron = static_cast<int>(blockIdx.x) * outputs;
   // A team's neurons are all there or none: I and H are multiples of 16. Past the end it repeats
   // the last ones and writes nothing.
@@ -209,28 +205,7 @@ __global__ void __launch_bounds__(kThreads, 3) decode_integers_product(IntegersA
     }
     if (!fault(kFaultDecodeBarrier)) __syncthreads();
 
-    for (int i = threadIdx.x; i < count * outputs; i += kThreads) {
-      const int m = i / outputs, team = i % outputs / per_team, j = i % per_team;
-      const int neuron = block_neuron + team * per_team + j;
-      if (neuron >= a.neurons) continue;
-      float gate = 0, value = 0;
-      for (int p = 0; p < a.split; ++p) {
-        const float* const sums = shared.partial[team * a.split + p][m];
-        gate += sums[j];
-        value += sums[a.gated ? j + 8 : j];
-      }
-      const int64_t to = static_cast<int64_t>(row + m) * a.neurons + neuron;
-      if constexpr (kUp) {
-        if (fault(kFaultUpActivation)) {
-          const float other = gate;
-          gate = value;
-          value = other;
-        }
-        static_cast<T*>(a.out)[to] = from_float<T>(activate(a.activation, gate, value));
-      } else {
-        static_cast<float*>(a.out)[to] = value;
-      }
-    }
+    write_neurons<T, kUp>(a, shared.partial, row, count);
     if (!fault(kFaultDecodeReuseBarrier)) __syncthreads();
   }
 }
@@ -238,22 +213,12 @@ __global__ void __launch_bounds__(kThreads, 3) decode_integers_product(IntegersA
 template <bool kUp>
 cudaError_t launch_product(ElementType element, WeightFormat format, IntegersArguments a,
                            cudaStream_t stream) {
-  const int per_team = a.gated ? kWeightRows / 2 : kWeightRows;
-  const auto blocks = [&](int split) {
-    return divide_up(a.neurons, static_cast<int64_t>(kWarps / split) * per_team);
-  };
-  // The number of active experts is not known here, so one alone should fill the machine: four
-  // blocks for each multiprocessor, as long as every warp has a turn's pieces of its rows.
-  a.split = 1;
-  while (a.split < kWarps && blocks(a.split) < 4 * multiprocessors() &&
-         a.pieces >= 2 * a.split * kLanes * pieces_ahead(1))
-    a.split *= 2;
-  const int64_t experts =
-      a.rows.max_rows < a.rows.num_experts ? a.rows.max_rows : a.rows.num_experts;
-  const dim3 grid(static_cast<unsigned>(blocks(a.split)), static_cast<unsigned>(experts));
+  const dim3 grid = divide_rows(&a, kWeightRows, [&](int split) {  // a warp has a turn's pieces
+    return a.pieces >= 2 * split * kLanes * pieces_ahead(1);
+  });
   const auto run = [&](auto t, auto chosen) {
     return ADAPTIVE_K_LAUNCH((decode_integers_product<decltype(t), decltype(chosen)::value, kUp>),
-                             grid, dim3(kThreads), sizeof(IntegersShared), stream, a);
+                             grid, dim3(kDecodeThreads), sizeof(IntegersShared), stream, a);
   };
   return with_quantised(format, [&](auto chosen) {
     return element == ElementType::kFloat16 ? run(Half(), chosen) : run(BFloat16(), chosen);
