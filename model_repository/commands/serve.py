@@ -7,6 +7,8 @@ import argparse
 import threading
 from pathlib import Path
 
+from adaptive_k_moe.session_arguments import add_session_arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's options."""
@@ -38,17 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens that the KV cache holds over all sequences (default: a full batch of longest ones, if they fit)",
     )
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        help="of an engine of the target torch (default: the first GPU in CUDA_VISIBLE_DEVICES, else the CPU)",
-    )
-    parser.add_argument(
-        "--kv_cache_dtype",
-        choices=["auto", "float32", "bfloat16", "int8"],
-        default="auto",
-        help="of cached keys and values; auto, the default, is what the engine's attention computes in",
-    )
+    add_session_arguments(parser)
     parser.add_argument(
         "--no_decoupled",
         action="store_true",

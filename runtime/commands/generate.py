@@ -14,6 +14,7 @@ from adaptive_k_moe.request_arguments import (
     read_prompt,
 )
 from adaptive_k_moe.runtime.sampling_params import SamplingParams
+from adaptive_k_moe.session_arguments import add_session_arguments
 
 if TYPE_CHECKING:
     from adaptive_k_moe.runtime.outputs import CompletionOutput, RequestOutput
@@ -26,17 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_request_arguments(parser, SamplingParams.__dataclass_fields__)
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
     parser.add_argument("--kv_cache_max_tokens", type=int, metavar="N", help="tokens that the KV cache holds")
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        help="of an engine of the target torch (default: the first GPU in CUDA_VISIBLE_DEVICES, else the CPU)",
-    )
-    parser.add_argument(
-        "--kv_cache_dtype",
-        choices=["auto", "float32", "bfloat16", "int8"],
-        default="auto",
-        help="of cached keys and values; auto, the default, is what the engine's attention computes in",
-    )
+    add_session_arguments(parser)
     parser.add_argument(
         "--show_k",
         action="store_true",

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adaptive_k_moe.session_arguments import add_session_arguments
+
 if TYPE_CHECKING:
     from adaptive_k_moe.runtime.perplexity import PerplexityResult
 
@@ -31,17 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="times that each policy is measured; the median time counts (default: 3)",
     )
     parser.add_argument("--num_threads", type=int, help="CPU threads (default: all)")
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        help="of an engine of the target torch (default: the first GPU in CUDA_VISIBLE_DEVICES, else the CPU)",
-    )
-    parser.add_argument(
-        "--kv_cache_dtype",
-        choices=["auto", "float32", "bfloat16", "int8"],
-        default="auto",
-        help="of cached keys and values; auto, the default, is what the engine's attention computes in",
-    )
+    add_session_arguments(parser)
     parser.add_argument("--output", metavar="FILE.json", help="write the figures there, too")
 
 

@@ -2,9 +2,9 @@
 """What a session is: one loaded engine that runs one step over packed tokens.
 
 The scheduler, the sampler and everything above know only this interface; OpenVINO's session is in
-``openvino.py``, TensorRT's in ``tensorrt/``. T is the number of tokens in a step (all sequences packed one
-after another), S the number of sequences, N the number of rows whose logits are wanted, L the number of
-MoE layers, V the vocabulary.
+``openvino.py``, TensorRT's in ``tensorrt/``, torch's in ``torch/``. T is the number of tokens in a step (all
+sequences packed one after another), S the number of sequences, N the number of rows whose logits are wanted, L the
+number of MoE layers, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from adaptive_k_moe.engine_config import EngineConfig
 from adaptive_k_moe.policy import PolicyTables
 
 Int32Array = npt.NDArray[np.int32]
@@ -99,3 +100,24 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free the engine; calling it twice is harmless."""
+
+
+class EngineSession:
+    """What a session knows from its engine's configuration alone."""
+
+    _config: EngineConfig
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits."""
+        return self._config.pretrained_config.vocab_size
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Width of `StepOutput.k`."""
+        return self._config.pretrained_config.num_moe_layers
+
+    @property
+    def num_state_slots(self) -> int:
+        """Sequences whose recurrent states there is room for: as many as a step may have."""
+        return 0 if self._config.pretrained_config.mamba is None else self._config.build_config.max_batch_size

@@ -15,7 +15,7 @@ from adaptive_k_moe.engine_format.openvino import ENGINE_XML, use_paged_attentio
 from adaptive_k_moe.errors import DependencyError, EngineError, PolicyError
 from adaptive_k_moe.model_config import KvCacheDtype, PretrainedConfig
 from adaptive_k_moe.policy import KIND_CONTRIBUTION, PolicyTables
-from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
+from adaptive_k_moe.runtime.session.base import EngineSession, StepInput, StepOutput
 from adaptive_k_moe.runtime.session.expert_load import ExpertLoad
 
 # Memory that the KV cache takes at most unless the caller says how many tokens it must hold.
@@ -25,7 +25,7 @@ _DEFAULT_CACHE_BYTES = 4 << 30
 _EMPTY_BLOCK_SIZE = 32
 
 
-class OpenVinoSession:
+class OpenVinoSession(EngineSession):
     """One compiled engine with its KV cache; see `Session` for the methods' contracts.
 
     Args:
@@ -71,21 +71,6 @@ class OpenVinoSession:
     def num_blocks(self) -> int:
         """KV blocks that exist."""
         return self._num_blocks
-
-    @property
-    def num_state_slots(self) -> int:
-        """Sequences whose recurrent states there is room for: as many as a step may have."""
-        return 0 if self._config.pretrained_config.mamba is None else self._config.build_config.max_batch_size
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self._config.pretrained_config.vocab_size
-
-    @property
-    def num_moe_layers(self) -> int:
-        """Width of `StepOutput.k`."""
-        return self._config.pretrained_config.num_moe_layers
 
     def step(self, step: StepInput) -> StepOutput:
         """See `Session.step`."""

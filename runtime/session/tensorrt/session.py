@@ -21,7 +21,7 @@ from adaptive_k_moe.engine_format.tensorrt import (
 )
 from adaptive_k_moe.errors import DeviceError, DeviceMemoryError, EngineError, PolicyError
 from adaptive_k_moe.policy import PolicyTables
-from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
+from adaptive_k_moe.runtime.session.base import EngineSession, StepInput, StepOutput
 from adaptive_k_moe.runtime.session.tensorrt.buffers import Cache, Mirror, PolicyBuffers, Readback
 from adaptive_k_moe.runtime.session.tensorrt.cuda import Cuda, aligned, import_cudart
 from adaptive_k_moe.runtime.session.tensorrt.decode import DecodeRunner
@@ -40,7 +40,7 @@ from adaptive_k_moe.runtime.session.tensorrt.slots import SlotMap
 _LOGITS_BYTES = 64 << 20
 
 
-class TensorRtSession:
+class TensorRtSession(EngineSession):
     """One engine on the present GPU with its caches; see `Session` for the methods' contracts.
 
     A block is a slot: it holds a whole sequence, so what the scheduler calls a block table has one entry, and a
@@ -112,16 +112,6 @@ class TensorRtSession:
     def num_state_slots(self) -> int:
         """None of their own: recurrent states lie in their sequence's slot."""
         return 0
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self._config.pretrained_config.vocab_size
-
-    @property
-    def num_moe_layers(self) -> int:
-        """Width of `StepOutput.k`."""
-        return self._config.pretrained_config.num_moe_layers
 
     def step(self, step: StepInput) -> StepOutput:
         """See `Session.step`.

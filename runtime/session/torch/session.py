@@ -17,7 +17,7 @@ from adaptive_k_moe.errors import DeviceError, DeviceMemoryError, EngineError
 from adaptive_k_moe.model_config import Device, KvCacheDtype
 from adaptive_k_moe.plugin.description import MAMBA, MOE
 from adaptive_k_moe.policy import PolicyTables
-from adaptive_k_moe.runtime.session.base import StepInput, StepOutput
+from adaptive_k_moe.runtime.session.base import EngineSession, StepInput, StepOutput
 from adaptive_k_moe.runtime.session.torch.attention import Group, PagedCache
 from adaptive_k_moe.runtime.session.torch.decode import (
     POLICY,
@@ -54,7 +54,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _for_inference = cast(Callable[[_F], _F], torch.inference_mode())
 
 
-class TorchSession:
+class TorchSession(EngineSession):
     """One engine on a device of torch; see `Session` for the methods' contracts.
 
     Args:
@@ -134,21 +134,6 @@ class TorchSession:
     def num_blocks(self) -> int:
         """KV blocks that exist."""
         return self._num_blocks
-
-    @property
-    def num_state_slots(self) -> int:
-        """Sequences whose recurrent states there is room for: as many as a step may have."""
-        return 0 if self._config.pretrained_config.mamba is None else self._config.build_config.max_batch_size
-
-    @property
-    def vocab_size(self) -> int:
-        """Width of the logits."""
-        return self._config.pretrained_config.vocab_size
-
-    @property
-    def num_moe_layers(self) -> int:
-        """Width of `StepOutput.k`."""
-        return self._config.pretrained_config.num_moe_layers
 
     @_for_inference
     def step(self, step: StepInput) -> StepOutput:
